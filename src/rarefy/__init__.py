@@ -1,0 +1,113 @@
+"""Rarefy makes large language models sparse in one shot: layer by layer, solved as the problem it is."""
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rarefy.errors import (
+        CalibrationError,
+        InputError,
+        MethodError,
+        ModelError,
+        NumericalError,
+        OutputError,
+        PatternError,
+        RarefyError,
+        RecipeError,
+        VerificationError,
+    )
+    from rarefy.layer.gram import Gram
+    from rarefy.layer.pattern import NM, Fixed, PerRow, Unstructured
+    from rarefy.layer.problem import LayerProblem
+    from rarefy.layer.solution import Solution, Status
+    from rarefy.methods.admm import ADMM
+    from rarefy.methods.alps import ALPS
+    from rarefy.methods.base import IterativeMethod, Method
+    from rarefy.methods.compose import BestOf, Then
+    from rarefy.methods.magnitude import Magnitude
+    from rarefy.methods.refit import PCG, Backsolve
+    from rarefy.methods.ria import RIA
+    from rarefy.methods.sparsegpt import SparseGPT
+    from rarefy.methods.wanda import Wanda
+    from rarefy.pruning import prune, solve
+    from rarefy.report.records import Report
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ADMM",
+    "ALPS",
+    "NM",
+    "PCG",
+    "RIA",
+    "Backsolve",
+    "BestOf",
+    "CalibrationError",
+    "Fixed",
+    "Gram",
+    "InputError",
+    "IterativeMethod",
+    "LayerProblem",
+    "Magnitude",
+    "Method",
+    "MethodError",
+    "ModelError",
+    "NumericalError",
+    "OutputError",
+    "PatternError",
+    "PerRow",
+    "RarefyError",
+    "RecipeError",
+    "Report",
+    "Solution",
+    "SparseGPT",
+    "Status",
+    "Then",
+    "Unstructured",
+    "VerificationError",
+    "Wanda",
+    "prune",
+    "solve",
+]
+
+# Names are imported when first used, so that the command line answers before torch is loaded.
+_HOME = {
+    "rarefy.errors": (
+        "CalibrationError",
+        "InputError",
+        "MethodError",
+        "ModelError",
+        "NumericalError",
+        "OutputError",
+        "PatternError",
+        "RarefyError",
+        "RecipeError",
+        "VerificationError",
+    ),
+    "rarefy.layer.gram": ("Gram",),
+    "rarefy.layer.pattern": ("NM", "Fixed", "PerRow", "Unstructured"),
+    "rarefy.layer.problem": ("LayerProblem",),
+    "rarefy.layer.solution": ("Solution", "Status"),
+    "rarefy.methods.admm": ("ADMM",),
+    "rarefy.methods.alps": ("ALPS",),
+    "rarefy.methods.base": ("IterativeMethod", "Method"),
+    "rarefy.methods.compose": ("BestOf", "Then"),
+    "rarefy.methods.magnitude": ("Magnitude",),
+    "rarefy.methods.refit": ("PCG", "Backsolve"),
+    "rarefy.methods.ria": ("RIA",),
+    "rarefy.methods.sparsegpt": ("SparseGPT",),
+    "rarefy.methods.wanda": ("Wanda",),
+    "rarefy.pruning": ("prune", "solve"),
+    "rarefy.report.records": ("Report",),
+}
+
+
+def __getattr__(name: str) -> object:
+    for module, names in _HOME.items():
+        if name in names:
+            return getattr(importlib.import_module(module), name)
+    raise AttributeError(f"module 'rarefy' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,1 @@
+"""From text to hidden states: where the calibration text comes from, and how it is fed through the model."""

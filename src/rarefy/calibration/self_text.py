@@ -1,0 +1,289 @@
+"""Calibration text that the model writes itself: temperature 1, seeded, batched, kept for the next run.
+
+Each text begins with the model's start token (a random token of its vocabulary where it has none), and each
+next token is drawn from the model's own distribution, unchanged. An end-of-text token is drawn like any other
+and writing goes on after it: that is how the model saw documents follow each other in training, and forbidding
+the token would bend the distribution at the place where it is most certain.
+
+The loop is lean, since generate() is several times slower: keys and values go into a cache that is allocated
+once, the head runs for one position, and a token is drawn by inverting the cumulated distribution, which needs
+one random number instead of one for every word of the vocabulary. All random numbers are drawn before the
+first step, so the text depends on the seed and not on the batch size, apart from rounding.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+from transformers import Cache, DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from rarefy.calibration.sources import CalibrationWarning
+from rarefy.errors import InputError, NumericalError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# Counted up whenever the same seed would give other text than before.
+_VERSION = 1
+
+# The default batch holds as many texts as its keys and values leave room for, and not more than ...
+_CACHE_BYTES = 2 * 2**30
+_LARGEST_BATCH = 128
+
+# A model up to this size is written with in float32 on the CPU; see _in_float32.
+_FLOAT32_PARAMETERS = 2_000_000_000
+
+# Words per group in drawing a token; about the square root of a vocabulary.
+_GROUP = 256
+
+_SAMPLES_PER_TENSOR = 64
+
+
+def write_text(
+    model: PreTrainedModel,
+    num: int,
+    length: int,
+    seed: int,
+    *,
+    bos_id: int | None = None,
+    text_length: int | None = None,
+    batch_size: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    cache_folder: Path | None = None,
+    use_cache: bool = True,
+) -> Int64[Tensor, "num length"]:
+    """``num`` windows of ``length`` tokens that the model wrote, int64 on the CPU.
+
+    A window is one text, or several of at most ``text_length`` tokens one after the other: short texts are
+    written many at a time, which is faster. Each begins with its start token, which is ``bos_id`` or, where
+    that is None, the model's own. ``batch_size`` texts are written at once (None: as many as 2 GiB of keys
+    and values allow, at most 128). ``progress(done, total)`` counts tokens.
+
+    The same model, seed and lengths give the same bits on the same machine. The windows are kept in
+    ``cache_folder`` (None: the user's cache folder) and read from there the next time, unless ``use_cache``
+    is False; a file that is damaged is written anew. InputError for numbers that make no window,
+    NumericalError where the model's logits are not finite. The model is left as it was.
+    """
+    if num < 1:
+        raise InputError("the number of windows", num, "at least 1")
+    if length < 1:
+        raise InputError("the window length", length, "at least 1")
+    pieces = -(-length // text_length) if text_length else 1
+    piece_length = -(-length // pieces)
+    if bos_id is None:
+        bos_id = _start_token(model)
+
+    file = None
+    if use_cache:
+        if cache_folder is None:
+            from platformdirs import user_cache_path
+
+            cache_folder = user_cache_path("rarefy") / "self-text"
+        key = [_VERSION, _digest(model), model.device.type, num, length, piece_length, bos_id, seed]
+        name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
+        file = cache_folder / f"{name}.bin"
+        if (windows := _load(file, num, length)) is not None:
+            return windows
+
+    with _in_float32(model):
+        texts = _write(model, num * pieces, piece_length, seed, bos_id, batch_size, progress)
+    windows = texts.view(num, pieces * piece_length)[:, :length].contiguous()
+    if file is not None:
+        _store(file, windows)
+    return windows
+
+
+@torch.inference_mode()
+def _write(
+    model: PreTrainedModel,
+    num: int,
+    length: int,
+    seed: int,
+    bos_id: int | None,
+    batch_size: int | None,
+    progress: Callable[[int, int], None] | None,
+) -> Int64[Tensor, "num length"]:
+    generator = torch.Generator().manual_seed(seed)
+    draws = torch.rand(num, length, generator=generator)
+    texts = torch.empty(num, length, dtype=torch.int64)
+    if bos_id is None:
+        texts[:, 0] = torch.randint(_vocabulary(model), (num,), generator=generator)
+    else:
+        texts[:, 0] = bos_id
+    batch_size = batch_size or _fitting_batch(model, length)
+    for first in range(0, num, batch_size):
+        rows = slice(first, first + batch_size)
+        size = len(texts[rows])
+        cache = _allocated_cache(model, length)
+        tokens = texts[rows, :1].to(model.device)
+        for position in range(1, length):
+            logits = model(input_ids=tokens, past_key_values=cache, use_cache=True).logits[:, -1]
+            tokens = draw_tokens(logits, draws[rows, position].to(logits.device))[:, None]
+            texts[rows, position] = tokens[:, 0].cpu()
+            if progress:
+                progress(first * length + size * (position + 1), num * length)
+    return texts.clone()
+
+
+def draw_tokens(logits: Float[Tensor, "batch vocabulary"], draws: Float[Tensor, " batch"]) -> Int64[Tensor, " batch"]:
+    """One token per row from the softmax of its logits: the first whose cumulated probability reaches the draw.
+
+    ``draws`` are uniform in [0, 1). The distribution is inverted in two steps, first among groups of words,
+    then within one group: that takes a single pass over the vocabulary, and float32 is enough for sums of
+    256 numbers. A token of probability zero is never drawn. NumericalError where logits are not finite.
+    """
+    probabilities = logits.float().softmax(-1)
+    padding = -probabilities.shape[1] % _GROUP
+    groups = nn.functional.pad(probabilities, (0, padding)).unflatten(1, (-1, _GROUP))
+    sums = groups.sum(2).cumsum(1)
+    if not sums[:, -1].isfinite().all():
+        raise NumericalError("The model's logits are not finite: it cannot write text.")
+    # Above zero, so that a draw of exactly 0 does not choose a first token that is impossible.
+    tiny = torch.finfo(torch.float32).tiny
+    target = (draws * sums[:, -1]).clamp_min(tiny)[:, None]
+    group = torch.searchsorted(sums, target)
+    before = torch.where(group > 0, sums.gather(1, (group - 1).clamp_min(0)), 0.0)
+    within = groups[torch.arange(len(groups), device=groups.device), group[:, 0]].cumsum(1)
+    target = torch.minimum((target - before).clamp_min(tiny), within[:, -1:])
+    return (group * _GROUP + torch.searchsorted(within, target))[:, 0]
+
+
+# --- The model --------------------------------------------------------------------------------------------
+
+
+class _AllocatedLayer(DynamicLayer):
+    """Keys and values of one layer in memory that is allocated once; the usual layer copies all at each step."""
+
+    _layer_type = None  # not to be registered with transformers
+
+    def __init__(self, length: int) -> None:
+        super().__init__()
+        self._length = length
+        self._filled = 0
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.dtype, self.device = key_states.dtype, key_states.device
+            batch, heads, _length, width = key_states.shape
+            self.keys = key_states.new_empty(batch, heads, self._length, width)
+            self.values = value_states.new_empty(batch, heads, self._length, value_states.shape[3])
+            self.is_initialized = True
+        old, self._filled = self._filled, self._filled + key_states.shape[2]
+        self.keys[:, :, old : self._filled] = key_states
+        self.values[:, :, old : self._filled] = value_states
+        return self.keys[:, :, : self._filled], self.values[:, :, : self._filled]
+
+    def get_seq_length(self) -> int:
+        return self._filled
+
+
+def _allocated_cache(model: PreTrainedModel, length: int) -> Cache:
+    """An empty cache for ``length`` tokens; layers of a special kind (a sliding window) keep their own."""
+    cache = DynamicCache(config=model.config)
+    cache.layers = [_AllocatedLayer(length) if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    return cache
+
+
+def _fitting_batch(model: PreTrainedModel, length: int) -> int:
+    config = model.config.get_text_config(decoder=True)
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    item = next(model.parameters()).element_size()
+    per_text = config.num_hidden_layers * 2 * heads * width * length * item
+    return max(1, min(_LARGEST_BATCH, _CACHE_BYTES // per_text))
+
+
+def _vocabulary(model: PreTrainedModel) -> int:
+    return model.get_input_embeddings().weight.shape[0]
+
+
+def _start_token(model: PreTrainedModel) -> int | None:
+    token = getattr(model.config.get_text_config(decoder=True), "bos_token_id", None)
+    if isinstance(token, int) and 0 <= token < _vocabulary(model):
+        return token
+    return None
+
+
+@contextmanager
+def _in_float32(model: PreTrainedModel) -> Iterator[None]:
+    """Within the block, a small model in 16 bits on the CPU computes in float32; after it, nothing has changed.
+
+    The values are the same, the products more exact, and on CPUs without matrix units for 16 bits they are
+    about 1.5 times faster. Larger models stay as they are, because this takes 4 bytes more per parameter.
+    """
+    tensors = [
+        tensor
+        for tensor in (*model.parameters(), *model.buffers())
+        if tensor.dtype in (torch.bfloat16, torch.float16)
+    ]
+    if model.device.type != "cpu" or sum(map(Tensor.numel, tensors)) > _FLOAT32_PARAMETERS:
+        tensors = []
+    before = [tensor.data for tensor in tensors]
+    try:
+        for tensor in tensors:
+            tensor.data = tensor.data.float()
+        yield
+    finally:
+        for tensor, data in zip(tensors, before, strict=True):
+            tensor.data = data
+
+
+# --- The cache folder -------------------------------------------------------------------------------------
+
+
+def _digest(model: PreTrainedModel) -> str:
+    """Changes with the model's configuration and with anything that changes many weights, such as pruning."""
+    config = model.config.to_dict()
+    for key in ("_name_or_path", "transformers_version"):
+        config.pop(key, None)
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+    for name, parameter in model.named_parameters():
+        values = parameter.detach().reshape(-1)
+        sample = values[:: max(1, len(values) // _SAMPLES_PER_TENSOR)]
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+        digest.update(sample.to("cpu", torch.float32).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _load(file: Path, num: int, length: int) -> Int64[Tensor, "num length"] | None:
+    """The windows in ``file``, or None where it is missing or damaged."""
+    try:
+        data = file.read_bytes()
+    except OSError:
+        return None
+    checksum, body = data[:32], data[32:]
+    if len(body) != 8 * num * length or hashlib.sha256(body).digest() != checksum:
+        return None
+    return torch.frombuffer(bytearray(body), dtype=torch.int64).view(num, length)
+
+
+def _store(file: Path, windows: Int64[Tensor, "num length"]) -> None:
+    """Write a checksum and the tokens; the file appears whole or not at all. Failing here fails nothing else."""
+    body = windows.numpy().tobytes()
+    temporary = None
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=file.parent, suffix=".part", delete=False) as stream:
+            temporary = Path(stream.name)
+            stream.write(hashlib.sha256(body).digest() + body)
+        temporary.replace(file)
+    except OSError as error:
+        if temporary is not None:
+            with suppress(OSError):
+                temporary.unlink()
+        warnings.warn(
+            f"the text that the model wrote could not be kept in {file.parent} ({error.strerror or error})",
+            CalibrationWarning,
+            stacklevel=3,
+        )

@@ -1,0 +1,1 @@
+"""What a model is worth and whether its files keep their promise."""

@@ -1,0 +1,217 @@
+"""Reads the written files again, tensor by tensor, and checks them against what the run promised.
+
+Nothing here trusts what pruning believed: zeros are counted in the bytes on disk. A weight that is
+kept may be zero by chance, so a promise is a least number of zeros, never an exact one.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from rarefy.errors import ModelError
+from rarefy.models.blocks import Site, find_blocks
+from rarefy.models.checkpoint import resolve_model
+from rarefy.report.records import LayerRecord
+from rarefy.run_folder import RunFolder
+
+
+@dataclass
+class LayerInspection:
+    """What the file holds of one linear; ``problems`` says in words which promise it breaks.
+
+    ``shape`` is [out, in], ``pattern`` what was checked ("" where nothing was promised).
+    """
+
+    name: str
+    shape: list[int]
+    zeros: int = 0
+    pattern: str = ""
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def size(self) -> int:
+        """The number of weights."""
+        return self.shape[0] * self.shape[1]
+
+    @property
+    def sparsity(self) -> float:
+        """The fraction of zeros in the file."""
+        return self.zeros / self.size
+
+
+@dataclass
+class Inspection:
+    """What the files of a model hold; ``promised`` says whether a run folder told what to expect."""
+
+    folder: str
+    promised: bool
+    layers: list[LayerInspection]
+
+    @property
+    def ok(self) -> bool:
+        """Whether every promise is kept."""
+        return not self.problems
+
+    @property
+    def problems(self) -> list[str]:
+        """Every broken promise, each with the name of its layer."""
+        return [f"{layer.name}: {problem}" for layer in self.layers for problem in layer.problems]
+
+    @property
+    def size(self) -> int:
+        """The number of weights in the layers that were looked at."""
+        return sum(layer.size for layer in self.layers)
+
+    @property
+    def zeros(self) -> int:
+        """The number of zeros among them."""
+        return sum(layer.zeros for layer in self.layers)
+
+    @property
+    def sparsity(self) -> float:
+        """The fraction of zeros over all layers that were looked at."""
+        return self.zeros / self.size if self.size else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it as plain values, for JSON."""
+        layers = [{**asdict(layer), "sparsity": layer.sparsity} for layer in self.layers]
+        return {
+            "folder": self.folder,
+            "promised": self.promised,
+            "ok": self.ok,
+            "size": self.size,
+            "zeros": self.zeros,
+            "sparsity": self.sparsity,
+            "problems": self.problems,
+            "layers": layers,
+        }
+
+
+def inspect_folder(name: str | Path, pattern: tuple[int, int] | None = None) -> Inspection:
+    """Count the zeros of every linear in the decoder blocks, and check what was promised about them.
+
+    ``name`` is a run folder or its ``model``: then the layers of ``layers.jsonl`` must hold at least
+    the zeros it says, in its pattern. It may be any other model with safetensors files, too: then its
+    linears are listed. ``pattern`` (keep, of) is checked in addition. Tensors are read one at a time.
+    Raises ModelError where there is no model or no safetensors file, InputError where the run folder
+    is damaged.
+    """
+    run = RunFolder.find(name)
+    source = resolve_model(str(run.model if run else name))
+    folder = Path(source.path)
+    files = _weight_files(folder if folder.is_dir() else folder.parent, str(name))
+    model = source.skeleton()
+    sites = {site.name: site for block in find_blocks(model) for site in block.sites}
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    records = {record.name: record for record in run.read_layers()} if run else {}
+
+    layers = []
+    for layer_name in records or sites:
+        record, site = records.get(layer_name), sites.get(layer_name)
+        # A base model's checkpoint leaves out the prefix that the model with a head has.
+        file = files.get(f"{layer_name}.weight") or files.get(f"{layer_name.removeprefix(prefix)}.weight")
+        if site is None or file is None:
+            shape = record.shape if record else list(site.shape) if site else [0, 0]
+            layers.append(LayerInspection(layer_name, shape, problems=["it is missing from the model's files"]))
+            continue
+        layers.append(_inspect(site, _read(*file), record, pattern))
+    return Inspection(str(folder), bool(run), layers)
+
+
+def _inspect(
+    site: Site, tensor: Tensor, record: LayerRecord | None, pattern: tuple[int, int] | None
+) -> LayerInspection:
+    """Count and check one weight as it lies in the file."""
+    layer = LayerInspection(site.name, list(site.shape))
+    if tensor.shape != site.module.weight.shape:
+        layer.problems.append(f"its shape in the file is {list(tensor.shape)}")
+        return layer
+    with _as_weight_of(site, tensor):
+        weight = site.read()  # (out, in), whichever way round the module keeps it
+    nonzero = weight != 0
+    layer.zeros = layer.size - int(nonzero.sum())
+    if not bool(torch.isfinite(weight).all()):
+        layer.problems.append("it holds NaN or infinity")
+    if record is not None:
+        layer.pattern = record.pattern
+        layer.problems += _broken_promises(nonzero, record)
+    if pattern is not None and (wanted := f"{pattern[0]}:{pattern[1]}") != layer.pattern:
+        layer.pattern = ", ".join(filter(None, (layer.pattern, wanted)))
+        layer.problems += _broken_groups(nonzero, *pattern)
+    return layer
+
+
+def _broken_promises(nonzero: Tensor, record: LayerRecord) -> Iterator[str]:
+    """What of ``record`` the weight with these non-zeros (out, in) does not hold."""
+    if list(nonzero.shape) != record.shape:
+        yield f"it has shape {list(nonzero.shape)}, promised was {record.shape}"
+        return
+    zeros = record.size - int(nonzero.sum())
+    if zeros < record.pruned:
+        yield f"it holds {zeros:,} zeros, promised were {record.pruned:,}"
+    if groups := re.fullmatch(r"(\d+):(\d+)", record.pattern):
+        yield from _broken_groups(nonzero, int(groups[1]), int(groups[2]))
+    elif record.pattern.startswith("row "):
+        allowed = record.kept // record.shape[0]
+        if wrong := int((nonzero.sum(dim=1) > allowed).sum()):
+            yield f"{wrong:,} of its {record.shape[0]:,} rows hold more than {allowed:,} non-zero weights"
+
+
+def _broken_groups(nonzero: Tensor, keep: int, of: int) -> Iterator[str]:
+    """What breaks keep:of along the inputs of a weight with these non-zeros (out, in)."""
+    if nonzero.shape[1] % of:
+        yield f"its {nonzero.shape[1]:,} inputs cannot be cut into groups of {of}"
+        return
+    per_group = nonzero.unflatten(1, (-1, of)).sum(dim=2)
+    if wrong := int((per_group > keep).sum()):
+        yield f"{wrong:,} of its {per_group.numel():,} groups hold more than {keep} of {of} non-zero weights"
+
+
+@contextmanager
+def _as_weight_of(site: Site, tensor: Tensor) -> Iterator[None]:
+    """Within the block, the site's module (on the meta device) holds ``tensor`` as its weight."""
+    meta = site.module.weight
+    site.module.weight = nn.Parameter(tensor, requires_grad=False)
+    try:
+        yield
+    finally:
+        site.module.weight = meta
+
+
+def _weight_files(folder: Path, name: str) -> dict[str, tuple[Path, str]]:
+    """Where each tensor lies: its file and its name there. Raises ModelError where there is none."""
+    index = folder / "model.safetensors.index.json"
+    try:
+        if index.is_file():
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            files = [folder / name for name in names]
+        else:
+            files = [folder / "model.safetensors"]
+            files = files if files[0].is_file() else sorted(folder.glob("*.safetensors"))
+        if not files:
+            raise ModelError("MODEL", name, "a folder with .safetensors files, which are what inspect reads")
+        tensors = {}
+        for file in files:
+            with safe_open(file, framework="pt") as opened:
+                tensors.update({key: (file, key) for key in opened.keys()})  # noqa: SIM118 (it is no dict)
+    except (OSError, SafetensorError, ValueError, KeyError) as error:
+        if isinstance(error, ModelError):
+            raise
+        raise ModelError.sentence(f"The weights in {folder} cannot be read: {error}.") from error
+    return tensors
+
+
+def _read(file: Path, key: str) -> Tensor:
+    with safe_open(file, framework="pt") as opened:
+        tensor: Tensor = opened.get_tensor(key)
+    return tensor

@@ -1,0 +1,141 @@
+"""The Gram matrix H = X^T X of a layer's inputs, as a plain sum that merges exactly.
+
+H is all that calibration leaves behind: a layer's loss, every method's update and every grade are
+functions of W0 and H. Layers that see the same input share one Gram and its factorisations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from typing import Self, TypeVar, cast
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from rarefy.errors import InputError, NumericalError
+
+T = TypeVar("T")
+
+_STRIP = 512  # width of a strip of the upper triangle: wide enough for full product speed
+_CHUNK = 2048  # tokens converted to float32 at a time: the buffer stays below glibc's mmap threshold
+
+
+class Gram:
+    """Sum of x x^T over tokens x (in,), float32, with the number of tokens and, if asked, the sum of x.
+
+    ``update`` adds activations, ``merge`` adds another Gram (of other windows, of another rank);
+    both are sums, so any split of the tokens gives the same matrix up to rounding.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        means: bool = False,
+    ) -> None:
+        self._sum = torch.zeros(size, size, device=device, dtype=dtype)  # upper strips until mirrored
+        self._mirrored = True
+        self.num_tokens = 0
+        self._sum_x = torch.zeros(size, device=device, dtype=torch.float64) if means else None
+        self._cache: dict[Hashable, object] = {}
+
+    @classmethod
+    def from_matrix(
+        cls, H: Float[Tensor, "in in"], num_tokens: int = 0, sum_x: Float[Tensor, "in"] | None = None
+    ) -> Self:
+        """A Gram from a finished symmetric matrix; its dtype (float32 or float64) is kept."""
+        if H.ndim != 2 or H.shape[0] != H.shape[1]:
+            raise InputError("gram", f"a tensor of shape {tuple(H.shape)}", "a square matrix (in, in)")
+        gram = cls(0)
+        gram._sum = H if H.dtype == torch.float64 else H.float()
+        gram.num_tokens = num_tokens
+        gram._sum_x = None if sum_x is None else sum_x.double()
+        return gram
+
+    @property
+    def size(self) -> int:
+        """Number of inputs."""
+        return self._sum.shape[0]
+
+    @property
+    def H(self) -> Float[Tensor, "in in"]:
+        """X^T X, symmetric; not to be written to."""
+        if not self._mirrored:
+            upper = self._sum.triu_()
+            upper += upper.triu(1).T
+            self._mirrored = True
+        return self._sum
+
+    @property
+    def mean(self) -> Float[Tensor, "in"]:
+        """Mean input over tokens, float64; raises where means were not collected."""
+        if self._sum_x is None or not self.num_tokens:
+            raise InputError.sentence("This method needs the mean of the inputs, but the Gram has no sum_x.")
+        return self._sum_x / self.num_tokens
+
+    @property
+    def has_means(self) -> bool:
+        """Whether the sum of the inputs was collected beside H."""
+        return self._sum_x is not None
+
+    def update(self, X: Float[Tensor, "*tokens in"]) -> None:
+        """Add the rows of X (..., in); products and sums in float32, whatever the dtype of X."""
+        X = X.reshape(-1, X.shape[-1])
+        self._writable()
+        self.num_tokens += X.shape[0]
+        if self._sum_x is not None:
+            self._sum_x += X.sum(dim=0, dtype=torch.float64)
+        step = _CHUNK if X.device.type == "cpu" else max(1, X.shape[0])
+        for start in range(0, X.shape[0], step):
+            self._add(X[start : start + step])
+
+    def _add(self, X: Float[Tensor, "tokens in"]) -> None:
+        # H is symmetric: strips of the upper triangle need little more than half of the products.
+        if X.is_cuda and X.dtype in (torch.bfloat16, torch.float16):
+            for a in range(0, self.size, _STRIP):
+                b = min(a + _STRIP, self.size)
+                # half-precision products are exact in float32, so only the summation rounds
+                self._sum[a:b, a:] += torch.mm(X[:, a:b].T, X[:, a:], out_dtype=torch.float32)
+            return
+        X = X.to(self._sum.dtype)
+        strip = _STRIP if self.size > _STRIP else max(1, self.size // 2)
+        for a in range(0, self.size, strip):
+            b = min(a + strip, self.size)
+            self._sum[a:b, a:].addmm_(X[:, a:b].T, X[:, a:])
+
+    def merge(self, other: Gram) -> None:
+        """Add another Gram of the same size."""
+        if other.size != self.size or other.has_means != self.has_means:
+            raise InputError.sentence(
+                f"Grams of {self.size} and {other.size} inputs, or with and without means, do not merge."
+            )
+        addend = other.H.to(self._sum)
+        self._writable()
+        self._sum += addend
+        self.num_tokens += other.num_tokens
+        if self._sum_x is not None and other._sum_x is not None:
+            self._sum_x += other._sum_x.to(self._sum_x)
+
+    def cached(self, key: Hashable, build: Callable[[], T]) -> T:
+        """``build()``, computed once per Gram; layers that share H share its factorisations."""
+        if key not in self._cache:
+            self._cache[key] = build()
+        return cast(T, self._cache[key])
+
+    def forget(self) -> None:
+        """Drop cached factorisations."""
+        self._cache.clear()
+
+    def check(self, name: str) -> None:
+        """Raise NumericalError, naming the layer, where H has NaN or infinity or a negative diagonal."""
+        diagonal = self.H.diagonal()
+        if not bool(torch.isfinite(self.H.sum(dtype=torch.float64))) or not bool((diagonal >= 0).all()):
+            raise NumericalError(f"The Gram matrix of {name} has NaN, infinity or a negative diagonal.")
+
+    def _writable(self) -> None:
+        self._cache.clear()
+        if self._mirrored:
+            self._mirrored = False  # the lower triangle is stale from here on

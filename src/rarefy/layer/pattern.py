@@ -1,0 +1,308 @@
+"""Sparsity patterns: which masks are allowed, and the best allowed mask for given scores.
+
+A mask is True where a weight is kept. Counts are exact: ``round(sparsity * size)`` entries are
+pruned, ties keep the lowest index. N:M keeps N of every M consecutive inputs of a row.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from rarefy.errors import PatternError
+from rarefy.layer.select import keep_largest, keep_largest_in_groups
+
+Shape = tuple[int, int]
+Scores = Float[Tensor, "out inputs"]
+Mask = Bool[Tensor, "out inputs"]
+
+
+class Pattern(ABC):
+    """A set of allowed masks for a weight of any shape (out, in)."""
+
+    #: True where the choice in one row never depends on another row.
+    rows_independent: bool = True
+    #: Length of the groups of inputs that belong together; blockwise methods cut at its multiples.
+    group: int = 1
+
+    @abstractmethod
+    def count(self, shape: Shape) -> int:
+        """How many weights of a matrix of ``shape`` are kept, exactly."""
+
+    @abstractmethod
+    def project(self, scores: Scores, locked: Mask | None = None) -> Mask:
+        """The allowed mask with the largest sum of scores; entries of ``locked`` are kept first.
+
+        ``locked`` must itself fit into an allowed mask.
+        """
+
+    @abstractmethod
+    def at(self, share: float) -> Pattern:
+        """The pattern on the way from dense (0) to this one (1) with ``share`` of its zeros.
+
+        Its masks always contain an allowed mask of the final pattern.
+        """
+
+    @abstractmethod
+    def rows(self, start: int, stop: int, shape: Shape) -> Pattern:
+        """The pattern of rows start..stop of a matrix of ``shape``; the budgets of all slices add up."""
+
+    @abstractmethod
+    def columns(self, start: int, stop: int, shape: Shape) -> Pattern:
+        """The pattern of columns start..stop of a matrix of ``shape``; the budgets of all slices add up."""
+
+    def validate(self, shape: Shape, name: str = "the weight") -> None:  # noqa: B027 (most fit any shape)
+        """Raise PatternError, naming the layer, where no mask of ``shape`` is allowed."""
+
+    def sparsity_of(self, shape: Shape) -> float:
+        """The exact fraction of zeros in a matrix of ``shape``."""
+        return 1 - self.count(shape) / (shape[0] * shape[1])
+
+    def check(self, mask: Mask) -> None:
+        """Raise PatternError where ``mask`` is not an allowed mask."""
+        kept, allowed = int(mask.sum()), self.count(_shape(mask))
+        if kept != allowed:
+            raise PatternError.sentence(f"The mask keeps {kept} weights, but {self} keeps {allowed}.")
+
+
+@dataclass(frozen=True)
+class Unstructured(Pattern):
+    """``sparsity`` of the whole matrix is zero, wherever the scores are lowest.
+
+    ``sparsity`` is a fraction in [0, 1). ``kept`` replaces it by an exact count (slices use it).
+    """
+
+    sparsity: float
+    kept: int | None = None
+    rows_independent = False
+
+    def __post_init__(self) -> None:
+        check_sparsity(self.sparsity)
+
+    def __str__(self) -> str:
+        return f"unstructured {_percent(self.sparsity)}"
+
+    def count(self, shape: Shape) -> int:
+        size = shape[0] * shape[1]
+        return size - round(self.sparsity * size) if self.kept is None else self.kept
+
+    def project(self, scores: Scores, locked: Mask | None = None) -> Mask:
+        scores = _locked_first(scores, locked)
+        return keep_largest(scores.reshape(-1), self.count(_shape(scores))).view_as(scores)
+
+    def at(self, share: float) -> Unstructured:
+        return Unstructured(self.sparsity * share)
+
+    def rows(self, start: int, stop: int, shape: Shape) -> Unstructured:
+        return Unstructured(self.sparsity, _share(self.count(shape), start, stop, shape[0]))
+
+    def columns(self, start: int, stop: int, shape: Shape) -> Unstructured:
+        return Unstructured(self.sparsity, _share(self.count(shape), start, stop, shape[1]))
+
+
+@dataclass(frozen=True)
+class PerRow(Pattern):
+    """``sparsity`` of every row (output neuron) is zero.
+
+    ``sparsity`` is a fraction in [0, 1). ``kept`` replaces it by an exact count per row (slices use it).
+    """
+
+    sparsity: float
+    kept: int | None = None
+
+    def __post_init__(self) -> None:
+        check_sparsity(self.sparsity)
+
+    def __str__(self) -> str:
+        return f"row {_percent(self.sparsity)}"
+
+    def count(self, shape: Shape) -> int:
+        return shape[0] * self._kept_per_row(shape[1])
+
+    def project(self, scores: Scores, locked: Mask | None = None) -> Mask:
+        return keep_largest(_locked_first(scores, locked), self._kept_per_row(scores.shape[1]))
+
+    def at(self, share: float) -> PerRow:
+        return PerRow(self.sparsity * share)
+
+    def rows(self, start: int, stop: int, shape: Shape) -> PerRow:
+        return self
+
+    def columns(self, start: int, stop: int, shape: Shape) -> PerRow:
+        return PerRow(self.sparsity, _share(self._kept_per_row(shape[1]), start, stop, shape[1]))
+
+    def check(self, mask: Mask) -> None:
+        per_row = mask.sum(dim=1)
+        allowed = self._kept_per_row(mask.shape[1])
+        if bool((per_row != allowed).any()):
+            row = int((per_row != allowed).nonzero()[0])
+            raise PatternError.sentence(
+                f"Row {row} of the mask keeps {int(per_row[row])} weights, but {self} keeps {allowed}."
+            )
+
+    def _kept_per_row(self, inputs: int) -> int:
+        return inputs - round(self.sparsity * inputs) if self.kept is None else self.kept
+
+
+@dataclass(frozen=True)
+class NM(Pattern):
+    """N:M sparsity: ``keep`` weights of every ``of`` consecutive inputs of a row are kept."""
+
+    keep: int
+    of: int
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.keep, int) and isinstance(self.of, int) and 1 <= self.keep < self.of):
+            raise PatternError(
+                "pattern", f"{self.keep}:{self.of}", "N:M with 1 <= N < M (N of every M weights are kept)"
+            )
+
+    def __str__(self) -> str:
+        return f"{self.keep}:{self.of}"
+
+    @property
+    def group(self) -> int:  # type: ignore[override]
+        return self.of
+
+    def validate(self, shape: Shape, name: str = "the weight") -> None:
+        if shape[1] % self.of:
+            raise PatternError.sentence(
+                f"pattern is {self}, but {name} has {shape[1]} inputs, which {self.of} does not divide."
+            )
+
+    def count(self, shape: Shape) -> int:
+        self.validate(shape)
+        return shape[0] * (shape[1] // self.of) * self.keep
+
+    def project(self, scores: Scores, locked: Mask | None = None) -> Mask:
+        self.validate(_shape(scores))
+        return keep_largest_in_groups(_locked_first(scores, locked), self.keep, self.of)
+
+    def at(self, share: float) -> _Gradual:
+        return _Gradual(self, share)
+
+    def rows(self, start: int, stop: int, shape: Shape) -> NM:
+        return self
+
+    def columns(self, start: int, stop: int, shape: Shape) -> NM:
+        if start % self.of or stop % self.of:
+            raise PatternError.sentence(f"Columns {start} to {stop} cut a group of {self}.")
+        return self
+
+    def check(self, mask: Mask) -> None:
+        self.validate(_shape(mask))
+        per_group = mask.reshape(mask.shape[0], -1, self.of).sum(dim=2)
+        if bool((per_group != self.keep).any()):
+            row, index = (int(i) for i in (per_group != self.keep).nonzero()[0])
+            raise PatternError.sentence(
+                f"Group {index} of row {row} keeps {int(per_group[row, index])} weights, but {self} keeps "
+                f"{self.keep}."
+            )
+
+
+@dataclass(frozen=True, eq=False)
+class Fixed(Pattern):
+    """Exactly the given mask (out, in), whatever the scores; for refits of a known support."""
+
+    mask: Mask
+
+    def __post_init__(self) -> None:
+        if self.mask.dtype != torch.bool or self.mask.ndim != 2:
+            raise PatternError(
+                "mask", f"a {self.mask.dtype} tensor of shape {tuple(self.mask.shape)}", "bool, (out, in)"
+            )
+
+    def __str__(self) -> str:
+        return "fixed mask"
+
+    def validate(self, shape: Shape, name: str = "the weight") -> None:
+        if shape != _shape(self.mask):
+            raise PatternError.sentence(
+                f"The fixed mask has shape {_shape(self.mask)}, but {name} has shape {shape}."
+            )
+
+    def count(self, shape: Shape) -> int:
+        self.validate(shape)
+        return int(self.mask.sum())
+
+    def project(self, scores: Scores, locked: Mask | None = None) -> Mask:
+        self.validate(_shape(scores))
+        return self.mask.to(scores.device)
+
+    def at(self, share: float) -> Fixed:
+        return self
+
+    def rows(self, start: int, stop: int, shape: Shape) -> Fixed:
+        return Fixed(self.mask[start:stop])
+
+    def columns(self, start: int, stop: int, shape: Shape) -> Fixed:
+        return Fixed(self.mask[:, start:stop])
+
+    def check(self, mask: Mask) -> None:
+        self.validate(_shape(mask))
+        if not torch.equal(mask, self.mask.to(mask.device)):
+            raise PatternError.sentence("The mask differs from the fixed mask.")
+
+
+@dataclass(frozen=True, eq=False)
+class _Gradual(Pattern):
+    """On the way to ``final``: its best mask is protected, the rest is pruned by one global threshold.
+
+    This generalises the protected groups of Boža's gradual 2:4 rule to every N:M (arXiv 2401.02938).
+    """
+
+    final: Pattern
+    share: float
+    rows_independent = False
+
+    def __str__(self) -> str:
+        return f"{_percent(self.share)} of the way to {self.final}"
+
+    def validate(self, shape: Shape, name: str = "the weight") -> None:
+        self.final.validate(shape, name)
+
+    def count(self, shape: Shape) -> int:
+        size = shape[0] * shape[1]
+        return size - round(self.share * (size - self.final.count(shape)))
+
+    def project(self, scores: Scores, locked: Mask | None = None) -> Mask:
+        protected = self.final.project(scores, locked)
+        count = self.count(_shape(scores))
+        return keep_largest(_locked_first(scores, protected).reshape(-1), count).view_as(scores)
+
+    def at(self, share: float) -> Pattern:
+        return _Gradual(self.final, self.share * share)
+
+    def rows(self, start: int, stop: int, shape: Shape) -> Pattern:
+        raise PatternError.sentence(f"{self} couples all rows and cannot be cut.")
+
+    def columns(self, start: int, stop: int, shape: Shape) -> Pattern:
+        raise PatternError.sentence(f"{self} couples all columns and cannot be cut.")
+
+
+def check_sparsity(sparsity: object, argument: str = "sparsity") -> None:
+    """Raise PatternError unless ``sparsity`` is a finite number in [0, 1)."""
+    if isinstance(sparsity, bool) or not isinstance(sparsity, (int, float)) or not 0 <= sparsity < 1:
+        raise PatternError(argument, sparsity, "a number in [0, 1), the fraction of zeros")
+
+
+def _share(total: int, start: int, stop: int, length: int) -> int:
+    """What part start..stop of ``length`` gets of ``total``: cumulative floors, so parts add up exactly."""
+    return total * stop // length - total * start // length
+
+
+def _locked_first(scores: Scores, locked: Mask | None) -> Scores:
+    return scores if locked is None else scores.masked_fill(locked, math.inf)
+
+
+def _percent(sparsity: float) -> str:
+    return f"{100 * sparsity:.4g}%"
+
+
+def _shape(matrix: Tensor) -> Shape:
+    return int(matrix.shape[0]), int(matrix.shape[1])

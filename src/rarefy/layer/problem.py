@@ -1,0 +1,143 @@
+"""The problem that pruning one layer is: min tr((W - W0) H (W - W0)^T) over W of a sparsity pattern.
+
+With H = X^T X this is ||X W^T - X W0^T||_F^2, the change of the layer's output over the
+calibration tokens. Sums that grade a weight are accumulated in float64.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from rarefy.errors import InputError, NumericalError
+from rarefy.layer.gram import Gram
+
+_STRIP = 2048  # rows and columns graded at a time in float64, to bound the memory of a grade
+
+
+@dataclass(frozen=True, eq=False)
+class Scaled:
+    """H damped and brought to unit diagonal: H[i, j] / (s[i] s[j]), with s; dead inputs have s = 1.
+
+    In these coordinates weights are W * s, so that |W| is the Wanda score.
+    """
+
+    H: Float[Tensor, "in in"]
+    s: Float[Tensor, "in"]
+
+
+class LayerProblem:
+    """One layer: dense weight W0 (out, in) and the Gram matrix H (in, in) of its inputs.
+
+    Works in float32, or in float64 if the weight or the Gram is float64.
+    Raises InputError for shapes that do not fit.
+    """
+
+    def __init__(self, W0: Float[Tensor, "out inputs"], gram: Gram) -> None:
+        if W0.ndim != 2 or W0.shape[1] != gram.size:
+            raise InputError(
+                "weight", f"a tensor of shape {tuple(W0.shape)}", f"(out, {gram.size}), as wide as its Gram"
+            )
+        double = torch.float64 in (W0.dtype, gram.H.dtype)
+        self.dtype = torch.float64 if double else torch.float32
+        self.gram = gram
+        self.W0 = W0.detach().to(self.dtype)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        return int(self.W0.shape[0]), int(self.W0.shape[1])
+
+    @property
+    def H(self) -> Float[Tensor, "in in"]:
+        """The Gram matrix in the problem's dtype and on its device."""
+        H = self.gram.H
+        if H.dtype == self.dtype and H.device == self.W0.device:
+            return H
+        return self.gram.cached(("H", self.dtype, self.W0.device), lambda: H.to(self.W0))
+
+    @property
+    def dead(self) -> Bool[Tensor, "in"]:
+        """Inputs that were zero for every token: nothing is known about their weights."""
+        return self.H.diagonal() <= 0
+
+    @cached_property
+    def target(self) -> Float[Tensor, "out inputs"]:
+        """W0 H, the right-hand side of every normal equation."""
+        return self.W0 @ self.H
+
+    def check(self, name: str) -> None:
+        """Raise NumericalError, naming the layer, for NaN or infinity in W0 or H."""
+        if not bool(torch.isfinite(self.W0).all()):
+            raise NumericalError(f"The weight of {name} has NaN or infinity.")
+        self.gram.check(name)
+
+    def objective(self, W: Float[Tensor, "out inputs"]) -> float:
+        """tr((W - W0) H (W - W0)^T), in float64."""
+        return self._energy(W, self.W0)
+
+    def gradient(self, W: Float[Tensor, "out inputs"]) -> Float[Tensor, "out inputs"]:
+        """2 (W - W0) H, in the problem's dtype."""
+        return 2 * ((W.to(self.dtype) - self.W0) @ self.H)
+
+    def relative_error(self, W: Float[Tensor, "out inputs"]) -> float:
+        """Output energy lost: tr((W - W0) H (W - W0)^T) / tr(W0 H W0^T).
+
+        Unitless; 0 is exact, 1 is as bad as the zero matrix, 0/0 = 0, x/0 = inf. In float64.
+        """
+        lost = self.objective(W)
+        if self._dense_energy == 0:
+            return 0.0 if lost == 0 else math.inf
+        return lost / self._dense_energy
+
+    @cached_property
+    def _dense_energy(self) -> float:
+        return self._energy(self.W0, None)
+
+    def _energy(self, W: Tensor, W0: Tensor | None) -> float:
+        """tr(D H D^T) for D = W - W0 (or W), product and sum in float64, a strip of D and H at a time."""
+        total = 0.0
+        for a in range(0, W.shape[0], _STRIP):
+            D = W[a : a + _STRIP].to(self.W0.device, torch.float64)
+            if W0 is not None:
+                D = D - W0[a : a + _STRIP].double()
+            for b in range(0, D.shape[1], _STRIP):
+                DH = D @ self.H[:, b : b + _STRIP].double()
+                total += float(DH.mul_(D[:, b : b + _STRIP]).sum())
+        return max(total, 0.0)
+
+    def scaled(self, damping: float, *, damp_first: bool) -> Scaled:
+        """H + damping * mean(diag H) * I at unit diagonal, shared by all layers with this Gram.
+
+        ``damp_first``: damp, then scale (ALPS), so that the result has exactly unit diagonal;
+        otherwise scale, then add ``damping`` (ADMM), so that the diagonal is 1 + damping.
+        A dead input keeps s = 1 and no coupling; its diagonal is what makes the matrix positive definite.
+        """
+        key = ("scaled", damping, damp_first, self.dtype, self.W0.device)
+        return self.gram.cached(key, lambda: _scale(self.H, damping, damp_first))
+
+    def to_scaled(self, W: Float[Tensor, "out inputs"], scaled: Scaled) -> Float[Tensor, "out inputs"]:
+        """W * s, zero for dead inputs, so that these are pruned first."""
+        return (W * scaled.s).masked_fill_(self.dead, 0)
+
+    def from_scaled(
+        self, W: Float[Tensor, "out inputs"], mask: Bool[Tensor, "out inputs"], scaled: Scaled
+    ) -> Float[Tensor, "out inputs"]:
+        """W / s on the mask; a kept weight of a dead input stays what it was."""
+        return torch.where(self.dead, self.W0, W / scaled.s).mul_(mask)
+
+
+def _scale(H: Tensor, damping: float, damp_first: bool) -> Scaled:
+    diagonal = H.diagonal()
+    dead = diagonal <= 0
+    shift = damping * diagonal.mean() if damp_first else torch.zeros((), dtype=H.dtype, device=H.device)
+    s = (diagonal + shift).sqrt().masked_fill_(dead, 1)
+    A = H / s.outer(s)
+    # The diagonal is known exactly; dead inputs get 1 like all others.
+    A.diagonal().fill_(1.0 if damp_first else 1.0 + damping)
+    return Scaled(A, s)

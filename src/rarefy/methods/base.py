@@ -1,0 +1,223 @@
+"""The one interface of all methods, and the one driver of iterations.
+
+A method is a frozen dataclass of its hyperparameters: it is its own configuration. Direct methods
+implement ``solve``; iterative ones implement ``init``, ``step``, ``stop`` and ``finish`` and share the
+driver below, which owns the count of steps, the trace and the watch for non-finite iterates. No
+method measures its own error or time: ``run`` does that, the same way for all.
+"""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar, Generic, TypeVar
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from rarefy.errors import MethodError, NumericalError
+from rarefy.layer.pattern import Pattern
+from rarefy.layer.problem import LayerProblem
+from rarefy.layer.solution import Solution, Status
+
+State = TypeVar("State")
+
+
+def hyper(
+    default: Any,
+    help: str,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    choices: tuple[str, ...] = (),
+) -> Any:
+    """A hyperparameter: its default, what it means, and the values it may take (bounds included)."""
+    metadata = {"help": help, "low": low, "high": high, "choices": choices}
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class Method(ABC):
+    """Finds a sparse weight for one layer; instances are immutable and can be used for any layer."""
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    paper: ClassVar[str] = ""
+    #: Which ``--scope`` the method compares weights in by default: the whole "layer" or each "row".
+    default_scope: ClassVar[str] = "layer"
+    #: Whether the Gram must carry the mean of the inputs.
+    needs_means: ClassVar[bool] = False
+    #: Whether it only improves a start (an earlier method's solution) and cannot come first.
+    needs_start: ClassVar[bool] = False
+    #: Whether it can go on from a start; one that cannot is only ever the first of a combination.
+    takes_start: ClassVar[bool] = False
+
+    def __str__(self) -> str:
+        return self.name
+
+    def __post_init__(self) -> None:
+        check_hyperparameters(self)
+
+    @abstractmethod
+    def solve(self, problem: LayerProblem, pattern: Pattern, start: Solution | None = None) -> Solution:
+        """A weight and mask for ``problem`` that ``pattern`` allows.
+
+        ``start`` is what the method before it in a combination found. Grades nothing.
+        Raises NumericalError where the layer cannot be solved.
+        """
+
+    def rows_independent(self, pattern: Pattern) -> bool:
+        """Whether a row's answer never depends on other rows, so that layers may be stacked or split."""
+        return False
+
+
+class IterativeMethod(Method, Generic[State]):
+    """A method that repeats a step: ``init``, then ``step`` and ``stop`` until done, then ``finish``."""
+
+    @abstractmethod
+    def init(self, problem: LayerProblem, pattern: Pattern, start: Solution | None) -> State:
+        """The state before the first step."""
+
+    @abstractmethod
+    def max_steps(self, state: State) -> int:
+        """How many steps are taken at most."""
+
+    @abstractmethod
+    def step(self, state: State, t: int) -> dict[str, float]:
+        """Take step t = 1, 2, ... in place; what it returns is added to the trace."""
+
+    def stop(self, state: State, t: int) -> bool:
+        """Whether the method is done after step t."""
+        return False
+
+    def iterate(self, state: State) -> Float[Tensor, "out inputs"] | None:
+        """The tensor that becomes non-finite first if the iteration diverges; None if it cannot."""
+        return None
+
+    @abstractmethod
+    def finish(self, state: State) -> Solution:
+        """The answer of the last state."""
+
+    def solve(self, problem: LayerProblem, pattern: Pattern, start: Solution | None = None) -> Solution:
+        state = self.init(problem, pattern, start)
+        trace: dict[str, list[float]] = {}
+        status, t = Status.STEP_LIMIT, 0
+        for t in range(1, self.max_steps(state) + 1):
+            for key, value in self.step(state, t).items():
+                trace.setdefault(key, []).append(value)
+            if self.stop(state, t):
+                status = Status.CONVERGED
+                break
+        iterate = self.iterate(state)
+        if iterate is not None and not bool(torch.isfinite(iterate.sum())):
+            raise NumericalError(f"{self.name} diverged within {t} steps.")
+        solution = self.finish(state)
+        if solution.status is Status.SOLVED:
+            solution.status = status
+        solution.steps += t
+        solution.trace = trace | solution.trace
+        return solution
+
+
+def run(
+    method: Method,
+    problem: LayerProblem,
+    pattern: Pattern,
+    *,
+    name: str = "the layer",
+    start: Solution | None = None,
+) -> Solution:
+    """Check, solve, time and grade one layer; what every caller uses instead of ``method.solve``.
+
+    Trivial patterns (nothing or everything kept) are answered here. A method that fails on a layer
+    is reported by the status of the solution, whose weight is then W0 on the pattern's mask of the
+    largest Wanda scores: never dense, never silent.
+    Raises NumericalError for NaN or infinity in W0 or H, PatternError where the pattern does not fit,
+    MethodError where a method breaks its contract; each names the layer.
+    """
+    if method.needs_start and start is None:
+        raise cannot_come_first(method)
+    pattern.validate(problem.shape, name)
+    problem.check(name)
+    started = time.perf_counter()
+    kept = pattern.count(problem.shape)
+    if kept in (0, problem.W0.numel()):
+        mask = torch.full_like(problem.W0, bool(kept), dtype=torch.bool)
+        solution = Solution(problem.W0 * mask, mask, Status.TRIVIAL)
+    else:
+        try:
+            solution = method.solve(problem, pattern, start)
+            _check_contract(method, solution, pattern, problem, name)
+        except NumericalError as error:
+            solution = fallback(problem, pattern)
+            solution.details["failure"] = str(error)
+    solution.seconds = time.perf_counter() - started
+    solution.relative_error = problem.relative_error(solution.weight)
+    return solution
+
+
+def cannot_come_first(method: Method) -> MethodError:
+    """The error for a method that only improves a start, used without one."""
+    return MethodError.sentence(
+        f"{method} improves what another method found, so it cannot come first: write for example wanda+{method}."
+    )
+
+
+def fallback(problem: LayerProblem, pattern: Pattern) -> Solution:
+    """W0 on the mask of the largest Wanda scores, with a status that says that the method failed."""
+    mask = pattern.project(wanda_scores(problem))
+    return Solution(problem.W0 * mask, mask, Status.NOT_FACTORED)
+
+
+def wanda_scores(problem: LayerProblem) -> Float[Tensor, "out inputs"]:
+    """|W0_ij| ||X_j||, with ||X_j|| = sqrt(H_jj) (arXiv 2306.11695)."""
+    return problem.W0.abs() * problem.H.diagonal().clamp_min(0).sqrt()
+
+
+def masked(weight: Float[Tensor, "out inputs"], mask: Bool[Tensor, "out inputs"]) -> Solution:
+    """The weight with zeros where ``mask`` is False."""
+    return Solution(weight * mask, mask)
+
+
+def check_hyperparameters(method: Method) -> None:
+    """Raise MethodError where a field has the wrong type, is out of range or not among its choices."""
+    for item in fields(method):
+        if "help" not in item.metadata:
+            continue  # a part of a combination, or a field of a user's own class
+        value, default = getattr(method, item.name), item.default
+        low, high, choices = (item.metadata[key] for key in ("low", "high", "choices"))
+        argument = f"{method.name}.{item.name}"
+        if choices:
+            if value not in choices:
+                raise MethodError(argument, value, "one of " + ", ".join(choices))
+        elif isinstance(default, bool):
+            if not isinstance(value, bool):
+                raise MethodError(argument, value, "true or false")
+        elif isinstance(default, (int, float)):
+            kind = "a whole number" if isinstance(default, int) else "a number"
+            right = isinstance(value, int if isinstance(default, int) else (int, float))
+            allowed = kind + _bounds(low, high)
+            if isinstance(value, bool) or not right or not _within(value, low, high):
+                raise MethodError(argument, value, allowed)
+
+
+def _within(value: float, low: float | None, high: float | None) -> bool:
+    return float("-inf") < value < float("inf") and (low is None or value >= low) and (high is None or value <= high)
+
+
+def _bounds(low: float | None, high: float | None) -> str:
+    if low is not None and high is not None:
+        return f" from {low:g} to {high:g}"
+    return f" of at least {low:g}" if low is not None else ""
+
+
+def _check_contract(method: Method, solution: Solution, pattern: Pattern, problem: LayerProblem, name: str) -> None:
+    if solution.weight.shape != problem.W0.shape or solution.mask.shape != problem.W0.shape:
+        raise MethodError.sentence(f"{method.name} returned another shape than that of {name}.")
+    if not bool(torch.isfinite(solution.weight).all()):
+        raise NumericalError(f"{method.name} returned NaN or infinity.")
+    pattern.check(solution.mask)
+    if bool((solution.weight[~solution.mask] != 0).any()):
+        raise MethodError.sentence(f"{method.name} returned a weight that is not zero outside its mask.")

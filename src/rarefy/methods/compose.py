@@ -1,0 +1,86 @@
+"""Methods made of methods: one after the other, or the best of several.
+
+``Then(Wanda(), PCG())`` is ``--method wanda+pcg`` on the command line: each part starts from the
+solution of the part before it. ``BestOf(a, b)`` solves with each and keeps the lowest loss.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from rarefy.errors import MethodError
+from rarefy.layer.pattern import Pattern
+from rarefy.layer.problem import LayerProblem
+from rarefy.layer.solution import Solution, Status
+from rarefy.methods.base import Method, cannot_come_first
+
+
+@dataclass(frozen=True, init=False)
+class _Combination(Method):
+    """Several methods that act as one."""
+
+    parts: tuple[Method, ...]
+
+    def __init__(self, *parts: Method) -> None:
+        if not parts or not all(isinstance(part, Method) for part in parts):
+            raise MethodError.sentence(f"{type(self).__name__} takes one or more methods, such as rarefy.Wanda().")
+        object.__setattr__(self, "parts", parts)
+        object.__setattr__(self, "default_scope", parts[0].default_scope)
+        object.__setattr__(self, "needs_means", any(part.needs_means for part in parts))
+
+    def rows_independent(self, pattern: Pattern) -> bool:
+        return all(part.rows_independent(pattern) for part in self.parts)
+
+
+@dataclass(frozen=True, init=False)
+class Then(_Combination):
+    """Each method improves what the one before it found."""
+
+    name: ClassVar[str] = "then"
+    summary: ClassVar[str] = "each part starts from the solution of the part before it"
+
+    def __init__(self, *parts: Method) -> None:
+        super().__init__(*parts)
+        for part in parts[1:]:
+            if not part.takes_start:
+                raise MethodError.sentence(
+                    f"{part} starts afresh, so it can only be the first part of a combination."
+                )
+        if parts[0].needs_start:
+            raise cannot_come_first(parts[0])
+
+    def __str__(self) -> str:
+        return "+".join(str(part) for part in self.parts)
+
+    def solve(self, problem: LayerProblem, pattern: Pattern, start: Solution | None = None) -> Solution:
+        worst = Status.SOLVED
+        for part in self.parts:
+            previous, start = start, part.solve(problem, pattern, start)
+            if start.status is Status.DAMPED:
+                worst = Status.DAMPED
+            if previous is not None:
+                start.steps += previous.steps
+                start.details = previous.details | start.details
+                start.trace = previous.trace | start.trace
+        assert start is not None  # there is at least one part
+        if worst is Status.DAMPED:
+            start.status = worst
+        return start
+
+
+@dataclass(frozen=True, init=False)
+class BestOf(_Combination):
+    """Solves with each method and keeps the solution with the lowest loss."""
+
+    name: ClassVar[str] = "bestof"
+    summary: ClassVar[str] = "keeps the best of several methods' solutions, layer by layer"
+
+    def __str__(self) -> str:
+        return "best of " + ", ".join(str(part) for part in self.parts)
+
+    def solve(self, problem: LayerProblem, pattern: Pattern, start: Solution | None = None) -> Solution:
+        solutions = [(part, part.solve(problem, pattern, start)) for part in self.parts]
+        part, best = min(solutions, key=lambda pair: problem.objective(pair[1].weight))
+        best.details["best"] = str(part)
+        return best

@@ -1,0 +1,196 @@
+"""The loop over blocks: collect, solve, write, propagate.
+
+For each block in order, the hidden states of all windows are replayed through the still dense block
+while hooks feed its Gram matrices, every linear is solved, the sparse weights are written, and the
+hidden states are replayed through the pruned block to enter the next one.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from jaxtyping import Int64
+from torch import Tensor, nn
+
+from rarefy.calibration.collect import collect
+from rarefy.calibration.stream import HiddenStates, convert_calls, record
+from rarefy.errors import NumericalError
+from rarefy.layer.gram import Gram
+from rarefy.layer.pattern import Pattern
+from rarefy.layer.problem import LayerProblem
+from rarefy.layer.solution import Solution
+from rarefy.methods.base import Method, run
+from rarefy.models.blocks import Block, Site, find_blocks, select_sites
+from rarefy.report.records import LayerRecord, Report
+
+Progress = Callable[[int, int, str], None]
+
+
+def solve(
+    weight: Tensor, gram: Tensor | Gram, pattern: Pattern, method: Method, *, name: str = "the layer"
+) -> Solution:
+    """Prune one layer: ``weight`` (out, in) float, ``gram`` (in, in) tensor X^T X or ``Gram``.
+
+    Returns a Solution with ``weight`` (out, in), ``mask``, ``relative_error`` and ``status``; works in
+    float64 if either input does, else in float32. ``name`` is what errors call the layer. Raises
+    PatternError, MethodError, NumericalError (NaN or infinity), InputError (shapes).
+    """
+    gram = gram if isinstance(gram, Gram) else Gram.from_matrix(gram)
+    with torch.no_grad():
+        return run(method, LayerProblem(weight, gram), pattern, name=name)
+
+
+def prune(
+    model: nn.Module,
+    windows: Int64[Tensor, "num length"],
+    *,
+    pattern: Pattern,
+    method: Method,
+    batch_size: int = 4,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    strict: bool = False,
+    on_progress: Progress | None = None,
+    on_layer: Callable[[LayerRecord], None] | None = None,
+) -> Report:
+    """Prune the linears in all blocks of a loaded decoder-only transformers model, in place.
+
+    ``windows`` (num, length) are int64 token ids for calibration, replayed ``batch_size`` at a time.
+    ``include`` and ``exclude`` are globs on full module names. ``on_progress(done, total, note)`` and
+    ``on_layer(record)`` are called as the run goes on. Raises PatternError before anything changes
+    where the pattern does not fit a layer, NumericalError for NaN or infinity, and, if ``strict``,
+    for a layer whose status is a failure.
+    """
+    started = time.perf_counter()
+    blocks = select_sites(find_blocks(model), include, exclude)
+    check_pattern(blocks, pattern)
+    training = model.training
+    model.eval()
+    try:
+        stream = record(model, [block.module for block in blocks], windows, batch_size)
+        convert_calls(stream, compute_dtype(stream.states.dtype, stream.device))
+        records: list[LayerRecord] = []
+        last = max(block.index for block in blocks if block.sites)
+        ticks = _Ticks(on_progress, sum(2 * stream.num_batches + len(b.sites) for b in blocks[: last + 1]))
+        for block in blocks[: last + 1]:
+            stored = {site.name: site.read().dtype for site in block.sites}
+            with computing_in(block.module, stream.compute_dtype):
+                for done in _prune_block(block, stream, pattern, method, strict, stored, ticks):
+                    records.append(done)
+                    if on_layer:
+                        on_layer(done)
+                if block.index < last:
+                    stream.advance(block.module, block.index, ticks.one)
+    finally:
+        model.train(training)
+    return Report(records, seconds=time.perf_counter() - started, method=str(method), pattern=str(pattern))
+
+
+def check_pattern(blocks: Sequence[Block], pattern: Pattern) -> None:
+    """Raise PatternError, naming the first layer, where ``pattern`` does not fit its shape."""
+    for block in blocks:
+        for site in block.sites:
+            pattern.validate(site.shape, site.name)
+
+
+def _prune_block(
+    block: Block,
+    stream: HiddenStates,
+    pattern: Pattern,
+    method: Method,
+    strict: bool,
+    stored: dict[str, torch.dtype],
+    ticks: _Ticks,
+) -> Iterator[LayerRecord]:
+    if not block.sites:
+        return
+    grams = collect(stream, block.module, block.index, block.sites, means=method.needs_means, on_batch=ticks.one)
+    for site in block.sites:
+        gram = grams.pop(site.name)  # freed, with its factorisations, after the last layer that shares it
+        with torch.no_grad():
+            record_ = _prune_site(site, block.index, gram, pattern, method, strict, stored[site.name])
+        ticks.one(f"{site.name} {record_.relative_error:.4f}")
+        yield record_
+
+
+def _prune_site(
+    site: Site, block: int, gram: Gram, pattern: Pattern, method: Method, strict: bool, dtype: torch.dtype
+) -> LayerRecord:
+    problem = LayerProblem(site.read(), gram)
+    solution = run(method, problem, pattern, name=site.name)
+    if strict and solution.status.failed:
+        reason = solution.details.get("failure", solution.status.value)
+        raise NumericalError(f"{site.name}: {reason} (strict)")
+    # Rounded to the dtype it is stored in; the mask is applied again, with +0 for zeros.
+    site.write(torch.where(solution.mask, solution.weight.to(dtype), 0))
+    return LayerRecord(
+        name=site.name,
+        block=block,
+        shape=list(problem.shape),
+        pattern=str(pattern),
+        kept=int(solution.mask.sum()),
+        relative_error=problem.relative_error(site.read()),
+        status=solution.status.value,
+        failed=solution.status.failed,
+        details=solution.details,
+        steps=solution.steps,
+        seconds=solution.seconds,
+        peak_bytes=peak_bytes(problem.W0.device),
+        trace=solution.trace,
+    )
+
+
+def compute_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype to run blocks in: float32 on CPUs without matrix units for half precision.
+
+    There float32 products are faster than bfloat16 ones (docs/log.md) and lose nothing.
+    """
+    half = dtype in (torch.bfloat16, torch.float16)
+    amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
+    if device.type == "cpu" and half and not (dtype == torch.bfloat16 and amx):
+        return torch.float32
+    return dtype
+
+
+@contextmanager
+def computing_in(module: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Hold the half-precision parameters and buffers of a block in ``dtype`` for its turn."""
+    tensors = [*module.parameters(), *module.buffers()]
+    changed = [
+        (tensor, tensor.dtype)
+        for tensor in tensors
+        if tensor.dtype in (torch.bfloat16, torch.float16) and tensor.dtype != dtype
+    ]
+    try:
+        for tensor, _ in changed:
+            tensor.data = tensor.data.to(dtype)
+        yield
+    finally:
+        for tensor, original in changed:
+            tensor.data = tensor.data.to(original)
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Largest memory so far in bytes: of the GPU's allocator, or of the whole process on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes there, in KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+class _Ticks:
+    """Counts the parts of a run that are done and tells whoever watches."""
+
+    def __init__(self, watcher: Progress | None, total: int) -> None:
+        self._watcher, self._total, self._done, self._note = watcher, total, 0, ""
+
+    def one(self, note: str | None = None) -> None:
+        self._done += 1
+        self._note = self._note if note is None else note
+        if self._watcher:
+            self._watcher(self._done, self._total, self._note)

@@ -1,0 +1,1 @@
+"""What a run tells its user: records of its layers, tables, the model card."""

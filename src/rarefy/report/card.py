@@ -1,0 +1,144 @@
+"""The model card: README.md of the model folder, with the front matter that the hub reads.
+
+It says what was done and what was measured, and it does not promise a smaller or faster model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jinja2 import Environment, StrictUndefined
+
+_TEMPLATE = """\
+---
+{{ front_matter }}---
+
+# {{ title }}
+
+The weights of {{ layers }} linear layers of {{ base }} were pruned in one shot, without retraining,
+by Rarefy {{ versions.rarefy }}: {{ "{:.2%}".format(sparsity) }} of them are exactly zero.
+Embeddings, norms and the output head were not touched.
+
+| | |
+|---|---|
+| base model | {{ base }} |
+| method | {{ method }}{% if paper %} ({{ paper }}){% endif %} |
+| pattern | {{ pattern_words }} |
+| zeros, counted | {{ "{:,}".format(pruned) }} of {{ "{:,}".format(size) }} weights in {{ layers }} layers |
+| layers' relative output error, geometric mean | {{ "{:.5f}".format(relative_error) }} |
+| calibration | {{ calibration.num_samples }} windows of {{ "{:,}".format(calibration.sequence_length) }} tokens
+{%- if calibration.source == "self" %}, written by the dense model itself
+{%- else %} from `{{ calibration.source }}`{% endif %}, seed {{ seed }} |
+{% if failed %}| layers on which the method failed | {{ failed | join(", ") }} |
+{% endif %}
+```
+{{ command }}
+```
+
+Python {{ versions.python }}, torch {{ versions.torch }}, transformers {{ versions.transformers }}.
+
+{% if perplexity %}
+## Perplexity
+
+| text | context length | windows | perplexity |
+|---|---|---|---|
+{% for row in perplexity -%}
+| {{ row.text }} | {{ "{:,}".format(row.length) }} | {{ row.windows }} | {{ "{:.2f}".format(row.value) }} |
+{% endfor %}
+Windows do not overlap; every token but a window's first is predicted. Perplexities of other context
+lengths or other texts cannot be compared with these.
+
+{% endif %}
+## What the zeros gain, and what they do not
+
+This is a dense checkpoint that holds zeros. By itself it is **not smaller and not faster**: the files
+have the size of the dense model's, and ordinary kernels multiply by the zeros. What can help:
+
+- at rest and on the way: general compression of the files shrinks runs of zeros;
+- {{ speed }};
+- on CPUs: inference engines with kernels for unstructured sparsity.
+
+Pruning costs quality, and more for some tasks than perplexity shows: evaluate on your own. Fine-tuning,
+merging adapters and some quantisers fill the zeros again unless they keep the mask.
+"""
+
+#: Models that Rarefy knows by a name of its own.
+_KNOWN: dict[str, dict[str, str | None]] = {
+    "smollm2": {"hub_id": "HuggingFaceTB/SmolLM2-135M-Instruct", "license": "apache-2.0"}
+}
+
+_SPEED = {
+    True: "on NVIDIA GPUs from Ampere on: `torch.sparse.to_sparse_semi_structured` on each pruned weight, "
+    "which pays off for large batches",
+    False: "on GPUs: nothing that is common today; 2:4 is the pattern that they have kernels for",
+}
+
+
+def model_card(run: Mapping[str, Any]) -> str:
+    """The card of the run that ``run`` (the content of run.json) tells of.
+
+    Perplexities are shown where ``run["perplexity"]`` has any, each with its context length; the hub
+    links the base model where ``run["base_model"]["hub_id"]`` names it.
+    """
+    base = run["base_model"]
+    front: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    if base.get("license"):
+        front["license"] = base["license"]
+    if base.get("hub_id"):
+        front["base_model"] = base["hub_id"]
+    front["tags"] = ["rarefy", "pruning", "sparse", str(run["method"])]
+    name = str(base.get("hub_id") or base["name"]).rstrip("/")
+    pattern = str(run["pattern"])
+    return _ENVIRONMENT.from_string(_TEMPLATE).render(
+        {
+            **run,
+            "front_matter": yaml.safe_dump(front, sort_keys=False),
+            "base": f"`{name}`",
+            "title": f"{name.rpartition('/')[2]}, pruned ({run['method']}, {pattern})",
+            "pattern_words": _words(pattern),
+            "speed": _SPEED[pattern == "2:4"],
+        }
+    )
+
+
+def base_model(name: str, kind: str, path: Path) -> dict[str, str | None]:
+    """Name, hub id and licence of the dense model, as far as they are known.
+
+    ``kind`` is "hub", "folder" or "gguf"; ``path`` its folder, whose own card may name the licence.
+    """
+    if name in _KNOWN:
+        return {"name": name, **_KNOWN[name]}
+    front = _front_matter(path / "README.md") if path.is_dir() else {}
+    licence = front.get("license")
+    return {"name": name, "hub_id": name if kind == "hub" else None, "license": licence and str(licence)}
+
+
+def _front_matter(file: Path) -> dict[str, Any]:
+    """What a card says between its two lines of ``---``; nothing where there is no such thing."""
+    try:
+        _, _, rest = file.read_text(encoding="utf-8").partition("---\n")
+        content = yaml.safe_load(rest.partition("\n---")[0])
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _words(pattern: str) -> str:
+    keep, colon, of = pattern.partition(":")
+    if colon:
+        return f"{pattern}: at most {keep} of every {of} consecutive inputs of a row are not zero"
+    kind, _, percent = pattern.partition(" ")
+    where = {"unstructured": "of every weight matrix", "row": "of every row of every weight matrix"}.get(kind)
+    return f"{percent} {where} are zero" if where else pattern
+
+
+_ENVIRONMENT = Environment(
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+    keep_trailing_newline=True,
+    autoescape=False,
+)

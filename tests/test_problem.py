@@ -1,0 +1,261 @@
+"""The problem of one layer: loss, gradient, grade, scaling, and the factorisations of its Gram."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from problems import FAMILIES, INPUTS
+from rarefy.errors import InputError, NumericalError
+from rarefy.layer import problem as problem_module
+from rarefy.layer.gram import Gram
+from rarefy.layer.problem import LayerProblem
+from rarefy.layer.spectrum import inverse_factor, scaled_inverse, shifted_inverse
+
+# Sums of a few hundred products, relative to the largest: 1e-16 or 1e-7, times their number.
+ROUNDING: dict[torch.dtype, dict[str, Any]] = {
+    torch.float64: {"rtol": 1e-11, "atol": 1e-11},
+    torch.float32: {"rtol": 1e-4, "atol": 1e-4},
+}
+DTYPES = list(ROUNDING)
+NAMES = list(FAMILIES)
+
+
+def draw(family: str, dtype: torch.dtype = torch.float64, out: int = 6, inputs: int = 12) -> LayerProblem:
+    W0, H = FAMILIES[family](out, inputs, 0)
+    return LayerProblem(W0.to(dtype), Gram.from_matrix(H.to(dtype)))
+
+
+def other_weight(problem: LayerProblem) -> Tensor:
+    noise = torch.randn(problem.shape, generator=torch.Generator().manual_seed(3), dtype=problem.dtype)
+    return problem.W0 + 0.3 * noise
+
+
+# --- loss and grade
+
+
+@pytest.mark.parametrize("family", NAMES)
+def test_objective_is_the_change_of_the_outputs(family: str) -> None:
+    problem, X = draw(family), INPUTS[family](12, 0)
+    W = other_weight(problem)
+    assert problem.objective(W) == pytest.approx(float((X @ W.T - X @ problem.W0.T).square().sum()), rel=1e-11)
+    dense = float((X @ problem.W0.T).square().sum())
+    assert problem.relative_error(W) == pytest.approx(problem.objective(W) / dense, rel=1e-11)
+    assert problem.relative_error(problem.W0) == 0
+    assert problem.relative_error(torch.zeros_like(W)) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("family", NAMES)
+def test_gradient_is_that_of_the_objective(family: str) -> None:
+    problem = draw(family)
+    W = other_weight(problem).requires_grad_()
+    D = W - problem.W0
+    ((D @ problem.H) * D).sum().backward()
+    torch.testing.assert_close(problem.gradient(W.detach()), W.grad, **ROUNDING[torch.float64])
+    assert not problem.gradient(problem.W0).any()
+    torch.testing.assert_close(problem.target, problem.W0 @ problem.H)
+
+
+def test_grades_are_summed_in_float64() -> None:
+    # Differences of one part in 1e5, and 1e8 + 1: lost in float32 sums.
+    problem = LayerProblem(torch.ones(1, 4), Gram.from_matrix(torch.diag(torch.tensor([1e8, 1.0, 1.0, 1.0]))))
+    assert problem.objective(torch.zeros(1, 4)) == 1e8 + 3
+    assert problem.relative_error(torch.tensor([[1.0, 0.0, 1.0, 1.0]])) == pytest.approx(1 / (1e8 + 3), rel=1e-12)
+
+
+def test_grades_in_strips(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = draw("correlated")
+    W = other_weight(problem)
+    whole = problem.objective(W)
+    monkeypatch.setattr(problem_module, "_STRIP", 5)  # divides neither 6 nor 12
+    again = draw("correlated")
+    assert again.objective(W) == pytest.approx(whole, rel=1e-12)
+    assert again.relative_error(W) == pytest.approx(problem.relative_error(W), rel=1e-12)
+
+
+def test_nothing_lost_of_nothing_is_zero_and_something_is_infinite() -> None:
+    dead = LayerProblem(torch.ones(2, 3), Gram.from_matrix(torch.zeros(3, 3)))
+    assert dead.relative_error(torch.zeros(2, 3)) == 0
+    zero = LayerProblem(torch.zeros(2, 3), Gram.from_matrix(torch.eye(3)))
+    assert zero.relative_error(torch.zeros(2, 3)) == 0
+    assert zero.relative_error(torch.ones(2, 3)) == math.inf
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1e12])
+def test_the_grade_has_no_unit(scale: float) -> None:
+    W0, H = FAMILIES["correlated"](6, 12, 0)
+    problem, scaled = draw("correlated"), LayerProblem(W0.float() * scale, Gram.from_matrix(H.float() / scale))
+    W = other_weight(problem)
+    assert scaled.relative_error(W * scale) == pytest.approx(problem.relative_error(W), rel=1e-4)
+
+
+# --- dtypes, shapes, numbers
+
+
+@pytest.mark.parametrize(
+    ("weight", "gram", "expected"),
+    [
+        (torch.float32, torch.float32, torch.float32),
+        (torch.bfloat16, torch.float32, torch.float32),
+        (torch.float16, torch.float32, torch.float32),
+        (torch.float64, torch.float32, torch.float64),
+        (torch.float32, torch.float64, torch.float64),
+        (torch.bfloat16, torch.float64, torch.float64),
+    ],
+)
+def test_works_in_float32_unless_something_is_float64(
+    weight: torch.dtype, gram: torch.dtype, expected: torch.dtype
+) -> None:
+    problem = LayerProblem(torch.ones(2, 3, dtype=weight), Gram.from_matrix(torch.eye(3, dtype=gram)))
+    assert problem.dtype == problem.W0.dtype == problem.H.dtype == expected
+    assert problem.gradient(problem.W0).dtype == expected
+    assert problem.shape == (2, 3)
+
+
+@pytest.mark.parametrize("shape", [(3,), (2, 4), (4, 2), (1, 2, 3), (0, 4)])
+def test_shapes_that_do_not_fit(shape: tuple[int, ...]) -> None:
+    with pytest.raises(InputError, match=r"weight is .*, but must be \(out, 3\)"):
+        LayerProblem(torch.ones(shape), Gram(3))
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_check_names_the_layer(bad: float) -> None:
+    W0 = torch.ones(2, 3)
+    W0[1, 2] = bad
+    with pytest.raises(NumericalError, match=r"^The weight of model\.k_proj has NaN or infinity\.$"):
+        LayerProblem(W0, Gram.from_matrix(torch.eye(3))).check("model.k_proj")
+    with pytest.raises(NumericalError, match=r"Gram matrix of model\.k_proj"):
+        LayerProblem(torch.ones(2, 3), Gram.from_matrix(torch.eye(3) * bad)).check("model.k_proj")
+    LayerProblem(torch.ones(2, 3), Gram.from_matrix(torch.eye(3))).check("model.k_proj")
+
+
+def test_the_callers_weight_is_left_alone() -> None:
+    W0 = torch.ones(2, 3, requires_grad=True)
+    problem = LayerProblem(W0, Gram.from_matrix(torch.eye(3)))
+    assert not problem.W0.requires_grad
+    assert W0.requires_grad
+
+
+# --- unit diagonal
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("family", NAMES)
+@pytest.mark.parametrize("damp_first", [True, False])
+@pytest.mark.parametrize("damping", [0.0, 0.1])
+def test_scaled_is_the_damped_gram_at_unit_diagonal(
+    family: str, damp_first: bool, damping: float, dtype: torch.dtype
+) -> None:
+    problem = draw(family, dtype)
+    scaled = problem.scaled(damping, damp_first=damp_first)
+    H, alive = problem.H, ~problem.dead
+    shift = damping * float(H.diagonal().mean()) if damp_first else 0.0
+    expected_diagonal = 1.0 if damp_first else 1.0 + damping
+    assert torch.equal(scaled.H.diagonal(), torch.full_like(scaled.s, expected_diagonal))
+    assert torch.equal(scaled.s[problem.dead], torch.ones_like(scaled.s[problem.dead]))
+    torch.testing.assert_close(scaled.s[alive], (H.diagonal()[alive] + shift).sqrt(), **ROUNDING[dtype])
+    back = scaled.H * scaled.s.outer(scaled.s)
+    off = ~torch.eye(12, dtype=torch.bool)
+    torch.testing.assert_close(back[off], H[off], **ROUNDING[dtype])
+
+
+def test_scaled_weights_are_wanda_scores_and_come_back() -> None:
+    problem = draw("dead_columns")
+    assert problem.dead.nonzero().flatten().tolist() == [0, 6]
+    scaled = problem.scaled(0.0, damp_first=True)
+    W = problem.to_scaled(problem.W0, scaled)
+    torch.testing.assert_close(W.abs(), problem.W0.abs() * problem.H.diagonal().sqrt())
+    assert not W[:, problem.dead].any()
+    mask = torch.rand(problem.shape, generator=torch.Generator().manual_seed(0)) > 0.5
+    # a kept weight of a dead input stays what it was
+    torch.testing.assert_close(problem.from_scaled(W, mask, scaled), problem.W0 * mask)
+    assert torch.equal(problem.W0, FAMILIES["dead_columns"](6, 12, 0)[0])
+
+
+def test_layers_with_one_gram_share_what_is_made_of_it() -> None:
+    W0, H = FAMILIES["correlated"](6, 12, 0)
+    gram = Gram.from_matrix(H.float())
+    q, k, wide = (LayerProblem(w, gram) for w in (W0.float(), W0.float()[:3], W0))
+    assert q.scaled(0.1, damp_first=True) is k.scaled(0.1, damp_first=True)
+    assert q.scaled(0.1, damp_first=True) is not q.scaled(0.1, damp_first=False)
+    assert q.scaled(0.1, damp_first=True) is not q.scaled(0.2, damp_first=True)
+    assert inverse_factor(q, 0.01) is inverse_factor(k, 0.01)
+    scaled = q.scaled(0.1, damp_first=False)
+    assert scaled_inverse(q, scaled, 1.0) is scaled_inverse(k, scaled, 1.0)
+    # float64 next to float32 shares nothing by mistake
+    assert (
+        wide.H.dtype
+        == wide.scaled(0.1, damp_first=True).H.dtype
+        == inverse_factor(wide, 0.01).U.dtype
+        == torch.float64
+    )
+    assert wide.H is wide.H
+
+
+# --- factorisations
+
+
+@pytest.mark.parametrize("family", NAMES)
+def test_inverse_factor(family: str) -> None:
+    problem = draw(family)
+    factor = inverse_factor(problem, 0.01)
+    H = problem.H.clone()
+    mean = H.diagonal().mean()
+    H.diagonal()[problem.dead] = mean
+    damped = H + 0.01 * mean * torch.eye(12, dtype=H.dtype)
+    assert factor.damping == 0.01
+    assert torch.equal(factor.U, factor.U.triu())
+    assert bool((factor.U.diagonal() > 0).all())
+    torch.testing.assert_close(factor.U.T @ factor.U @ damped, torch.eye(12, dtype=H.dtype), atol=1e-9, rtol=0)
+
+
+def indefinite(lowest: float, size: int = 12) -> Tensor:
+    """A matrix of unit mean diagonal with lowest eigenvalue ``lowest`` < 0: what rounding can make of a Gram."""
+    values = torch.full((size,), (size - lowest) / (size - 1), dtype=torch.float64)
+    values[0] = lowest
+    generator = torch.Generator().manual_seed(1)
+    Q = torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64)).Q
+    H = (Q * values) @ Q.T
+    return (H + H.T) / 2
+
+
+@pytest.mark.parametrize(("lowest", "expected"), [(-0.005, 0.01), (-0.05, 0.1), (-0.5, 1.0)])
+def test_damping_grows_tenfold_until_the_gram_can_be_factored(lowest: float, expected: float) -> None:
+    problem = LayerProblem(torch.ones(1, 12), Gram.from_matrix(indefinite(lowest)))
+    factor = inverse_factor(problem, 0.01)
+    assert factor.damping == pytest.approx(expected)
+    damped = indefinite(lowest) + expected * torch.eye(12, dtype=torch.float64)
+    torch.testing.assert_close(factor.U.T @ factor.U @ damped, torch.eye(12, dtype=torch.float64), atol=1e-9, rtol=0)
+
+
+def test_no_damping_asked_for_still_finds_some() -> None:
+    problem = draw("rank_deficient")
+    factor = inverse_factor(LayerProblem(problem.W0, Gram.from_matrix(torch.ones(12, 12))), 0.0)
+    assert 0 < factor.damping < 1e-3
+
+
+def test_what_no_damping_can_save_is_an_error() -> None:
+    H = torch.eye(4, dtype=torch.float64)
+    H[0, 1] = H[1, 0] = 1e9
+    with pytest.raises(NumericalError, match="not positive definite"):
+        inverse_factor(LayerProblem(torch.ones(1, 4), Gram.from_matrix(H)), 0.01)
+    with pytest.raises(NumericalError, match="not positive definite"):
+        shifted_inverse(H, 1.0)
+
+
+@pytest.mark.parametrize("rho", [0.03, 1.0, 30.0])
+def test_shifted_inverse(rho: float) -> None:
+    problem = draw("correlated")
+    scaled = problem.scaled(0.1, damp_first=False)
+    before = scaled.H.clone()
+    expected = torch.linalg.inv(scaled.H + rho * torch.eye(12, dtype=torch.float64))
+    torch.testing.assert_close(shifted_inverse(scaled.H, rho), expected, **ROUNDING[torch.float64])
+    out = torch.full_like(expected, torch.nan)
+    assert shifted_inverse(scaled.H, rho, out=out) is out
+    torch.testing.assert_close(out, expected, **ROUNDING[torch.float64])
+    torch.testing.assert_close(scaled_inverse(problem, scaled, rho), rho * expected, **ROUNDING[torch.float64])
+    assert torch.equal(scaled.H, before)
