@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from rarefy.layer.pattern import Pattern
     from rarefy.methods.base import Method
     from rarefy.models.blocks import Block
-    from rarefy.models.checkpoint import ModelSource
+    from rarefy.models.source import ModelSource
     from rarefy.recipe import Recipe
 
 app = typer.Typer(
@@ -54,8 +54,8 @@ app = typer.Typer(
 
 #: What typer raises for every mistake in the use of options and arguments.
 _UsageError = cast("type[Exception]", typer.BadParameter.__base__)
-#: What ``eval`` reads where ``--text`` is missing, and the papers' context length in tokens.
-_DEFAULT_TEXT, _FULL_LENGTH = "python-docs", 2048
+#: The papers' context length in tokens.
+_FULL_LENGTH = 2048
 #: Seconds between two progress lines where standard error is no terminal.
 _SECONDS_BETWEEN_LINES = 15.0
 
@@ -264,9 +264,10 @@ def evaluate(
     if as_json:
         print(json.dumps(facts))
     else:
+        value = facts["perplexity"]
         print(
-            f"perplexity {facts['perplexity']:.2f} on {facts['text']}, {facts['windows']} windows of "
-            f"{facts['length']:,} tokens"
+            f"perplexity {'not finite' if value is None else format(value, '.2f')} on {facts['text']}, "
+            f"{facts['windows']} windows of {facts['length']:,} tokens"
         )
 
 
@@ -331,7 +332,8 @@ def _plan(recipe: Recipe) -> _Plan:
     """Find every mistake that can be found before the weights are loaded, the cheapest first."""
     from rarefy.calibration.sources import DRAW_FROM, SELF, draw_windows, parse_source
     from rarefy.models.blocks import find_blocks, select_sites
-    from rarefy.models.checkpoint import resolve_device, resolve_model
+    from rarefy.models.checkpoint import resolve_device
+    from rarefy.models.source import resolve_model
     from rarefy.pruning import check_pattern
     from rarefy.recipe import DEFAULT_CALIBRATION
 
@@ -532,13 +534,13 @@ def _evaluate(
     dtype: str,
 ) -> dict[str, Any]:
     """Perplexity and all that it depends on; a run folder keeps it in run.json and in its model card."""
-    from rarefy.calibration.sources import parse_source
-    from rarefy.evaluation.perplexity import perplexity
-    from rarefy.models.checkpoint import load_model, resolve_device, resolve_dtype, resolve_model
+    from rarefy.evaluation.perplexity import perplexity, text_source
+    from rarefy.models.checkpoint import load_model, resolve_device, resolve_dtype
+    from rarefy.models.source import resolve_model
 
     device = resolve_device(device_name)
     resolve_dtype(dtype)
-    text = parse_source(text_name or _DEFAULT_TEXT, argument="--text", part="evaluation")
+    text = text_source(text_name)
     folder = RunFolder.find(model_name)
     source = resolve_model(str(folder.model if folder else model_name))
     if length is None:
@@ -555,17 +557,11 @@ def _evaluate(
     model, _ = load_model(source, device, dtype)
     with _Watch("windows") as watch:
         result = perplexity(
-            model,
-            tokens,
-            length,
-            max_windows=max_windows,
-            bos_id=bos_id,
-            batch_size=batch_size,
-            progress=watch,
+            model, tokens, length, max_windows=max_windows, bos_id=bos_id, batch_size=batch_size, progress=watch
         )
     row = {
         "text": text.name,
-        "value": result.value,
+        "value": result.perplexity if math.isfinite(result.perplexity) else None,
         "length": result.length,
         "windows": result.windows,
         "tokens": result.tokens,
@@ -644,9 +640,11 @@ class _Watch:
             self._bar.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, error: object, *_: object) -> None:
         if self._bar:
             self._bar.stop()
+        if error is None:
+            _note(f"{self._what}: done in {_duration(time.monotonic() - self._started)}")
 
     def __call__(self, done: int, total: int, note: str = "") -> None:
         """Part ``done`` of ``total`` is finished; ``note`` is shown beside it."""
@@ -654,11 +652,10 @@ class _Watch:
             self._bar.update(self._task, completed=done, total=total, note=note)
             return
         now = time.monotonic()
-        if done == total or now - self._last_line >= _SECONDS_BETWEEN_LINES:
+        if now - self._last_line >= _SECONDS_BETWEEN_LINES:
             self._last_line = now
-            left = (now - self._started) * (total - done) / max(done, 1)
-            time_left = f", {_duration(left)} left" if done < total else f" in {_duration(now - self._started)}"
-            _note(f"{self._what}: {done} of {total}{time_left}{', last ' + note if note else ''}")
+            left = _duration((now - self._started) * (total - done) / max(done, 1))
+            _note(f"{self._what}: {done:,} of {total:,}, {left} left{', last ' + note if note else ''}")
 
 
 class _Clock:

@@ -96,8 +96,13 @@ def write_text(
         if (windows := _load(file, num, length)) is not None:
             return windows
 
-    with _in_float32(model):
-        texts = _write(model, num * pieces, piece_length, seed, bos_id, batch_size, progress)
+    training = model.training
+    model.eval()
+    try:
+        with _in_float32(model):
+            texts = _write(model, num * pieces, piece_length, seed, bos_id, batch_size, progress)
+    finally:
+        model.train(training)
     windows = texts.view(num, pieces * piece_length)[:, :length].contiguous()
     if file is not None:
         _store(file, windows)
@@ -173,11 +178,11 @@ class _AllocatedLayer(DynamicLayer):
         self._filled = 0
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        if not self.is_initialized:
+        if self.keys is None or self.values is None:
             self.dtype, self.device = key_states.dtype, key_states.device
-            batch, heads, _length, width = key_states.shape
-            self.keys = key_states.new_empty(batch, heads, self._length, width)
-            self.values = value_states.new_empty(batch, heads, self._length, value_states.shape[3])
+            batch_and_heads = key_states.shape[:2]
+            self.keys = key_states.new_empty(*batch_and_heads, self._length, key_states.shape[3])
+            self.values = value_states.new_empty(*batch_and_heads, self._length, value_states.shape[3])
             self.is_initialized = True
         old, self._filled = self._filled, self._filled + key_states.shape[2]
         self.keys[:, :, old : self._filled] = key_states
@@ -205,7 +210,7 @@ def _fitting_batch(model: PreTrainedModel, length: int) -> int:
 
 
 def _vocabulary(model: PreTrainedModel) -> int:
-    return model.get_input_embeddings().weight.shape[0]
+    return int(model.config.get_text_config(decoder=True).vocab_size)
 
 
 def _start_token(model: PreTrainedModel) -> int | None:

@@ -148,8 +148,8 @@ class ParquetFile(Source):
     path: Path
 
     def documents(self) -> Iterator[str]:
-        import pyarrow as pa
-        import pyarrow.parquet as parquet
+        import pyarrow as pa  # type: ignore[import-untyped, unused-ignore]
+        import pyarrow.parquet as parquet  # type: ignore[import-untyped, unused-ignore]
 
         try:
             with parquet.ParquetFile(self.path) as file:

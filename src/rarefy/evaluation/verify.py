@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from rarefy.errors import ModelError
 from rarefy.models.blocks import Site, find_blocks
-from rarefy.models.checkpoint import resolve_model
+from rarefy.models.source import resolve_model
 from rarefy.report.records import LayerRecord
 from rarefy.run_folder import RunFolder
 

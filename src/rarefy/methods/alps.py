@@ -12,7 +12,8 @@ In scaled dual form (U = V / rho), from D = P(W0), U = 0, for t = 1, 2, ...
     U <- U + W - D                                              (3)
     rho <- next penalty, U <- U rho_old / rho                   (4)
 
-then M = the pattern's choice from |W|, and conjugate gradients on M from M W (see refit.py).
+then M = the pattern's choice from |W|, and conjugate gradients on M from M W (see refit.py), with
+refit_damping in place of damping: by default on the problem as it is, undamped.
 
 Penalty "support" (the paper): rho_0 = 0.1; every 3 steps, with s the number of positions of the support
 that changed since the last look and k the number of kept weights:
@@ -37,7 +38,8 @@ W0 A (A + rho I)^-1 = W0 - rho W0 (A + rho I)^-1, (1) is one product:
 | inverse  | (X^T X + rho I)^-1 | (in, in) | rho (A + rho I)^-1, written anew at each rho |
 
 Source: Meng et al., "ALPS: Improved Optimization for Highly Sparse One-Shot Pruning for Large Language
-Models", arXiv 2406.07831, algorithms 1 and 2. Differences: Cholesky factorisations instead of one
+Models", arXiv 2406.07831, algorithms 1 and 2; as published: ALPS(penalty="support", damping=0.01, refit_damping=0.01), ``alps-paper`` on
+the command line. Differences: Cholesky factorisations instead of one
 eigendecomposition (cheaper here, see docs/log.md); PCG with a step per row.
 Cost: one product W @ H a step, a factorisation and inverse for each distinct rho (about 4/3 in^3
 multiplications), one product per conjugate-gradient step. Memory: four (out, in), two (in, in).
@@ -96,15 +98,19 @@ class ALPS(IterativeMethod[_State]):
     penalty: str = hyper(
         "geometric", "how rho grows: by equal ratios, or by support change", choices=("geometric", "support")
     )
-    steps: int = hyper(80, "ADMM steps with the geometric penalty", low=1)
+    steps: int = hyper(60, "ADMM steps with the geometric penalty", low=1)
     levels: int = hyper(10, "distinct values of the geometric penalty", low=1)
-    rho_first: float = hyper(0.03, "first geometric penalty", low=1e-6)
-    rho_last: float = hyper(3.0, "last geometric penalty", low=1e-6)
+    rho_first: float = hyper(0.1, "first geometric penalty", low=1e-6)
+    rho_last: float = hyper(1.0, "last geometric penalty", low=1e-6)
     max_support_steps: int = hyper(300, "ADMM steps at most with the penalty by support change", low=1)
     rho_support: float = hyper(0.1, "first penalty by support change", low=1e-6)
-    damping: float = hyper(0.01, "added to the diagonal of H, as a fraction of its mean", low=0)
+    damping: float = hyper(0.001, "added to the diagonal of H, as a fraction of its mean", low=0)
+    refit_damping: float = hyper(0.0, "the same in the conjugate gradients", low=0)
     pcg_steps: int = hyper(10, "conjugate-gradient steps at the end", low=0)
     rtol: float = hyper(1e-4, "conjugate gradients stop where residuals have fallen by this factor", low=0)
+
+    def __str__(self) -> str:
+        return "alps-paper" if self.penalty == "support" else "alps"
 
     def init(self, problem: LayerProblem, pattern: Pattern, start: Solution | None) -> _State:
         scaled = problem.scaled(self.damping, damp_first=True)
@@ -146,7 +152,11 @@ class ALPS(IterativeMethod[_State]):
         mask = state.pattern.project(torch.abs(state.W, out=state.Y))
         W, W0, scaled = state.W.mul_(mask), state.W0, state.scaled
         state.X = state.Y = state.inverse = torch.empty(0)  # their memory is for the conjugate gradients
-        steps, residuals = conjugate_gradients_(W, W0, mask, scaled.H, self.pcg_steps, self.rtol)
+        less = None
+        if self.refit_damping != self.damping:
+            mean = state.problem.H.diagonal().mean()
+            less = (self.damping - self.refit_damping) * mean / scaled.s.square()
+        steps, residuals = conjugate_gradients_(W, W0, mask, scaled.H, self.pcg_steps, self.rtol, less)
         weight = state.problem.from_scaled(W, mask, scaled)
         return Solution(weight, mask, steps=steps, trace={"residual": residuals})
 

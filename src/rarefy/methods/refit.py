@@ -79,13 +79,17 @@ def conjugate_gradients_(
     A: Float[Tensor, "in in"],
     steps: int,
     rtol: float,
+    less: Float[Tensor, "in"] | None = None,
 ) -> tuple[int, list[float]]:
     """Lower tr((W - W0) A (W - W0)^T) on the support of ``mask``, in place in W.
 
-    A has unit diagonal. Returns the steps taken and |R|_F before each and after the last.
+    A has unit diagonal; ``less`` is taken off its diagonal, so that a damped A serves for the undamped
+    problem without a second matrix. Returns the steps taken and |R|_F before each and after the last.
     """
     M = mask.to(W.dtype)
-    R = ((W0 - W) @ A).mul_(M)
+    R = W0 - W
+    R = torch.addcmul(R @ A, R, less, value=-1) if less is not None else R @ A
+    R.mul_(M)
     P = R.clone()
     Q = torch.empty_like(P)
     squares = torch.linalg.vecdot(R, R).unsqueeze(1)
@@ -95,6 +99,8 @@ def conjugate_gradients_(
         if bool((squares <= enough).all()):
             return t, residuals
         torch.mm(P, A, out=Q)  # (1)
+        if less is not None:
+            Q.addcmul_(P, less, value=-1)
         curvature = torch.linalg.vecdot(P, Q).unsqueeze(1)
         a = torch.where((squares > enough) & (curvature > 0), squares / curvature, 0)  # (2)
         W.addcmul_(P, a)

@@ -2,25 +2,222 @@
 
 With R = W0 * (1 - M) what a mask M takes away, the problem is
 
-    min f(M) = tr(R H R^T)  over 0 <= M <= 1 with at most as many ones as the pattern allows.
+    min f(M) = tr(R H R^T)  over 0 <= M <= 1 with no more ones than the pattern keeps.
 
-Scores S of a warm start (Wanda, RIA, magnitude) choose the start mask; its floor(alpha k) highest
-scores of the k that it keeps are kept for ever: M = 1 there. From M = the start mask, for t = 0, 1, ...
+The scores of a warm start (Wanda, RIA, magnitude) choose the first mask. Of its k weights those with
+the floor(alpha k) highest scores are kept for ever. From M = the first mask, for t = 0, 1, ...
 
-    G = -grad f / 2 = W0 * (R H)                                         (1)  the one product of a step
-    V = 1 at the largest entries of G that the pattern has room for,
-        beside what is kept for ever, and only where G > 0               (2)
+    G = -grad f / 2 = W0 * (R H)                                         (1)
+    V = 1 on what is kept for ever and on the largest entries of G that
+        the pattern has room for beside it, if they are positive         (2)
     M <- (1 - eta) M + eta V                                             (3)
-    eta = 2 / (t + 2 + offset)                                           (4a) open loop
-    eta = clip(<R H, E> / <E H, E>, 0, 1),  E = W0 * (V - M)             (4b) exact line search
+    eta = clip(<R H, E> / <E H, E>, 0, 1), E = W0 * (V - M)              (4)  "line-search"
+    eta = 2 / (t + 2 + offset)                                           (4') "open-loop"
 
-M is rounded to the pattern's choice of its largest entries every ``round_every`` steps and after the
-last (5); the best of these masks and the start is the answer, so it is never worse than the start.
+Every ``round_every`` steps and after the last, M is rounded to the pattern's choice of its largest
+entries, and graded (5). The best of these masks and the first is the answer: never worse than the start.
 
-| code  | paper      | shape     | meaning                                                      |
-|-------|------------|-----------|--------------------------------------------------------------|
-| M     | M + M-bar  | (out, in) | relaxed mask, 1 where a weight is kept for ever              |
-| RH    |            | (out, in) | R H; by line search it is carried: R H <- R H - eta E H      |
-| scores| -grad f    | (out, in) | G, then V, then V - M                                        |
-| lock  | M-bar      | (out, in) | infinity where a weight is kept for ever, else 0             |
+| code  | paper      | shape     | meaning                                                         |
+|-------|------------|-----------|-----------------------------------------------------------------|
+| M     | M          | (out, in) | relaxed mask; what it says of weights kept for ever is not read |
+| fixed | M-bar      | (out, in) | what is kept for ever                                           |
+| W     |            | (out, in) | W0 outside fixed, else 0: G and E are 0 there                   |
+| RH    |            | (out, in) | R H; after a line search R H - eta E H                          |
+| V     | V          | (out, in) | G, then V; float, for masks are slow to multiply with           |
+| E, EH |            | (out, in) | E and E H by line search; E holds R by open loop                |
+
+Source: Roux et al., "SparseFW", arXiv 2510.13713, algorithm 2. Differences: the gradient is taken at
+M with the part that is kept for ever (the paper prints it without); the paper's eta_0 = 1 throws the
+warm start away, so the default is the exact line search, and the open loop has an offset; the best
+rounded mask is kept. For N:M the paper leaves open how alpha is shared out: a floor per group would
+make 0, 0.1 and 0.25 the same at 2:4, so the highest scores of the whole matrix are kept for ever and
+each group chooses the rest of its N. Per row, every row keeps its own floor(alpha k).
+Cost: one product W @ H a step and about half a product's time for selection and passes on the smallest
+layers, less on larger ones. Memory: six (out, in) matrices, one more for N:M, and H.
 """
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from rarefy.layer.pattern import NM, Fixed, Pattern, PerRow, Unstructured
+from rarefy.layer.problem import LayerProblem
+from rarefy.layer.select import keep_largest, kth_largest
+from rarefy.layer.solution import Solution, Status
+from rarefy.methods.base import IterativeMethod, hyper, masked, wanda_scores
+from rarefy.methods.ria import ria_scores
+
+_RIA_EXPONENT = 0.5  # RIA's own; SparseFW's paper writes 1
+_SMALL_GROUP = 8  # inputs up to which the columns of a group are compared one by one
+
+
+@dataclass
+class _State:
+    problem: LayerProblem
+    pattern: Pattern
+    fixed: Bool[Tensor, "out inputs"]
+    num_fixed: int  # of each row if the pattern is per row, else of the whole matrix
+    W: Float[Tensor, "out inputs"]
+    M: Float[Tensor, "out inputs"]
+    RH: Float[Tensor, "out inputs"]
+    V: Float[Tensor, "out inputs"]
+    E: Float[Tensor, "out inputs"]
+    EH: Float[Tensor, "out inputs"]
+    lock: Float[Tensor, "out inputs"] | None  # infinity on fixed, else 0; only N:M needs it
+    best: Bool[Tensor, "out inputs"]
+    lowest: float
+    steps: int
+    best_step: int = 0
+    still: bool = False
+
+
+@dataclass(frozen=True)
+class SparseFW(IterativeMethod[_State]):
+    """Frank-Wolfe steps on the relaxed mask, with the surest part of a warm start kept for ever."""
+
+    name: ClassVar[str] = "sparsefw"
+    summary: ClassVar[str] = "chooses the mask by Frank-Wolfe steps on its relaxation"
+    paper: ClassVar[str] = "arXiv 2510.13713"
+    takes_start: ClassVar[bool] = True
+
+    steps: int = hyper(200, "Frank-Wolfe steps", low=0)
+    alpha: float = hyper(0.6, "share of the kept weights that the warm start decides for ever", low=0, high=1)
+    warm_start: str = hyper("wanda", "scores that choose the first mask", choices=("wanda", "ria", "magnitude"))
+    rule: str = hyper("line-search", "how long a step is", choices=("line-search", "open-loop"))
+    offset: float = hyper(20.0, "open-loop steps are 2 / (t + 2 + offset)", low=0)
+    round_every: int = hyper(20, "steps between two roundings of the mask", low=1)
+
+    def init(self, problem: LayerProblem, pattern: Pattern, start: Solution | None) -> _State:
+        scores = self._scores(problem)
+        mask = pattern.project(scores) if start is None else start.mask
+        k = int(mask[0].sum() if isinstance(pattern, PerRow) else mask.sum())
+        num_fixed = math.floor(self.alpha * k)
+        fixed = _highest(scores.masked_fill_(~mask, -math.inf), num_fixed, pattern)
+        E = problem.W0 * ~mask
+        state = _State(
+            problem, pattern, fixed, num_fixed, problem.W0 * ~fixed, mask.to(problem.dtype), E @ problem.H,
+            scores, E, torch.empty_like(E), None, mask, 0.0, self.steps,
+        )  # fmt: skip
+        if not isinstance(pattern, (Unstructured, PerRow)):
+            state.lock = torch.zeros_like(E).masked_fill_(fixed, math.inf)
+        if isinstance(pattern, Fixed) or torch.equal(fixed, mask):
+            state.steps = 0  # nothing to choose
+        state.lowest = _loss(E, state.RH)
+        return state
+
+    def max_steps(self, state: _State) -> int:
+        return state.steps
+
+    def step(self, state: _State, t: int) -> dict[str, float]:
+        W, H, M, E, RH = state.W, state.problem.H, state.M, state.E, state.RH
+        V = _vertex(state)  # (1), (2)
+        if self.rule == "line-search":
+            torch.sub(V, M, out=E).mul_(W)
+            EH = torch.mm(E, H, out=state.EH)
+            gain, curvature = _dot(RH, E), _dot(EH, E)
+            eta = min(max(gain / curvature, 0.0), 1.0) if curvature > 0 else float(gain > 0)  # (4)
+            state.still = eta == 0  # and so it would be in every later step
+            M.lerp_(V, eta)  # (3)
+            RH.add_(EH, alpha=-eta)
+        else:
+            eta = 2 / (t + 1 + self.offset)  # (4'), t counts from 1 here
+            M.mul_(1 - eta).add_(V, alpha=eta)  # (3)
+            torch.mm(torch.addcmul(W, W, M, value=-1, out=E), H, out=RH)  # W is 0 where M is not read
+        if t % self.round_every and t != state.steps and not state.still:
+            return {}
+        return {"rounded loss": self._grade(state, t)}
+
+    def stop(self, state: _State, t: int) -> bool:
+        return state.still
+
+    def iterate(self, state: _State) -> Float[Tensor, "out inputs"]:
+        return state.RH
+
+    def finish(self, state: _State) -> Solution:
+        solution = masked(state.problem.W0, state.best)
+        if state.steps == 0:
+            solution.status = Status.TRIVIAL
+        solution.details = {"best step": float(state.best_step)}
+        return solution
+
+    @staticmethod
+    def _grade(state: _State, t: int) -> float:
+        """(5): the loss of the rounded mask, which becomes the best one if it is."""
+        rounded = state.pattern.project(state.M, state.fixed)
+        taken = torch.mul(state.problem.W0, ~rounded, out=state.V)
+        loss = _loss(taken, torch.mm(taken, state.problem.H, out=state.EH))
+        if loss < state.lowest:
+            state.best, state.lowest, state.best_step = rounded, loss, t
+        return loss
+
+    def _scores(self, problem: LayerProblem) -> Float[Tensor, "out inputs"]:
+        if self.warm_start == "wanda":
+            return wanda_scores(problem)
+        return ria_scores(problem, _RIA_EXPONENT) if self.warm_start == "ria" else problem.W0.abs()
+
+
+def _highest(scores: Tensor, num_fixed: int, pattern: Pattern) -> Bool[Tensor, "out inputs"]:
+    """M-bar: the ``num_fixed`` highest scores of each row if the pattern is per row, else of all."""
+    if isinstance(pattern, PerRow):
+        return keep_largest(scores, num_fixed)
+    return keep_largest(scores.view(-1), num_fixed).view_as(scores)
+
+
+def _vertex(state: _State) -> Float[Tensor, "out inputs"]:
+    """(1) and (2), in the buffer of V.
+
+    A threshold above 0 keeps only what lowers f. Comparisons are in place, so in float: a bool mask and
+    its conversion would cost several times as much.
+    """
+    pattern, tiny = state.pattern, torch.finfo(state.W.dtype).tiny
+    G = torch.mul(state.W, state.RH, out=state.V)
+    if state.lock is not None:
+        G.add_(state.lock)
+        if isinstance(pattern, NM) and pattern.of <= _SMALL_GROUP:
+            threshold = _kth_largest_in_groups(G, pattern).clamp_min_(tiny)
+            G.unflatten(1, (-1, pattern.of)).ge_(threshold.unsqueeze(2))  # keeps all equals
+            return G
+        chosen = pattern.project(G)
+        return G.gt_(0).mul_(chosen)
+    rows = G if isinstance(pattern, PerRow) else G.view(1, -1)
+    free = pattern.count((len(rows), rows.shape[1])) // len(rows) - state.num_fixed
+    rows.ge_(kth_largest(rows, free).unsqueeze(-1).clamp_min_(tiny))
+    counts = G.sum(dim=1)
+    if float(counts.max() if isinstance(pattern, PerRow) else counts.double().sum()) > free:
+        # equals at the threshold: once more, in full
+        torch.mul(state.W, state.RH, out=G)
+        chosen = keep_largest(rows, free).view_as(G)
+        G.gt_(0).mul_(chosen)
+    return G
+
+
+def _kth_largest_in_groups(G: Float[Tensor, "out inputs"], pattern: NM) -> Float[Tensor, "out groups"]:
+    """The N-th largest of every group, by insertion: few passes over contiguous columns."""
+    largest: list[Tensor] = []
+    for i in range(pattern.of):
+        x = G[:, i :: pattern.of].contiguous()
+        full = len(largest) == pattern.keep
+        for j, kept in enumerate(largest):
+            if full and j == pattern.keep - 1:
+                largest[j] = torch.maximum(kept, x)
+            else:
+                largest[j], x = torch.maximum(kept, x), torch.minimum(kept, x)
+        if not full:
+            largest.append(x)
+    return largest[-1]
+
+
+def _dot(A: Tensor, B: Tensor) -> float:
+    """<A, B> of contiguous matrices."""
+    return float(torch.dot(A.view(-1), B.view(-1)))
+
+
+def _loss(R: Tensor, RH: Tensor) -> float:
+    """tr(R H R^T), rows added up in float64 so that masks can be told apart."""
+    return float(torch.linalg.vecdot(R, RH).sum(dtype=torch.float64))

@@ -95,6 +95,16 @@ def load_model(
     return model, tokenizer
 
 
+def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase | None:
+    """The tokenizer alone, for which no weights are read; None where the checkpoint has none.
+
+    Raises ModelError where it is damaged.
+    """
+    gguf = source.kind == "gguf"
+    with quiet(), quick_reading() if gguf else nullcontext():
+        return _load_tokenizer(source, source.path.parent if gguf else source.path)
+
+
 def save_model(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path, source: ModelSource
 ) -> None:

@@ -37,7 +37,7 @@ def quick_reading() -> Iterator[None]:
     Replaces two functions of the ``gguf`` package and standard error while it lasts. What transformers
     gets is the same; should another release of it look elsewhere, it is slow again and nothing else.
     """
-    replaced = {"GGUFReader": _Reader, "get_tensor_name_map": gguf.get_tensor_name_map}
+    replaced: dict[str, Any] = {"GGUFReader": _Reader, "get_tensor_name_map": gguf.get_tensor_name_map}
     originals = {name: getattr(gguf, name) for name in replaced}
     try:
         for name, function in replaced.items():

@@ -21,7 +21,12 @@ from typing import Any, Literal
 import huggingface_hub
 import torch
 import transformers
-from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
@@ -189,6 +194,10 @@ def _from_hub(name: str, patterns: tuple[str, ...], show_progress: bool = False)
     except RepositoryNotFoundError as error:
         raise ModelError.sentence(
             f"There is neither a folder {name} nor a public model of that name on the hub."
+        ) from error
+    except LocalEntryNotFoundError as error:
+        raise ModelError.sentence(
+            f"There is no folder {name}, no model of that name in the local cache, and the hub cannot be reached."
         ) from error
     except Exception as error:
         reason = f"the hub cannot be asked for a model of that name ({_first_line(error)})"

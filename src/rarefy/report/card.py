@@ -28,12 +28,14 @@ Embeddings, norms and the output head were not touched.
 | method | {{ method }}{% if paper %} ({{ paper }}){% endif %} |
 | pattern | {{ pattern_words }} |
 | zeros, counted | {{ "{:,}".format(pruned) }} of {{ "{:,}".format(size) }} weights in {{ layers }} layers |
+{% if relative_error is not none %}
 | layers' relative output error, geometric mean | {{ "{:.5f}".format(relative_error) }} |
-| calibration | {{ calibration.num_samples }} windows of {{ "{:,}".format(calibration.sequence_length) }} tokens
-{%- if calibration.source == "self" %}, written by the dense model itself
-{%- else %} from `{{ calibration.source }}`{% endif %}, seed {{ seed }} |
-{% if failed %}| layers on which the method failed | {{ failed | join(", ") }} |
 {% endif %}
+| calibration | {{ calibration_words }}, seed {{ seed }} |
+{% if failed %}
+| layers on which the method failed | {{ failed | join(", ") }} |
+{% endif %}
+
 ```
 {{ command }}
 ```
@@ -46,7 +48,7 @@ Python {{ versions.python }}, torch {{ versions.torch }}, transformers {{ versio
 | text | context length | windows | perplexity |
 |---|---|---|---|
 {% for row in perplexity -%}
-| {{ row.text }} | {{ "{:,}".format(row.length) }} | {{ row.windows }} | {{ "{:.2f}".format(row.value) }} |
+| {{ row.text }} | {{ "{:,}".format(row.length) }} | {{ row.windows }} | {{ row.value | rounded }} |
 {% endfor %}
 Windows do not overlap; every token but a window's first is predicted. Perplexities of other context
 lengths or other texts cannot be compared with these.
@@ -98,7 +100,8 @@ def model_card(run: Mapping[str, Any]) -> str:
             "front_matter": yaml.safe_dump(front, sort_keys=False),
             "base": f"`{name}`",
             "title": f"{name.rpartition('/')[2]}, pruned ({run['method']}, {pattern})",
-            "pattern_words": _words(pattern),
+            "pattern_words": _pattern_words(pattern),
+            "calibration_words": _calibration_words(run["calibration"]),
             "speed": _SPEED[pattern == "2:4"],
         }
     )
@@ -116,6 +119,10 @@ def base_model(name: str, kind: str, path: Path) -> dict[str, str | None]:
     return {"name": name, "hub_id": name if kind == "hub" else None, "license": licence and str(licence)}
 
 
+def _rounded(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.2f}"
+
+
 def _front_matter(file: Path) -> dict[str, Any]:
     """What a card says between its two lines of ``---``; nothing where there is no such thing."""
     try:
@@ -126,13 +133,19 @@ def _front_matter(file: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def _words(pattern: str) -> str:
+def _calibration_words(calibration: Mapping[str, Any]) -> str:
+    own = calibration["source"] == "self"
+    where = "written by the dense model itself" if own else f"from `{calibration['source']}`"
+    return f"{calibration['num_samples']:,} windows of {calibration['sequence_length']:,} tokens, {where}"
+
+
+def _pattern_words(pattern: str) -> str:
     keep, colon, of = pattern.partition(":")
     if colon:
         return f"{pattern}: at most {keep} of every {of} consecutive inputs of a row are not zero"
     kind, _, percent = pattern.partition(" ")
     where = {"unstructured": "of every weight matrix", "row": "of every row of every weight matrix"}.get(kind)
-    return f"{percent} {where} are zero" if where else pattern
+    return f"{percent} {where} is zero" if where else pattern
 
 
 _ENVIRONMENT = Environment(
@@ -142,3 +155,4 @@ _ENVIRONMENT = Environment(
     keep_trailing_newline=True,
     autoescape=False,
 )
+_ENVIRONMENT.filters["rounded"] = _rounded

@@ -1,0 +1,50 @@
+"""What a model writes for a few prompts, so that a reader can see what pruning did to it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from transformers import GenerationConfig
+
+from rarefy.models.source import quiet
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+#: A fact, an instruction and a story: each is damaged differently.
+PROMPTS = (
+    "The capital of France is Paris, and the capital of Italy is",
+    "To make a cup of tea, first",
+    "The old lighthouse keeper looked out at the sea and",
+)
+NUM_TOKENS = 40
+
+
+def write_texts(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str] = PROMPTS,
+    num_tokens: int = NUM_TOKENS,
+) -> list[str]:
+    """What ``model`` writes after each prompt: at most ``num_tokens`` tokens, always the likeliest one.
+
+    The prompt itself is left out. The model's own generation settings play no part.
+    """
+    end = getattr(model.generation_config, "eos_token_id", None) or model.config.get_text_config().eos_token_id
+    pad = end[0] if isinstance(end, list) else end
+    settings = GenerationConfig(
+        max_new_tokens=num_tokens, do_sample=False, num_beams=1, eos_token_id=end, pad_token_id=pad or 0
+    )
+    own, model.generation_config = model.generation_config, settings
+    texts = []
+    try:
+        with quiet(), torch.inference_mode():
+            for prompt in prompts:
+                inputs = tokenizer(prompt, return_tensors="pt")["input_ids"].to(model.device)
+                written = model.generate(inputs, attention_mask=torch.ones_like(inputs), generation_config=settings)
+                texts.append(tokenizer.decode(written[0, inputs.shape[1] :], skip_special_tokens=True))
+    finally:
+        model.generation_config = own
+    return texts

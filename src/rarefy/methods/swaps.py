@@ -1,0 +1,321 @@
+"""SparseSwaps: exchange a kept and a pruned weight of a row while that lowers the loss.
+
+With the weights W0 and a mask M, one row has r = w * (1 - m), c = H r, d = diag H, and a loss r H r.
+Pruning a kept u and reviving a pruned p changes it by
+
+    a_u + b_p - 2 w_u w_p H_up,  a_u = 2 w_u c_u + w_u^2 d_u,  b_p = -2 w_p c_p + w_p^2 d_p        (1)
+
+Take the best pair while it is negative, then
+
+    c <- c + w_u H[:, u] - w_p H[:, p]                                                             (2)
+
+The best of all kept x pruned pairs is found without looking at all of them. With s_j = |w_j| sqrt(d_j)
+and g_u = max over j of |H_uj| / sqrt(d_u d_j), the largest correlation of input u with another one,
+every pair of u changes the loss by at least
+
+    l_u = a_u + f(s_u g_u),  f(x) = min over p of (b_p - 2 x s_p).                                 (3)
+
+f is concave, so chords between a few of its values stay below it and (3) costs a few passes over the
+row. The u of the lowest l_u is paired with every p (4); of the others, only those whose l_u is below
+the best change so far are (5). No other pair can be better: the certificate. In an N:M pattern pairs
+stay within a group and are all looked at.
+
+| code   | paper | shape      | meaning                                                            |
+|--------|-------|------------|--------------------------------------------------------------------|
+| W, C2  | w, 2c | (rows, in) | weights, and twice H times what the mask takes away                |
+| A, B   | a, b  | (rows, in) | (1), infinity where there is nothing to prune, to revive           |
+| prune, revive | | (rows, in) | w^2 d, infinity where there is nothing to prune, to revive         |
+| S      |       | (rows, in) | |w| sqrt(d)                                                        |
+| reach  |       | (rows, in) | s g, the argument of f                                             |
+| lowest |       | (rows, in) | l                                                                  |
+
+Source: Zimmer et al., "SparseSwaps", arXiv 2512.10922. Differences: (3) to (5) instead of all pairs;
+a swap must lower the loss by more than rounding can; C2 is computed afresh now and then, and always
+before a row is called done; a row that ends worse than it began gets its start back. Masks of the
+whole matrix keep each row's count. Rows are independent. The start's weights play no part: the answer
+is W0 on the mask. Cost: some forty passes over a row per swap. Memory: a dozen (rows, in) matrices for
+a batch of rows that fits a CPU's cache, and with N:M one copy of H.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from rarefy.layer.pattern import Fixed, Pattern
+from rarefy.layer.problem import LayerProblem
+from rarefy.layer.solution import Solution, Status
+from rarefy.methods.base import Method, hyper, masked, wanda_scores
+
+_ELEMENTS = 2**18  # of a batch of rows: its matrices stay in a CPU's cache
+_STALE = 64  # swaps after which C2 is computed afresh
+_IDLE = 0.125  # share of finished rows at which the others are moved together
+# A swap must lower the loss by this share of sum_j w_j^2 d_j: well above what rounding leaves of (2).
+_ENOUGH = {torch.float32: 1e-7, torch.float64: 1e-13}
+_TURNS = 1  # between the best p for u and the best u for p, in search of a good first pair
+_KNOTS = (0.1, 0.2, 0.4, 1.0)  # where f is evaluated beside 0, as shares of its largest argument
+
+Rows = Float[Tensor, "rows inputs"]
+Best = tuple[Float[Tensor, "rows"], Int[Tensor, "rows"], Int[Tensor, "rows"]]
+
+
+@dataclass(frozen=True)
+class Swaps(Method):
+    """Exact best exchanges of one kept and one pruned weight per row, until none lowers the loss."""
+
+    name: ClassVar[str] = "swaps"
+    summary: ClassVar[str] = "exchanges kept and pruned weights of a row while that lowers the loss"
+    paper: ClassVar[str] = "arXiv 2512.10922"
+    default_scope: ClassVar[str] = "row"
+    takes_start: ClassVar[bool] = True
+
+    max_swaps: int = hyper(10_000, "swaps per row at most", low=0)
+
+    def solve(self, problem: LayerProblem, pattern: Pattern, start: Solution | None = None) -> Solution:
+        mask = pattern.project(wanda_scores(problem)) if start is None else start.mask
+        if isinstance(pattern, Fixed):
+            return Solution(problem.W0 * mask, mask, Status.TRIVIAL)
+        order, H = _positions_first(problem.H, pattern.group)
+        g = problem.gram.cached(
+            ("largest correlations", problem.dtype, problem.W0.device), lambda: largest_correlations(problem.H)
+        )
+        found = torch.empty_like(mask)
+        height = max(1, _ELEMENTS // problem.shape[1])
+        counts = []
+        unfinished = False
+        for a in range(0, problem.shape[0], height):
+            rows = slice(a, a + height)
+            batch = _Batch(problem.W0[rows][:, order], H, mask[rows][:, order], g[order], pattern.group)
+            unfinished |= batch.search(self.max_swaps)
+            found[rows, order] = batch.result
+            counts.append(batch.swaps)
+        solution = masked(problem.W0, found)
+        solution.status = Status.STEP_LIMIT if unfinished else Status.CONVERGED
+        swaps = torch.cat(counts)
+        solution.steps = int(swaps.max())
+        solution.details = {"swaps": float(swaps.sum())}
+        return solution
+
+    def rows_independent(self, pattern: Pattern) -> bool:
+        return pattern.rows_independent
+
+
+def largest_correlations(H: Float[Tensor, "in in"]) -> Float[Tensor, "in"]:
+    """g: of each input, the largest |H_uj| / sqrt(H_uu H_jj) over j != u, rounded up; 0 for dead inputs."""
+    s = H.diagonal().clamp_min(0).sqrt()
+    inverse = torch.where(s > 0, 1 / s, 0)
+    g = torch.empty_like(s)
+    for a in range(0, len(H), 256):
+        strip = (H[a : a + 256] * inverse).abs_()
+        strip.diagonal(a).zero_()
+        g[a : a + 256] = strip.amax(dim=1)
+    return g.mul_(inverse).mul_(1 + 64 * torch.finfo(H.dtype).eps)
+
+
+def _positions_first(H: Float[Tensor, "in in"], group: int) -> tuple[Tensor, Float[Tensor, "in in"]]:
+    """Inputs ordered by their position in their group, then by group, and H in this order.
+
+    The partners of an input are then a multiple of in / group away, so pairs are contiguous passes.
+    """
+    order = torch.arange(len(H), device=H.device)
+    if group == 1:
+        return order, H
+    order = order.view(-1, group).T.flatten()
+    return order, H[order][:, order]
+
+
+class _Batch:
+    """Some rows that are searched together; rows that are done leave it."""
+
+    _PER_ROW = ("W", "C2", "S", "Q", "prune", "revive", "reach", "top", "enough", "fresh", "count", "index", "begun")
+
+    def __init__(
+        self,
+        W: Rows,
+        H: Float[Tensor, "in in"],
+        mask: Bool[Tensor, "rows inputs"],
+        g: Float[Tensor, "in"],
+        group: int,
+    ) -> None:
+        self.H, self.group = H, group
+        self.result = mask.clone()  # of all rows, in their first order
+        self.swaps = torch.zeros(len(mask), dtype=torch.int64, device=W.device)
+        self.W = W.contiguous()
+        self.S = W.abs() * H.diagonal().clamp_min(0).sqrt()
+        self.Q = self.S.square()
+        self.prune = self.Q.masked_fill(~mask, torch.inf)
+        self.revive = self.Q.masked_fill(mask, torch.inf)
+        self.reach = self.S * g
+        self.top = self.reach.amax(dim=1, keepdim=True).clamp_min(torch.finfo(W.dtype).tiny)
+        self.enough = self.Q.sum(dim=1).mul_(_ENOUGH[W.dtype])
+        self.C2 = torch.empty_like(self.W)
+        self.fresh = torch.zeros(len(W), dtype=torch.bool, device=W.device)
+        self.index = torch.arange(len(W), device=W.device)
+        self.count = torch.zeros_like(self.index)
+        self._refresh(~self.fresh)
+        self.begun = self._losses()
+
+    def search(self, max_swaps: int) -> bool:
+        """Swap until no row has a swap that lowers its loss; whether ``max_swaps`` stopped one before."""
+        unfinished = False
+        done = torch.zeros_like(self.fresh)
+        for t in range(1, 2**62):
+            change, u, p = self._best_in_groups() if self.group > 1 else self._best_in_rows()
+            improves = (change < -self.enough) & ~done
+            if not bool(improves.all()):
+                done |= ~improves & self.fresh  # otherwise rounding may have hidden a swap: look once more
+                self._refresh(~improves & ~done)
+            if t > max_swaps:  # some row may have made as many
+                limited = improves & (self.count >= max_swaps)
+                unfinished |= bool(limited.any())
+                self._refresh(limited)
+                improves &= ~limited
+                done |= limited
+            self._swap(improves, u, p)
+            if t % _STALE == 0:
+                self._refresh(improves)
+            finished = int(torch.count_nonzero(done))
+            if finished > _IDLE * len(done) or finished == len(done):
+                self._leave(done)
+                done = torch.zeros_like(self.fresh)
+                if len(done) == 0:
+                    break
+        return unfinished
+
+    def _best_in_rows(self) -> Best:
+        """The lowest change of every row, and its u and p."""
+        x = self.W * self.C2
+        A = self.prune + x  # (1)
+        B = torch.sub(self.revive, x, out=x)
+        lowest = torch.full_like(A, torch.inf)
+        X, x0, f0 = torch.empty_like(A), torch.zeros_like(self.top), B.amin(dim=1, keepdim=True)
+        for share in _KNOTS:  # (3): the lowest of the extended chords is the chord in place
+            x1 = share * self.top
+            f1 = torch.addcmul(B, self.S, -2 * x1, out=X).amin(dim=1, keepdim=True)
+            slope = (f1 - f0) / (x1 - x0)
+            torch.minimum(lowest, torch.addcmul(f0 - slope * x0, self.reach, slope, out=X), out=lowest)
+            x0, f0 = x1, f1
+        lowest += A
+        rows = torch.arange(len(A), device=A.device)
+        u = _argmin(lowest)
+        change, p = self._pair(A, B, None, u)  # (4)
+        for _ in range(_TURNS):
+            change, u = self._pair(B, A, None, p)
+            change, p = self._pair(A, B, None, u)
+        lowest[rows, u] = torch.inf
+        others, v = _nonzero(lowest < change.unsqueeze(1))  # (5)
+        height = max(1, _ELEMENTS // A.shape[1])
+        for a in range(0, len(others), height):
+            r, w = others[a : a + height], v[a : a + height]
+            value, q = self._pair(A, B, r, w)
+            least = change.scatter_reduce(0, r, value, "amin")
+            # flipped: of equals the first is written last
+            won = (value == least[r]).logical_and_(value < change[r]).nonzero().squeeze(1).flip(0)
+            u[r[won]], p[r[won]] = w[won], q[won]
+            change = least
+        self.pairs = getattr(self, "pairs", 0) + len(others)
+        return change, u, p
+
+    def _pair(self, A: Rows, B: Rows, r: Tensor | None, u: Tensor) -> tuple[Tensor, Tensor]:
+        """The lowest change that pruning u can have in rows r (None: all), and its p."""
+        X = self.H.index_select(0, u)
+        W, B = (self.W, B) if r is None else (self.W.index_select(0, r), B.index_select(0, r))
+        r = torch.arange(len(A), device=A.device) if r is None else r
+        X.mul_(W)
+        torch.addcmul(B, X, (-2 * self.W[r, u]).unsqueeze(1), out=X)
+        p = _argmin(X)
+        return A[r, u] + X.gather(1, p.unsqueeze(1)).squeeze(1), p
+
+    def _best_in_groups(self) -> Best:
+        """The lowest change of every row within a group, and its u and p: all pairs are looked at."""
+        x = self.W * self.C2
+        A = self.prune + x  # (1)
+        B = torch.sub(self.revive, x, out=x)
+        inputs = A.shape[1]
+        apart = inputs // self.group
+        twice_W, twice_B = torch.cat([self.W, self.W], dim=1), torch.cat([B, B], dim=1)
+        X = torch.empty_like(A)
+        best: Best | None = None
+        for shift in range(apart, inputs, apart):
+            partner = slice(shift, shift + inputs)
+            torch.mul(self.W, twice_W[:, partner], out=X)
+            X.mul_(self._beside(shift)).add_(A).add_(twice_B[:, partner])
+            u = _argmin(X)
+            change = X.gather(1, u.unsqueeze(1)).squeeze(1)
+            p = (u + shift) % inputs
+            if best is None:
+                best = change, u, p
+            else:
+                better = change < best[0]
+                best = (
+                    torch.where(better, change, best[0]),
+                    torch.where(better, u, best[1]),
+                    torch.where(better, p, best[2]),
+                )
+        assert best is not None  # a group has at least two inputs
+        return best
+
+    def _beside(self, shift: int) -> Float[Tensor, "in"]:
+        """-2 H_up for every u and the p that is ``shift`` further, cyclically."""
+        return -2 * torch.cat([self.H.diagonal(shift), self.H.diagonal(shift - len(self.H))])
+
+    def _swap(self, improves: Bool[Tensor, "rows"], u: Tensor, p: Tensor) -> None:
+        r = improves.nonzero().squeeze(1)
+        if len(r) == 0:
+            return
+        if len(r) == len(improves):
+            self.C2.addcmul_(self.H[u], 2 * self.W[r, u].unsqueeze(1))  # (2)
+            self.C2.addcmul_(self.H[p], -2 * self.W[r, p].unsqueeze(1))
+        else:
+            u, p = u[r], p[r]
+            step = self.H[u].mul_(2 * self.W[r, u].unsqueeze(1))
+            step.addcmul_(self.H[p], -2 * self.W[r, p].unsqueeze(1))
+            self.C2.index_add_(0, r, step)
+        self.prune[r, u] = self.revive[r, p] = torch.inf
+        self.prune[r, p], self.revive[r, u] = self.Q[r, p], self.Q[r, u]
+        self.fresh[r] = False
+        self.count[r] += 1
+
+    def _taken(self) -> Rows:
+        """What the masks take away: the weights that could be revived."""
+        return self.W * self.revive.isfinite()
+
+    def _losses(self) -> Float[Tensor, "rows"]:
+        return (self._taken() * self.C2).sum(dim=1, dtype=torch.float64) / 2
+
+    def _refresh(self, rows: Bool[Tensor, "rows"]) -> None:
+        """Compute C2 anew in these rows."""
+        r = rows.nonzero().squeeze(1)
+        if len(r):
+            self.C2[r] = (2 * self.W[r]).mul_(self.revive[r].isfinite()) @ self.H
+            self.fresh[r] = True
+
+    def _leave(self, done: Bool[Tensor, "rows"]) -> None:
+        """Write down the masks of rows that are done, unless they began better, and go on with the others."""
+        better = done & (self._losses() <= self.begun)
+        self.result[self.index[better]] = self.revive[better].isinf()
+        self.swaps[self.index[done]] = self.count[done]
+        left = (~done).nonzero().squeeze(1)
+        for name in self._PER_ROW:
+            setattr(self, name, getattr(self, name)[left])
+
+
+def _argmin(values: Rows) -> Int[Tensor, "rows"]:
+    """The index of the lowest value of each row, of equals the first."""
+    if values.device.type == "cpu":
+        return torch.from_numpy(values.numpy().argmin(axis=1))  # vectorised, unlike torch's (docs/log.md)
+    return values.argmin(dim=1)
+
+
+def _nonzero(mask: Bool[Tensor, "rows inputs"]) -> tuple[Int[Tensor, "n"], Int[Tensor, "n"]]:
+    """Row and column of every True, row by row."""
+    if mask.device.type == "cpu":
+        flat = torch.from_numpy(np.flatnonzero(mask.numpy()))  # ten times as fast as torch's
+    else:
+        flat = mask.flatten().nonzero().squeeze(1)
+    return flat // mask.shape[1], flat % mask.shape[1]

@@ -1,0 +1,133 @@
+"""Random small models of the architectures that Rarefy is tested on, and a tokenizer for them.
+
+Two blocks, weights in float32, a vocabulary of 160: each is made in milliseconds, offline.
+"""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Callable
+from pathlib import Path
+
+import gguf
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+
+VOCABULARY = 160
+CONTEXT = 128
+_SPECIAL_TOKENS = ("<unk>", "<s>", "</s>")
+_MERGES = [("t", "h"), ("h", "e"), ("i", "n"), ("e", "r"), ("a", "n"), ("r", "e"), ("o", "n"), ("th", "e")]
+CHAT_TEMPLATE = "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
+
+_SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": CONTEXT,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_GROUPED = {**_SIZES, "num_key_value_heads": 2}  # fewer heads for keys and values than for queries
+
+_CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
+    "llama": lambda: transformers.LlamaConfig(**_GROUPED),
+    "opt": lambda: transformers.OPTConfig(
+        vocab_size=VOCABULARY, hidden_size=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=CONTEXT, word_embed_proj_dim=32, bos_token_id=1, eos_token_id=2,
+    ),
+    "gpt2": lambda: transformers.GPT2Config(
+        vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=CONTEXT,
+        bos_token_id=1, eos_token_id=2,
+    ),
+    "qwen3": lambda: transformers.Qwen3Config(**_GROUPED, head_dim=8, tie_word_embeddings=True),
+    "gemma3": lambda: transformers.Gemma3TextConfig(
+        **_GROUPED, head_dim=8, sliding_window=16, layer_types=["sliding_attention", "full_attention"],
+    ),
+    "mistral": lambda: transformers.MistralConfig(**_GROUPED, head_dim=8, sliding_window=16),
+    "phi3": lambda: transformers.Phi3Config(**_GROUPED, pad_token_id=0),
+    "gpt_neox": lambda: transformers.GPTNeoXConfig(**_SIZES, rotary_pct=0.5),
+}  # fmt: skip
+
+ARCHITECTURES: tuple[str, ...] = tuple(_CONFIGS)
+
+
+def make_model(architecture: str, seed: int = 0) -> PreTrainedModel:
+    """A model of one of ARCHITECTURES with random weights, the same for the same seed, ready for inference."""
+    return build(_CONFIGS[architecture](), seed)
+
+
+def build(config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
+    """A model of any config with random weights, the same for the same seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                # As made, biases are 0 and norms 1: a mistake in what belongs to which would not show.
+                parameter.add_(0.05 * torch.randn_like(parameter))
+    return model.eval().requires_grad_(False)
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """Three special tokens, one token for each printable character, and a few frequent pairs."""
+    vocabulary = [*_SPECIAL_TOKENS, *string.printable, *(a + b for a, b in _MERGES)]
+    backend = Tokenizer(
+        models.BPE({token: index for index, token in enumerate(vocabulary)}, [*_MERGES], unk_token="<unk>")
+    )
+    backend.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_next")
+    backend.decoder = decoders.Fuse()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="</s>"
+    )
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def save_folder(model: PreTrainedModel, folder: Path) -> Path:
+    """Writes ``model`` with the tokenizer into ``folder``, as transformers does it, and returns ``folder``."""
+    model.save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def write_gguf(path: Path, model: PreTrainedModel) -> Path:
+    """Writes a small Llama as llama.cpp does, matrices as blocks of 8-bit numbers, and returns ``path``."""
+    config = model.config
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())[: config.vocab_size - len(_SPECIAL_TOKENS) - 1]
+    tokens = [*_SPECIAL_TOKENS, *letters, "th"]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([3] * len(_SPECIAL_TOKENS) + [1] * (len(tokens) - len(_SPECIAL_TOKENS)))
+    writer.add_token_merges(["t h"])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_chat_template(CHAT_TEMPLATE)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    for name, weight in model.state_dict().items():
+        if name == "lm_head.weight" and config.tie_word_embeddings:
+            continue
+        if name.endswith(("q_proj.weight", "k_proj.weight")):
+            # llama.cpp rotates neighbouring rows, transformers rows half a head apart.
+            heads = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads
+            weight = weight.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
+        kind = gguf.GGMLQuantizationType.Q8_0 if weight.ndim == 2 else gguf.GGMLQuantizationType.F32
+        short_name = names.get_name(name, try_suffixes=(".weight",))
+        writer.add_tensor(short_name, gguf.quantize(weight.numpy(), kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path

@@ -1,0 +1,530 @@
+"""The command line from outside: what it prints, writes and returns, above all for its users' mistakes."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import rarefy
+from models_for_tests import ARCHITECTURES, CONTEXT
+from rarefy.cli import main
+from rarefy.recipe import Recipe
+from rarefy.run_folder import RunFolder
+
+Rarefy = Callable[..., SimpleNamespace]
+
+
+@pytest.fixture
+def rarefy_(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Rarefy:
+    """Runs the command line within this process, in an empty folder: ``.status``, ``.out``, ``.err``."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path.parent / "cache"))
+    monkeypatch.setenv("TERM", "dumb")
+
+    def run(*arguments: object) -> SimpleNamespace:
+        capsys.readouterr()
+        status = main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return SimpleNamespace(status=status, out=captured.out, err=captured.err)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def shelf(tmp_path_factory: pytest.TempPathFactory, model_folder: Callable[[str], Path]) -> Path:
+    """A folder with a model, texts and recipes, good and bad; tests must not write into it."""
+    folder = tmp_path_factory.mktemp("shelf")
+    shutil.copytree(model_folder("llama"), folder / "model")
+    shutil.copytree(model_folder("llama"), folder / "truncated")
+    weights = folder / "truncated" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    shutil.copytree(model_folder("llama"), folder / "mute", ignore=shutil.ignore_patterns("*token*", "*.jinja"))
+    (folder / "no_model").mkdir()
+    (folder / "no_model" / "letter.txt").write_text("Dear reader")
+    (folder / "file").touch()
+    (folder / "text.txt").write_text("the quick brown fox jumps over the lazy dog; " * 200)
+    (folder / "short.txt").write_text("the end")
+    (folder / "empty.txt").touch()
+    (folder / "binary.txt").write_bytes(bytes(range(256)) * 20)
+    (folder / "unknown_key.yaml").write_text("sparsity: 0.5\nshots: 3\n")
+    (folder / "wrong.yaml").write_text("sparsity: 1.5\n")
+    return folder
+
+
+def prune_arguments(shelf: Path, *more: object) -> list[object]:
+    """A run that takes a second: eight windows of 32 tokens."""
+    text = shelf / "text.txt"
+    return ["prune", shelf / "model", "--calibration", text, "--num-samples", 8, "--sequence-length", 32, *more]
+
+
+# --- mistakes ---------------------------------------------------------------------------------------------
+
+
+def is_one_sentence(text: str) -> bool:
+    return text.startswith("error: ") and text.count("\n") == 1 and text.rstrip().endswith((".", "?"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ("--sparsity=-0.1", "--sparsity is -0.1, but must be a number in [0, 1)"),
+        ("--sparsity 1.0", "--sparsity is 1.0, but must be"),
+        ("--sparsity 1.5", "--sparsity is 1.5, but must be"),
+        ("--sparsity nan", "--sparsity is nan, but must be"),
+        ("--sparsity half", "--sparsity is 'half', but must be"),
+        ("--pattern 4:2", "--pattern is '4:2', but must be N:M with 1 <= N < M"),
+        ("--pattern 0:4", "--pattern is '0:4', but must be"),
+        ("--pattern 2:0", "--pattern is '2:0', but must be"),
+        ("--pattern foo", "--pattern is 'foo', but must be"),
+        ("--pattern 2:5", "--pattern is 2:5, but model.layers.0.self_attn.q_proj has 32 inputs"),
+        ("--pattern 2:4 --sparsity 0.5", "--sparsity does not go with --pattern"),
+        ("--pattern 2:4 --scope row", "--scope does not go with --pattern"),
+        ("--scope column", "--scope is 'column', but must be layer or row"),
+        ("--method wnada", "did you mean wanda?"),
+        ("--method wanda+nothing", "--method is 'nothing', but must be"),
+        ("--set blok_size=64", "did you mean block_size?"),
+        ("--set block_size", "--set is 'block_size', but must be KEY=VALUE"),
+        ("--set block_size=many", "--set block_size is 'many', but must be a whole number"),
+        ("--set block_size=0", "block_size is 0, but must be a whole number of at least 1"),
+        ("--set damping=-1", "damping is -1.0, but must be"),
+        ("--num-samples 0", "--num-samples is 0, but must be"),
+        ("--sequence-length many", "--sequence-length is 'many', but must be"),
+        (f"--sequence-length {CONTEXT + 1}", f"at most {CONTEXT}, the model's longest context"),
+        ("--batch-size -1", "--batch-size is -1, but must be"),
+        ("--seed x", "--seed is 'x', but must be"),
+        ("--dtype int8", "--dtype is 'int8', but must be"),
+        ("--device cuda:99", "--device is 'cuda:99', but must be"),
+        ("--device abacus", "--device is 'abacus', but must be"),
+        ("--include *.no_such_linear", "--include is '*.no_such_linear', but must be"),
+        ("--exclude *.no_such_linear", "--exclude is '*.no_such_linear', but must be"),
+        ("--exclude *", "leave at least one linear"),
+        ("--calibration SHELF/missing.txt", "missing.txt' does not exist"),
+        ("--calibration SHELF/empty.txt", "empty.txt' is empty"),
+        ("--calibration SHELF/binary.txt", "binary.txt' is binary"),
+        ("--calibration SHELF/short.txt", "one window needs 32"),
+        ("--calibration nonsense", "'nonsense'"),
+        ("--recipe SHELF/unknown_key.yaml", "unknown_key.yaml is no key of a recipe"),
+        ("--recipe SHELF/wrong.yaml", "sparsity in SHELF/wrong.yaml is 1.5, but must be"),
+        ("--recipe SHELF/missing.yaml", "missing.yaml cannot be read"),
+        ("--output SHELF/no_model", "this one is not empty"),
+        ("--output SHELF/file", "but must be a folder, not a file"),
+        ("--output /proc/rarefy", "a folder that can be written"),
+    ],
+)
+def test_every_mistake_in_a_run_is_one_sentence_before_a_model_is_loaded(
+    rarefy_: Rarefy,
+    shelf: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: str,
+    sentence: str,
+) -> None:
+    def loaded(*_: object) -> None:
+        pytest.fail("a model was loaded")
+
+    monkeypatch.setattr("rarefy.models.checkpoint.load_model", loaded)
+    written = {path: path.stat().st_mtime_ns for path in shelf.rglob("*")}
+    said = arguments.replace("SHELF", str(shelf)).split()
+    done = rarefy_(*prune_arguments(shelf, "-o", "out", *said))
+    assert is_one_sentence(done.err), done.err
+    assert sentence.replace("SHELF", str(shelf)) in done.err
+    assert (done.status, done.out) == (2, "")
+    assert list(tmp_path.iterdir()) == []
+    assert {path: path.stat().st_mtime_ns for path in shelf.rglob("*")} == written
+
+
+@pytest.mark.parametrize("command", ["prune", "eval", "inspect"])
+@pytest.mark.parametrize(
+    ("model", "sentence"),
+    [
+        ("SHELF/missing", "SHELF/missing"),
+        ("SHELF/no_model", "no config.json"),
+        ("SHELF/truncated", "is damaged or cut off"),
+        ("SHELF/text.txt", "a .gguf file"),
+        ("no/such-model", "no/such-model"),
+    ],
+)
+def test_a_model_that_is_none_is_one_sentence(
+    rarefy_: Rarefy, shelf: Path, tmp_path: Path, command: str, model: str, sentence: str
+) -> None:
+    done = rarefy_(command, model.replace("SHELF", str(shelf)), *(["-o", "out"] if command == "prune" else []))
+    assert is_one_sentence(done.err), done.err
+    assert sentence.replace("SHELF", str(shelf)) in done.err
+    assert (done.status, done.out) == (2, "")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ("prun", "No such command 'prun'"),
+        ("prune", "MODEL is missing"),
+        ("prune m", "--output is missing"),
+        ("prune m -o out --sparcity 0.5", "No such option: --sparcity"),
+        ("prune m -o", "requires an argument"),
+        ("prune m -o out extra", "unexpected extra argument"),
+        ("eval", "Missing argument 'MODEL'"),
+        ("eval m --max-windows x", "'--max-windows'"),
+        ("eval m --max-windows 0", "'--max-windows'"),
+        ("eval m --device abacus", "--device is 'abacus', but must be"),
+        ("eval m --dtype int8", "--dtype is 'int8', but must be"),
+        ("eval m --text missing.txt", "--text: 'missing.txt' does not exist"),
+        ("eval m --text self", "--text is 'self', but must be"),
+        ("inspect", "Missing argument 'MODEL'"),
+        ("inspect m --pattern 4:2", "--pattern is '4:2', but must be N:M"),
+        ("methods --all", "No such option: --all"),
+    ],
+)
+def test_every_mistake_in_the_usage_is_one_sentence(
+    rarefy_: Rarefy, tmp_path: Path, arguments: str, sentence: str
+) -> None:
+    done = rarefy_(*arguments.split())
+    assert is_one_sentence(done.err), done.err
+    assert sentence in done.err
+    assert (done.status, done.out) == (2, "")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_without_a_tokenizer_says_what_needs_none(rarefy_: Rarefy, shelf: Path) -> None:
+    done = rarefy_("prune", shelf / "mute", "-o", "out", "--calibration", "python-docs")
+    assert is_one_sentence(done.err)
+    assert "has no tokenizer" in done.err
+    assert done.status == 2
+
+
+def test_a_mistake_leaves_no_traceback_and_the_status_reaches_the_shell(
+    shelf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(Path(rarefy.__file__).parents[1]))
+    command = [sys.executable, "-m", "rarefy", "prune", str(shelf / "model"), "-o", "out", "--sparsity", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: --sparsity is 2, but must be a number in [0, 1), the fraction of zeros.\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- prune ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_run_leaves_a_model_that_transformers_loads(
+    rarefy_: Rarefy, shelf: Path, model_folder: Callable[[str], Path], architecture: str
+) -> None:
+    dense_folder = model_folder(architecture)
+    arguments = prune_arguments(shelf, "-o", "out", "--pattern", "2:4")
+    arguments[1] = dense_folder
+    done = rarefy_(*arguments)
+    assert done.status == 0, done.err
+    out = RunFolder("out")
+    sparse = AutoModelForCausalLM.from_pretrained(out.model)
+    dense = AutoModelForCausalLM.from_pretrained(dense_folder)
+    before, after = dense.state_dict(), sparse.state_dict()
+    pruned = {f"{record.name}.weight": record for record in out.read_layers()}
+    assert pruned
+    for name, weight in after.items():
+        if name in pruned:
+            assert int((weight == 0).sum()) == pruned[name].pruned == weight.numel() // 2
+        else:  # embeddings, head, norms and biases
+            assert torch.equal(weight, before[name]), name
+    assert (sparse.get_output_embeddings().weight is sparse.get_input_embeddings().weight) == (
+        dense.get_output_embeddings().weight is dense.get_input_embeddings().weight
+    )
+    config = json.loads((out.model / "config.json").read_text())
+    assert not [key for key in config if "sparsity" in key or "quantization" in key]
+    tokenizer = AutoTokenizer.from_pretrained(out.model)
+    assert tokenizer.chat_template == AutoTokenizer.from_pretrained(dense_folder).chat_template
+    assert (out.model / "generation_config.json").is_file()
+
+
+def test_a_run_folder_tells_the_whole_run(rarefy_: Rarefy, shelf: Path, tmp_path: Path) -> None:
+    arguments = prune_arguments(shelf, "-o", "out", "--method", "wanda", "--sparsity", 0.6, "--seed", 3)
+    done = rarefy_(*arguments)
+    assert done.status == 0, done.err
+    assert "wanda, row 60%" in done.out
+    assert "down_proj" in done.out
+    out = RunFolder(tmp_path / "out")
+    assert sorted(path.name for path in out.path.iterdir()) == ["layers.jsonl", "model", "recipe.yaml", "run.json"]
+
+    recipe = Recipe.from_yaml(out.recipe)
+    assert (recipe.method, recipe.sparsity, recipe.scope, recipe.seed) == ("wanda", 0.6, "row", 3)
+    assert recipe.window_shape == (8, 32)
+    records = out.read_layers()
+    assert len(records) == 14
+    assert {record.pattern for record in records} == {"row 60%"}
+    assert all(0 < record.relative_error < 1 for record in records)
+
+    facts = out.read_run()
+    assert facts["command"] == " ".join(["rarefy", *map(str, arguments)])
+    assert facts["versions"]["rarefy"] == rarefy.__version__
+    assert {"python", "torch", "transformers"} <= facts["versions"].keys()
+    assert facts["seed"] == 3
+    assert {"load", "calibrate", "prune", "write", "verify", "total"} <= facts["seconds"].keys()
+    assert facts["pruned"] == sum(record.pruned for record in records)
+
+    card = (out.model / "README.md").read_text()
+    assert card.startswith("---\n")
+    for fact in ("wanda", "arXiv 2306.11695", facts["command"], f"{facts['pruned']:,} of {facts['size']:,}"):
+        assert fact in card
+    assert "**not smaller and not faster**" in card
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_seed_others(rarefy_: Rarefy, shelf: Path) -> None:
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        assert rarefy_(*prune_arguments(shelf, "-o", name, "--seed", seed)).status == 0
+    first, second, other = (Path(name, "model", "model.safetensors").read_bytes() for name in "abc")
+    assert first == second
+    assert first != other
+
+
+def test_the_files_are_there_for_another_process(rarefy_: Rarefy, shelf: Path) -> None:
+    assert rarefy_(*prune_arguments(shelf, "-o", "out")).status == 0
+    code = (
+        "from transformers import AutoModelForCausalLM\n"
+        "model = AutoModelForCausalLM.from_pretrained('out/model')\n"
+        "weights = [m.weight for n, m in model.model.layers.named_modules() if n.endswith('_proj')]\n"
+        "print(sum(int((w == 0).sum()) for w in weights), sum(w.numel() for w in weights))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    zeros, size = map(int, done.stdout.split())
+    assert zeros * 2 == size
+
+
+def test_a_recipe_of_a_run_repeats_it(rarefy_: Rarefy, shelf: Path) -> None:
+    assert rarefy_(*prune_arguments(shelf, "-o", "a", "--set", "block_size=16")).status == 0
+    assert "block_size: 16" in Path("a/recipe.yaml").read_text()
+    assert rarefy_("prune", "--recipe", "a/recipe.yaml", "-o", "b").status == 0
+    assert Path("a/recipe.yaml").read_text() == Path("b/recipe.yaml").read_text()
+    assert load_equal(Path("a/model/model.safetensors"), Path("b/model/model.safetensors"))
+
+
+def load_equal(first: Path, second: Path) -> bool:
+    a, b = load_file(first), load_file(second)
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_only_chosen_linears_are_pruned(rarefy_: Rarefy, shelf: Path) -> None:
+    more = ("-o", "out", "--include", "*.mlp.*", "--exclude", "*.1.*", "--exclude", "*down_proj")
+    assert rarefy_(*prune_arguments(shelf, *more)).status == 0
+    names = [record.name for record in RunFolder("out").read_layers()]
+    assert names == ["model.layers.0.mlp.gate_proj", "model.layers.0.mlp.up_proj"]
+
+
+def test_without_a_calibration_the_model_writes_its_own_text(rarefy_: Rarefy, shelf: Path) -> None:
+    done = rarefy_("prune", shelf / "mute", "-o", "out", "--num-samples", 4, "--sequence-length", 16)
+    assert done.status == 0, done.err
+    assert "4 windows of 16 tokens" in done.err
+    assert "(the default)" in done.err
+
+
+def test_a_method_of_ones_own(rarefy_: Rarefy, shelf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    library = tmp_path.parent / "library"
+    library.mkdir(exist_ok=True)
+    (library / "own_method.py").write_text(
+        "from dataclasses import dataclass\n"
+        "from rarefy import Magnitude\n"
+        "@dataclass(frozen=True)\n"
+        "class Own(Magnitude):\n"
+        "    name = 'own'\n"
+    )
+    monkeypatch.syspath_prepend(library)
+    assert rarefy_(*prune_arguments(shelf, "-o", "out", "--method", "own_method:Own")).status == 0
+    assert RunFolder("out").read_run()["method"] == "own"
+
+
+def test_a_start_token_comes_before_every_window(
+    rarefy_: Rarefy, shelf: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def stop(model: object, windows: torch.Tensor, **_: object) -> None:
+        seen.append(windows)
+        raise rarefy.NumericalError("enough seen.")
+
+    monkeypatch.setattr("rarefy.pruning.prune", stop)
+    for more in ((), ("--bos",)):
+        assert rarefy_(*prune_arguments(shelf, "-o", "out", *more)).status == 1
+    without, with_start = seen
+    assert without.shape == with_start.shape == (8, 32)
+    assert (with_start[:, 0] == 1).all()
+    assert not (without[:, 0] == 1).any()
+
+
+def test_a_dry_run_prints_counts_and_writes_nothing(rarefy_: Rarefy, shelf: Path, tmp_path: Path) -> None:
+    done = rarefy_(*prune_arguments(shelf, "-o", "out", "--dry-run", "--sparsity", "0.25"))
+    assert done.status == 0, done.err
+    assert "model.layers.1.mlp.down_proj" in done.out
+    assert "8 windows of 32 tokens" in done.out
+    assert "peak memory, estimated" in done.out
+    line = next(line for line in done.out.splitlines() if "would be pruned" in line)
+    pruned, size = (int(word.replace(",", "")) for word in line.split() if word[0].isdigit() and "%" not in word)
+    assert pruned * 4 == size
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failing_run_leaves_nothing(
+    rarefy_: Rarefy, shelf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise rarefy.NumericalError("model.layers.0.mlp.up_proj: its weight holds NaN.")
+
+    monkeypatch.setattr("rarefy.pruning.prune", broken)
+    done = rarefy_(*prune_arguments(shelf, "-o", "deep/out"))
+    assert done.status == 1
+    assert done.err.endswith("error: model.layers.0.mlp.up_proj: its weight holds NaN.\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interrupted_run_leaves_nothing_and_says_so_in_a_line(
+    rarefy_: Rarefy, shelf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("rarefy.pruning.prune", interrupted)
+    done = rarefy_(*prune_arguments(shelf, "-o", "out"))
+    assert done.status == 130
+    assert done.err.endswith("\nerror: interrupted.\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_files_that_break_the_promise_are_not_left(
+    rarefy_: Rarefy, shelf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from rarefy.models import checkpoint
+
+    def save_dense(model: object, tokenizer: object, folder: Path, source: object) -> None:
+        shutil.copytree(shelf / "model", folder, dirs_exist_ok=True)
+
+    monkeypatch.setattr(checkpoint, "save_model", save_dense)
+    done = rarefy_(*prune_arguments(shelf, "-o", "out"))
+    assert done.status == 1
+    assert "do not hold what was promised" in done.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_running_out_of_memory_is_one_sentence(rarefy_: Rarefy, shelf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def greedy(*_: object, **__: object) -> None:
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr("rarefy.pruning.prune", greedy)
+    done = rarefy_(*prune_arguments(shelf, "-o", "out"))
+    assert done.status == 1
+    assert "error: Out of memory" in done.err
+
+
+# --- eval -------------------------------------------------------------------------------------------------
+
+
+def test_eval_prints_one_object_that_says_what_was_measured(rarefy_: Rarefy, shelf: Path) -> None:
+    arguments = ("eval", shelf / "model", "--text", shelf / "text.txt", "--sequence-length", 32, "--max-windows", 3)
+    facts = json.loads(rarefy_(*arguments, "--json").out)
+    assert facts["perplexity"] > 1
+    assert facts["text"] == str(shelf / "text.txt")
+    assert (facts["windows"], facts["length"], facts["tokens"], facts["bos"]) == (3, 32, 3 * 31, False)
+    done = rarefy_(*arguments)
+    assert done.out.startswith(f"perplexity {facts['perplexity']:.2f} on ")
+    assert done.out.endswith("3 windows of 32 tokens\n")
+    with_start = json.loads(rarefy_(*arguments, "--json", "--bos").out)
+    assert with_start["bos"] is True
+    assert with_start["perplexity"] != facts["perplexity"]
+
+
+def test_eval_reads_the_held_out_documentation_by_default_and_says_so(rarefy_: Rarefy, shelf: Path) -> None:
+    done = rarefy_("eval", shelf / "model", "--max-windows", 2)
+    assert done.status == 0, done.err
+    assert "last third of Python's own documentation" in done.err
+    assert f"2 windows of {CONTEXT} tokens" in done.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (f"--sequence-length {CONTEXT + 1}", f"at most {CONTEXT}, the model's longest context"),
+        ("--text SHELF/short.txt", f"one window needs {CONTEXT}"),
+        ("--text SHELF/empty.txt", "empty.txt' is empty"),
+        ("--text SHELF/binary.txt", "binary.txt' is binary"),
+    ],
+)
+def test_every_mistake_in_an_evaluation_is_one_sentence(
+    rarefy_: Rarefy, shelf: Path, monkeypatch: pytest.MonkeyPatch, arguments: str, sentence: str
+) -> None:
+    monkeypatch.setattr("rarefy.models.checkpoint.load_model", lambda *_: pytest.fail("a model was loaded"))
+    done = rarefy_("eval", shelf / "model", *arguments.replace("SHELF", str(shelf)).split())
+    assert is_one_sentence(done.err), done.err
+    assert sentence in done.err
+    assert (done.status, done.out) == (2, "")
+
+
+def test_a_run_keeps_its_perplexities_in_run_json_and_card(rarefy_: Rarefy, shelf: Path) -> None:
+    assert rarefy_(*prune_arguments(shelf, "-o", "out")).status == 0
+    arguments = ("eval", "out", "--text", shelf / "text.txt", "--max-windows", 2, "--json", "--sequence-length")
+    facts = [json.loads(rarefy_(*arguments, length).out) for length in (16, 32, 32)]
+    assert facts[1]["perplexity"] == facts[2]["perplexity"]
+    kept = RunFolder("out").read_run()["perplexity"]
+    assert [(row["length"], row["value"]) for row in kept] == [
+        (16, facts[0]["perplexity"]),
+        (32, facts[1]["perplexity"]),
+    ]
+    card = Path("out/model/README.md").read_text()
+    assert f"| 16 | 2 | {facts[0]['perplexity']:.2f} |" in card
+    assert f"| 32 | 2 | {facts[1]['perplexity']:.2f} |" in card
+    assert json.loads(rarefy_("eval", "out/model", *arguments[2:], 16).out)["perplexity"] == facts[0]["perplexity"]
+
+
+# --- inspect, methods, help -------------------------------------------------------------------------------
+
+
+def test_inspect_says_what_the_files_hold(rarefy_: Rarefy, shelf: Path) -> None:
+    assert rarefy_(*prune_arguments(shelf, "-o", "out", "--pattern", "2:4")).status == 0
+    for name in ("out", "out/model"):
+        done = rarefy_("inspect", name)
+        assert (done.status, done.err) == (0, "")
+        assert "50.00%" in done.out
+        assert "every promise is kept" in done.out
+    facts = json.loads(rarefy_("inspect", "out", "--json").out)
+    assert facts["ok"] is True
+    assert len(facts["layers"]) == 14
+    assert rarefy_("inspect", "out", "--pattern", "4:8").status == 0
+
+
+def test_inspect_ends_with_1_where_a_promise_is_broken(rarefy_: Rarefy, shelf: Path) -> None:
+    assert rarefy_(*prune_arguments(shelf, "-o", "out")).status == 0
+    shutil.copy(shelf / "model" / "model.safetensors", "out/model/model.safetensors")
+    done = rarefy_("inspect", "out")
+    assert done.status == 1
+    assert "broken: model.layers.0.self_attn.q_proj: it holds" in done.err
+    assert "kept" not in done.out
+    done = rarefy_("inspect", "out", "--json")
+    assert done.status == 1
+    assert json.loads(done.out)["ok"] is False
+    assert rarefy_("inspect", shelf / "model").status == 0
+    assert rarefy_("inspect", shelf / "model", "--pattern", "2:4").status == 1
+
+
+def test_methods_are_listed_with_hyperparameters_defaults_and_papers(rarefy_: Rarefy) -> None:
+    done = rarefy_("methods")
+    assert done.status == 0
+    for name in ("magnitude", "wanda", "ria", "sparsegpt"):
+        assert f"\n{name}: " in "\n" + done.out
+    assert "block_size=128" in done.out
+    assert "arXiv 2301.00774" in done.out
+
+
+def test_help_and_version(rarefy_: Rarefy) -> None:
+    assert rarefy_("--version").out == f"rarefy {rarefy.__version__}\n"
+    for arguments in ((), ("--help",), ("-h",)):
+        done = rarefy_(*arguments)
+        assert done.status == 0
+        assert all(command in done.out for command in ("prune", "eval", "inspect", "methods"))
+    options = set(Recipe.model_fields) - {"model", "settings"}
+    text = rarefy_("prune", "--help").out
+    for option in (*(name.replace("_", "-") for name in options), "set", "recipe", "dry-run", "output"):
+        assert f"--{option}" in text

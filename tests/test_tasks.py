@@ -1,0 +1,318 @@
+"""Tasks: local files of the published layouts, lm-eval's own results on them, and every mistake a sentence."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transformers
+import yaml
+from models_for_tests import VOCABULARY, build, make_tokenizer, save_folder
+from transformers import PreTrainedModel
+
+lm_eval = pytest.importorskip("lm_eval")
+pytestmark = pytest.mark.filterwarnings("ignore")  # lm-eval's and its libraries' own
+
+from rarefy.errors import InputError, ModelError
+from rarefy.evaluation.tasks import KNOWN, check_tokenizer, evaluate_tasks, prepare
+
+WORDS = "stone river tree salt light wind iron snow".split()
+
+
+def _ai2(count: int) -> list[dict[str, Any]]:
+    """Keys may be letters or numbers, choices three to five."""
+    rows = []
+    for i in range(count):
+        labels = "1234" if i % 2 else "ABCDE"[: 3 + i % 3]
+        choices = [{"text": WORDS[(i + j) % 8], "label": label} for j, label in enumerate(labels)]
+        rows.append(
+            {"id": str(i), "question": {"stem": f"What is {WORDS[i % 8]}?", "choices": choices}, "answerKey": labels[i % 3]}
+        )
+    return rows
+
+
+def _mmlu_rows() -> list[dict[str, Any]]:
+    files = (Path(lm_eval.__file__).parent / "tasks" / "mmlu" / "default").glob("mmlu_*.yaml")
+    rows: list[dict[str, Any]] = []
+    for i, subject in enumerate(sorted(path.stem.removeprefix("mmlu_") for path in files)):
+        rows += [
+            {"subject": subject, "split": split, "question": f"Which {j}?", "choices": WORDS[:4], "answer": (i + j) % 4}
+            for split, count in (("dev", 1), ("test", 2 + i % 2))
+            for j in range(count)
+        ]
+    return rows
+
+
+ROWS: dict[str, Callable[[], list[dict[str, Any]]]] = {
+    "arc_easy_test.jsonl": lambda: _ai2(7),
+    "arc_challenge_test.jsonl": lambda: _ai2(5),
+    "openbookqa_test.jsonl": lambda: _ai2(4),
+    "piqa_valid.jsonl": lambda: [{"goal": f"Get {w}", "sol1": "go out", "sol2": f"take the {w}"} for w in WORDS[:5]],
+    "lambada_openai.jsonl": lambda: [{"text": f"There was a {w} and no other {w}"} for w in WORDS[:4]],
+    "hellaswag_val.jsonl.gz": lambda: [
+        {
+            "ind": i, "activity_label": "Walking", "ctx_a": "A man walks. [title]", "ctx_b": "the man", "ctx": "",
+            "label": i % 4, "endings": [f"sees {w}." for w in WORDS[i : i + 4]],
+        }
+        for i in range(5)
+    ],
+    "winogrande_dev.jsonl": lambda: [
+        {"qID": "q", "sentence": f"The {w} hit the tree and _ broke.", "option1": w, "option2": "tree", "answer": "12"[i % 2]}
+        for i, w in enumerate(WORDS[:6])
+    ],
+    "boolq_val.jsonl.gz": lambda: [
+        {"question": f"is {w} hot", "passage": f"On {w}.", "label": bool(i % 2)} for i, w in enumerate(WORDS[:5])
+    ],
+    "mmlu_dev_test.jsonl.gz": _mmlu_rows,
+}  # fmt: skip
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    data = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("zeroshot")
+    for name, rows in ROWS.items():
+        write_rows(folder / name, rows())
+    (folder / "piqa_valid_labels.lst").write_text("0\n1\n1\n0\n1\n")
+    return folder
+
+
+def long_model() -> PreTrainedModel:
+    config = transformers.LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=1024, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    return build(config)
+
+
+def test_every_known_task_reads_its_layout(data: Path) -> None:
+    tasks = prepare(KNOWN, data)
+    seen: list[tuple[int, int]] = []
+    results = evaluate_tasks(
+        long_model(), make_tokenizer(), tasks, batch_size=4, progress=lambda *both: seen.append(both)
+    )
+    assert list(results) == list(KNOWN)
+    counts = {"arc_easy": 7, "arc_challenge": 5, "piqa": 5, "lambada": 4, "hellaswag": 5, "winogrande": 6, "boolq": 5}
+    counts |= {"openbookqa": 4, "mmlu": 2 * 57 + 28}
+    assert {name: result.samples for name, result in results.items()} == counts
+    for result in results.values():
+        accuracy, error = result.accuracy
+        assert 0 <= accuracy <= 1
+        assert 0 <= error < 1
+    assert results["lambada"].metrics["perplexity"][0] > 1
+    assert seen[-1][0] == seen[-1][1]
+
+
+def test_limit_and_a_second_time(data: Path) -> None:
+    """The tasks of a sweep are prepared once; the tokenizer stays as it was."""
+    tasks = prepare(["arc_easy", "piqa"], data)
+    model, tokenizer = long_model(), make_tokenizer()
+    tokenizer.pad_token = None
+    first = evaluate_tasks(model, tokenizer, tasks, limit=2)
+    evaluate_tasks(model, tokenizer, tasks)
+    assert evaluate_tasks(model, tokenizer, tasks, limit=2) == first
+    assert first["piqa"].samples == 2
+    assert tokenizer.pad_token is None
+
+
+def test_one_item_has_no_error(data: Path) -> None:
+    (result,) = evaluate_tasks(long_model(), make_tokenizer(), prepare(["piqa"], data), limit=1).values()
+    assert math.isnan(result.accuracy[1])
+
+
+def _as_on_the_hub(name: str, folder: Path, target: Path) -> str:
+    """Writes a task file of lm-eval's own kind that reads the rows as the hub has them; returns its name."""
+    split = "test" if name in ("arc_easy", "openbookqa") else "validation"
+    if name in ("arc_easy", "openbookqa"):
+        stem = "question" if name == "arc_easy" else "question_stem"
+        lines = (folder / f"{name}_test.jsonl").read_text().splitlines()
+        rows = [
+            {
+                stem: row["question"]["stem"],
+                "choices": {key: [choice[key] for choice in row["question"]["choices"]] for key in ("text", "label")},
+                "answerKey": row["answerKey"],
+            }
+            for row in map(json.loads, lines)
+        ]
+    elif name == "piqa":
+        labels = (folder / "piqa_valid_labels.lst").read_text().split()
+        lines = (folder / "piqa_valid.jsonl").read_text().splitlines()
+        rows = [{**json.loads(line), "label": int(label)} for line, label in zip(lines, labels)]
+    else:
+        lines = gzip.decompress((folder / "boolq_val.jsonl.gz").read_bytes()).decode().splitlines()
+        rows = [{**row, "label": int(row["label"])} for row in map(json.loads, lines)]
+    write_rows(target / f"{name}.jsonl", rows)
+    home = {"arc_easy": "arc/arc_easy", "boolq": "super_glue/boolq/default"}.get(name, f"{name}/{name}")
+    config = {
+        "include": str(Path(lm_eval.__file__).parent / "tasks" / f"{home}.yaml"),
+        "task": f"local_{name}",
+        "dataset_path": "json",
+        "dataset_name": None,
+        "dataset_kwargs": {"data_files": {split: str(target / f"{name}.jsonl")}, "cache_dir": str(target / "cache")},
+        **{"training_split": None, "validation_split": None, "test_split": None, f"{split}_split": split},
+    }
+    (target / f"local_{name}.yaml").write_text(yaml.safe_dump(config))
+    return f"local_{name}"
+
+
+def test_equals_lm_evals_own_evaluation(data: Path, tmp_path: Path) -> None:
+    from lm_eval.tasks import TaskManager
+
+    names = ["arc_easy", "openbookqa", "piqa", "boolq"]
+    folder = save_folder(long_model(), tmp_path / "model")
+    theirs = lm_eval.simple_evaluate(
+        model="hf",
+        model_args={"pretrained": str(folder), "dtype": "float32"},
+        tasks=[_as_on_the_hub(name, data, tmp_path) for name in names],
+        task_manager=TaskManager(include_defaults=False, include_path=str(tmp_path)),
+        device="cpu",
+        batch_size=3,
+        limit=4,
+    )["results"]
+    ours = evaluate_tasks(long_model(), make_tokenizer(), prepare(names, data), limit=4, batch_size=3)
+    for name in names:
+        assert ours[name].metrics
+        for metric, (value, error) in ours[name].metrics.items():
+            assert value == theirs[f"local_{name}"][f"{metric},none"]
+            assert error == theirs[f"local_{name}"][f"{metric}_stderr,none"]
+
+
+@pytest.mark.slow
+def test_equals_lm_evals_command_line(data: Path, tmp_path: Path) -> None:
+    """The same through its command, in another process, which reads some 15,000 definitions first."""
+    folder = save_folder(long_model(), tmp_path / "model")
+    names = [_as_on_the_hub(name, data, tmp_path) for name in ("arc_easy", "piqa")]
+    command = [sys.executable, "-m", "lm_eval", "--model", "hf", "--model_args", f"pretrained={folder},dtype=float32"]
+    command += ["--tasks", ",".join(names), "--include_path", str(tmp_path), "--device", "cpu"]
+    command += ["--batch_size", "2", "--output_path", str(tmp_path / "out")]
+    subprocess.run(command, check=True, capture_output=True, cwd=tmp_path)
+    (written,) = (tmp_path / "out").rglob("results*.json")
+    theirs = json.loads(written.read_text())["results"]
+    ours = evaluate_tasks(long_model(), make_tokenizer(), prepare(["arc_easy", "piqa"], data), batch_size=2)
+    for name, result in ours.items():
+        assert result.accuracy == (theirs[f"local_{name}"]["acc,none"], theirs[f"local_{name}"]["acc_stderr,none"])
+
+
+def test_a_tag_stands_for_its_tasks(data: Path) -> None:
+    results = evaluate_tasks(long_model(), make_tokenizer(), prepare(["ai2_arc"], data), limit=1)
+    assert sorted(results) == ["arc_challenge", "arc_easy"]
+
+
+# --- Mistakes ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        (["arc_eazy"], r"'arc_eazy'.*did you mean arc_easy\?"),
+        (["helaswag"], r"did you mean hellaswag\?"),
+        (["piqa", "piqa"], "piqa twice"),
+        ([], "one or more names"),
+        (["piqa", ""], "one or more names"),
+    ],
+)
+def test_unknown_names(names: list[str], words: str, data: Path) -> None:
+    with pytest.raises(InputError, match=words):
+        prepare(names, data)
+
+
+def test_the_hub_is_only_replaced_while_it_is_asked(data: Path, tmp_path: Path) -> None:
+    import datasets
+
+    before = datasets.load_dataset
+    prepare(["winogrande"], data)
+    with pytest.raises(InputError, match="no file of the name"):
+        prepare(["winogrande"], tmp_path)
+    assert datasets.load_dataset is before
+
+
+@pytest.mark.parametrize(
+    ("task", "name", "content", "words"),
+    [
+        ("arc_easy", "arc_easy_test.jsonl", None, r"no file of the name arc_easy\*\.jsonl"),
+        ("arc_easy", "arc_easy_test.jsonl", "", "is empty"),
+        ("arc_easy", "arc_easy_test.jsonl", "{\n", r"line 1 of .*arc_easy_test.jsonl is malformed: it is no JSON"),
+        ("arc_easy", "arc_easy_test.jsonl", "[1]\n", "no JSON object"),
+        ("arc_easy", "arc_easy_test.jsonl", '{"question": 1, "answerKey": "A"}\n', '"question" is no object'),
+        ("arc_easy", "arc_easy_test.jsonl", '\n{"answerKey": "A"}\n', "line 2 of .*it has no 'question'"),
+        (
+            "arc_easy",
+            "arc_easy_test.jsonl",
+            '{"question": {"stem": "?", "choices": [{"text": "a", "label": "A"}]}, "answerKey": "B"}\n',
+            "\"answerKey\" is 'B', not one of A",
+        ),
+        ("piqa", "piqa_valid_labels.lst", "0\n1\n", "2 labels for the 5 questions"),
+        ("piqa", "piqa_valid_labels.lst", "0\n1\n2\n0\n1\n", "line 3 of .*its label is '2'"),
+        ("piqa", "piqa_valid_labels.lst", None, r"no file of the name piqa\*\.lst"),
+        ("lambada", "lambada_openai.jsonl", '{"text": "one"}\n', "no last word"),
+        ("lambada", "lambada_openai.jsonl", '{"text": 1}\n', '"text" is no text'),
+        ("winogrande", "winogrande_dev.jsonl", '{"sentence": "a", "option1": "", "option2": "", "answer": "1"}\n', "gap"),
+        ("boolq", "boolq_val.jsonl.gz", "no gzip", "no complete gzip"),
+        ("mmlu_anatomy", "mmlu_dev_test.jsonl.gz", None, "no file"),
+    ],
+)
+def test_missing_and_malformed_files(
+    task: str, name: str, content: str | None, words: str, data: Path, tmp_path: Path
+) -> None:
+    for file in data.iterdir():
+        if file.name != name:
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    with pytest.raises(InputError, match=words):
+        prepare([task], tmp_path)
+
+
+def test_missing_folder(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"--task-data is .*missing"):
+        prepare(["piqa"], tmp_path / "none")
+
+
+def test_a_subject_that_the_file_lacks(data: Path, tmp_path: Path) -> None:
+    write_rows(tmp_path / "mmlu.jsonl", [row for row in _mmlu_rows() if row["subject"] != "anatomy"])
+    with pytest.raises(InputError, match="no test rows of the subject anatomy"):
+        prepare(["mmlu"], tmp_path)
+
+
+def test_two_files_of_one_name(data: Path, tmp_path: Path) -> None:
+    for name in ("arc_easy.jsonl", "arc_easy_2.jsonl"):
+        write_rows(tmp_path / name, _ai2(2))
+    with pytest.raises(InputError, match=r"several files, arc_easy.jsonl and arc_easy_2.jsonl,"):
+        prepare(["arc_easy"], tmp_path)
+
+
+def test_the_digest_follows_the_files(data: Path, tmp_path: Path) -> None:
+    write_rows(tmp_path / "arc_easy.jsonl", _ai2(2))
+    before = prepare(["arc_easy"], tmp_path).digest
+    assert prepare(["arc_easy"], tmp_path).digest == before
+    write_rows(tmp_path / "arc_easy.jsonl", _ai2(3))
+    assert prepare(["arc_easy"], tmp_path).digest != before
+
+
+def test_too_long_an_answer(data: Path, tmp_path: Path) -> None:
+    row = {"question": {"stem": "?", "choices": [{"text": "a" * 3000, "label": "A"}]}, "answerKey": "A"}
+    write_rows(tmp_path / "arc_easy.jsonl", [row])
+    with pytest.raises(InputError, match="1,024 tokens"):
+        evaluate_tasks(long_model(), make_tokenizer(), prepare(["arc_easy"], tmp_path))
+
+
+def test_no_tokenizer() -> None:
+    with pytest.raises(ModelError, match="no tokenizer"):
+        check_tokenizer(None, "a model")
+
+
+def test_without_lm_eval(monkeypatch: pytest.MonkeyPatch, data: Path) -> None:
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    with pytest.raises(InputError, match=r"pip install 'rarefy\[tasks\]'"):
+        prepare(["piqa"], data)
