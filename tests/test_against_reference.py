@@ -83,9 +83,7 @@ def alps_then_pcg(W0: Tensor, H: Tensor, pattern: tuple[Any, ...]) -> tuple[Tens
     # The coordinates of the conjugate gradients stay those of the damped problem.
     s = (H.diagonal() + damping).sqrt()
     s[H.diagonal() <= 0] = 1
-    scaled = reference._cg(
-        (W0 * s).numpy(), (H / s.outer(s)).numpy(), (weight * s).numpy(), mask.numpy(), 5, 0.0
-    )
+    scaled = reference._cg((W0 * s).numpy(), (H / s.outer(s)).numpy(), (weight * s).numpy(), mask.numpy(), 5, 0.0)
     return torch.from_numpy(scaled) / s * mask, mask
 
 

@@ -54,7 +54,9 @@ def test_star_import_and_dir_agree() -> None:
 
 
 def test_names_are_found_where_type_checkers_look() -> None:
-    listed = re.findall(r"^    from (rarefy\S*) import (?:\(([^)]*)\)|(.*))$", Path(str(rarefy.__file__)).read_text(), re.M)
+    listed = re.findall(
+        r"^    from (rarefy\S*) import (?:\(([^)]*)\)|(.*))$", Path(str(rarefy.__file__)).read_text(), re.M
+    )
     found = {}
     for module, several, one in listed:
         for name in re.findall(r"\w+", several or one):

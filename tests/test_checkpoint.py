@@ -28,7 +28,14 @@ from models_for_tests import (
     write_gguf,
 )
 from rarefy.errors import InputError, ModelError
-from rarefy.models.checkpoint import load_model, resolve_device, resolve_dtype, resolve_model, save_model
+from rarefy.models.checkpoint import (
+    load_model,
+    load_tokenizer,
+    resolve_device,
+    resolve_dtype,
+    resolve_model,
+    save_model,
+)
 from rarefy.models.gguf import quick_reading
 
 Folders = Callable[[str], Path]
@@ -78,6 +85,7 @@ def test_a_folder_of_every_architecture_loads_and_is_saved_as_it_was(
     assert not any(parameter.requires_grad for parameter in model.parameters())
     assert tokenizer is not None
     assert tokenizer(_TEXT).input_ids == make_tokenizer()(_TEXT).input_ids
+    assert load_tokenizer(source)(_TEXT).input_ids == tokenizer(_TEXT).input_ids
 
     saved = tmp_path / "new" / "model"
     save_model(model, tokenizer, saved, source)
@@ -141,6 +149,7 @@ def test_a_checkpoint_without_a_tokenizer_has_none(folder: Path) -> None:
         file.unlink()
     model, tokenizer = load_model(resolve_model(str(folder)), "cpu")
     assert tokenizer is None
+    assert load_tokenizer(resolve_model(str(folder))) is None
     save_model(model, None, folder / "out", resolve_model(str(folder)))
     assert not list((folder / "out").glob("*token*"))
 
@@ -151,19 +160,21 @@ def test_loading_and_saving_say_nothing_and_leave_the_settings_as_they_were(
     log = transformers.utils.logging
     log.enable_progress_bar()
     verbosity, filters = log.get_verbosity(), list(warnings.filters)
+    log.set_verbosity_info()
     try:
         # transformers warns of these settings.
         _edit(folder / "generation_config.json", temperature=0.5, do_sample=False)
         for name in (str(folder), str(write_gguf(folder / "small.gguf", make_model("llama")))):
             source = resolve_model(name)
-            model, tokenizer = load_model(source, "cpu")
-            save_model(model, tokenizer, folder / "out", source)
+            assert load_tokenizer(source) is not None
+            save_model(*load_model(source, "cpu"), folder / "out", source)
         assert tuple(capfd.readouterr()) == ("", "")
         assert log.is_progress_bar_enabled()
-        assert log.get_verbosity() == verbosity
+        assert log.get_verbosity() == log.INFO
         assert list(warnings.filters) == filters
     finally:
         log.disable_progress_bar()
+        log.set_verbosity(verbosity)
 
 
 # --- what is written ----------------------------------------------------------------------------------
@@ -279,6 +290,20 @@ def test_a_gguf_file_that_is_cut_off_is_refused(tmp_path: Path, share: float) ->
     with pytest.raises(ModelError, match=r"small\.gguf is no GGUF file, or is damaged or cut off") as error:
         resolve_model(str(path))
     _sentence(error)
+
+
+def test_a_gguf_file_with_an_impossible_array_is_refused(tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "small.gguf", _tied_llama())
+    content = bytearray(path.read_bytes())
+    for name in (b"tokenizer.ggml.token_type", b"tokenizer.ggml.tokens"):
+        count = content.index(name + b"\x09\x00\x00\x00") + len(name) + 8  # after the types of array and items
+        content[count : count + 8] = (2**60).to_bytes(8, "little")
+        path.write_bytes(content)
+        with pytest.raises(ModelError, match="damaged or cut off"):
+            resolve_model(str(path))
+    path.write_bytes(b"GGUF" + bytes(99))
+    with pytest.raises(ModelError, match="damaged or cut off"):
+        resolve_model(str(path))
 
 
 @pytest.mark.slow

@@ -24,10 +24,13 @@ from rarefy.methods.admm import ADMM
 from rarefy.methods.alps import ALPS
 from rarefy.methods.base import IterativeMethod, Method, hyper, run, wanda_scores
 from rarefy.methods.compose import BestOf, Then
+from rarefy.methods.dsnot import DSnoT
 from rarefy.methods.magnitude import Magnitude
 from rarefy.methods.refit import PCG, Backsolve, conjugate_gradients_
 from rarefy.methods.ria import RIA
+from rarefy.methods.sparsefw import SparseFW
 from rarefy.methods.sparsegpt import SparseGPT
+from rarefy.methods.swaps import Swaps
 from rarefy.methods.wanda import Wanda
 from test_problem import indefinite
 
@@ -88,6 +91,11 @@ CLAIMS: dict[str, Claims] = {
     "admm1": Claims(ADMM(schedule="fixed")),
     "alps": Claims(ALPS(), independent=()),
     "alps-paper": Claims(ALPS(penalty="support", damping=0.01, refit_damping=0.01), independent=()),
+    # Mask finders that start from Wanda's, with one line search or one choice of the best for all rows.
+    "sparsefw": Claims(SparseFW(), weights_kept=True, independent=(), not_above=Wanda()),
+    "swaps": Claims(Then(Wanda(), Swaps()), weights_kept=True, not_above=Wanda()),
+    # The means that these tests make up belong to places, not to inputs.
+    "dsnot": Claims(DSnoT(), weights_kept=True, inputs=False),
     # Refits, on Wanda's support.
     "pcg": Claims(Then(Wanda(), PCG()), not_above=Wanda()),
     "pcg after a solver": Claims(Then(ADMM(), PCG()), independent=("row", "fixed"), not_above=ADMM()),
@@ -116,14 +124,25 @@ def uneven_mask(out: int = OUT, inputs: int = INPUTS) -> Tensor:
 
 
 def draw(
-    family: str = "correlated", dtype: torch.dtype = torch.float64, seed: int = 0, out: int = OUT, inputs: int = INPUTS
+    family: str = "correlated",
+    dtype: torch.dtype = torch.float64,
+    seed: int = 0,
+    out: int = OUT,
+    inputs: int = INPUTS,
 ) -> LayerProblem:
     W0, H = FAMILIES[family](out, inputs, seed)
     return make(W0, H, dtype)
 
 
 def make(W0: Tensor, H: Tensor, dtype: torch.dtype = torch.float64) -> LayerProblem:
-    return LayerProblem(W0.to(dtype), Gram.from_matrix(H.to(dtype)))
+    return LayerProblem(W0.to(dtype), gram_of(H.to(dtype)))
+
+
+def gram_of(H: Tensor) -> Gram:
+    """A Gram with means that H allows: each a share of its input's root mean square."""
+    tokens = 8 * len(H)
+    shares = torch.linspace(-0.5, 0.5, len(H), dtype=torch.float64)
+    return Gram.from_matrix(H, tokens, shares * (H.diagonal().double().clamp_min(0) * tokens).sqrt())
 
 
 def who(holds: Callable[[Claims], bool]) -> pytest.MarkDecorator:
@@ -184,7 +203,7 @@ def test_the_same_problem_twice_gives_the_same_bits(method: str, pattern: str) -
 @pytest.mark.parametrize("pattern", ["layer", "2:4"])
 def test_a_shared_gram_changes_nothing(method: str, pattern: str) -> None:
     W0, H = FAMILIES["correlated"](OUT, INPUTS, 0)
-    gram = Gram.from_matrix(H.float())
+    gram = gram_of(H.float())
     for other in (W0.flip(0), -2 * W0[:, torch.arange(INPUTS - 1, -1, -1)]):
         run(CLAIMS[method].method, LayerProblem(other.float(), gram), PATTERNS[pattern]())
     shared = run(CLAIMS[method].method, LayerProblem(W0.float(), gram), PATTERNS[pattern]())
@@ -424,7 +443,9 @@ def test_nan_and_infinity_are_errors_that_name_the_layer(method: str, bad: float
 
 @each_method
 def test_a_pattern_that_does_not_fit_names_the_layer(method: str) -> None:
-    with pytest.raises(PatternError, match=r"pattern is 2:5, but model\.up_proj has 8 inputs, which 5 does not divide"):
+    with pytest.raises(
+        PatternError, match=r"pattern is 2:5, but model\.up_proj has 8 inputs, which 5 does not divide"
+    ):
         run(CLAIMS[method].method, draw(inputs=8), NM(2, 5), name="model.up_proj")
     with pytest.raises(PatternError, match=r"model\.up_proj has shape \(12, 8\)"):
         run(CLAIMS[method].method, draw(inputs=8), Fixed(uneven_mask()), name="model.up_proj")
@@ -436,7 +457,9 @@ def test_solve_takes_tensors() -> None:
     by_gram = rarefy.solve(W0, Gram.from_matrix(H), rarefy.PerRow(0.5), rarefy.Wanda())
     same(by_tensor, by_gram)
     assert by_tensor.sparsity == pytest.approx(0.5)
-    assert rarefy.solve(W0.bfloat16(), H.float(), rarefy.PerRow(0.5), rarefy.SparseGPT()).weight.dtype == torch.float32
+    assert (
+        rarefy.solve(W0.bfloat16(), H.float(), rarefy.PerRow(0.5), rarefy.SparseGPT()).weight.dtype == torch.float32
+    )
     for weight, gram in ((W0[:, :5], H), (W0[0], H), (W0, H[:5]), (W0, H[0])):
         with pytest.raises(InputError):
             rarefy.solve(weight, gram, rarefy.PerRow(0.5), rarefy.Wanda())
@@ -487,7 +510,9 @@ class Stub(Method):
 
     name: ClassVar[str] = "stub"
     summary: ClassVar[str] = "for tests"
-    answer: Callable[[LayerProblem, Pattern], Solution] = field(default=lambda problem, pattern: Solution(problem.W0, problem.W0 > 9))
+    answer: Callable[[LayerProblem, Pattern], Solution] = field(
+        default=lambda problem, pattern: Solution(problem.W0, problem.W0 > 9)
+    )
     takes_start: ClassVar[bool] = True
 
     def solve(self, problem: LayerProblem, pattern: Pattern, start: Solution | None = None) -> Solution:
@@ -589,9 +614,8 @@ def test_the_driver_counts_traces_and_stops() -> None:
 def test_each_pcg_step_lowers_the_loss(family: str, pattern: str, dtype: torch.dtype) -> None:
     problem, allowed = draw(family, dtype), PATTERNS[pattern]()
     start = run(Wanda(), problem, allowed)
-    losses = [start.relative_error]
-    for steps in range(1, 11):
-        losses.append(run(Then(Wanda(), PCG(steps=steps, rtol=0)), problem, allowed).relative_error)
+    refits = (Then(Wanda(), PCG(steps=steps, rtol=0)) for steps in range(1, 11))
+    losses = [start.relative_error, *(run(refit, problem, allowed).relative_error for refit in refits)]
     for before, after in itertools.pairwise(losses):
         assert after <= before * NOT_ABOVE[dtype] + NOTHING[dtype]
     assert losses[-1] < 0.999 * losses[0]
@@ -818,7 +842,15 @@ def test_best_of_keeps_the_lowest_loss() -> None:
 # --- names and hyperparameters
 
 
-@pytest.mark.parametrize("name", [*METHODS, "wanda+pcg", "magnitude+backsolve", "sparsegpt+admm1+pcg"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(name for name in METHODS if not METHODS[name].needs_start),
+        "wanda+pcg",
+        "magnitude+backsolve",
+        "sparsegpt+admm1+pcg",
+    ],
+)
 def test_a_name_makes_the_method_of_that_name(name: str) -> None:
     method = build(name)
     assert str(method) == name
@@ -843,7 +875,8 @@ def test_settings_change_hyperparameters() -> None:
         ("zzz", {}, "method is 'zzz', but must be one of magnitude, wanda"),
         ("", {}, "method is ''"),
         ("wanda+", {}, "method is ''"),
-        ("pcg", {}, None),
+        ("pcg", {}, "cannot come first"),
+        ("backsolve", {}, "write for example wanda+backsolve"),
         ("pcg+wanda", {}, "can"),
         ("wanda+sparsegpt", {}, "only be the first part"),
         ("sparsegpt", {"blocksize": "64"}, "did you mean block_size"),
@@ -866,10 +899,7 @@ def test_settings_change_hyperparameters() -> None:
         ("rarefy:Gram", {}, "a subclass of rarefy.Method"),
     ],
 )
-def test_bad_names_and_settings_are_one_sentence(name: str, settings: dict[str, Any], sentence: str | None) -> None:
-    if sentence is None:  # a refit by itself is known, and refused where it is used
-        assert build(name, settings).needs_start
-        return
+def test_bad_names_and_settings_are_one_sentence(name: str, settings: dict[str, Any], sentence: str) -> None:
     with pytest.raises(MethodError) as caught:
         build(name, settings)
     assert sentence in str(caught.value)

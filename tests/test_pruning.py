@@ -124,7 +124,9 @@ def test_grams_are_those_of_a_plain_forward_pass(architecture: str) -> None:
 
 def test_q_k_v_share_a_gram_and_so_do_gate_and_up() -> None:
     stream, blocks = recorded(make_model("llama"))
-    grams = {name.rpartition(".")[2]: gram for name, gram in collect(stream, blocks[0].module, 0, blocks[0].sites).items()}
+    grams = {
+        name.rpartition(".")[2]: gram for name, gram in collect(stream, blocks[0].module, 0, blocks[0].sites).items()
+    }
     assert grams["q_proj"] is grams["k_proj"] is grams["v_proj"]
     assert grams["gate_proj"] is grams["up_proj"]
     assert len({id(gram) for gram in grams.values()}) == 4
@@ -275,7 +277,9 @@ def test_include_and_exclude() -> None:
     assert {layer.block for layer in report.layers} == {1}
     # The last block is left out: only the first is run.
     third = make_model("llama")
-    assert {layer.block for layer in prune(third, PerRow(0.5), rarefy.Wanda(), exclude=["*.layers.1.*"]).layers} == {0}
+    assert {layer.block for layer in prune(third, PerRow(0.5), rarefy.Wanda(), exclude=["*.layers.1.*"]).layers} == {
+        0
+    }
 
 
 @pytest.mark.parametrize("more", [{"include": ["*.nothing"]}, {"exclude": ["*.nothing"]}, {"exclude": ["*"]}])
@@ -378,7 +382,11 @@ def test_a_failing_layer_is_reported_masked_and_strict_makes_it_an_error() -> No
     assert report.failed[0].details["failure"] == "no luck today"
     with pytest.raises(NumericalError, match=r"model\.layers\.0\.mlp\.gate_proj: no luck today"):
         prune(make_model("llama"), PerRow(0.5), Failing(), strict=True)
-    assert not [layer for layer in prune(make_model("llama"), PerRow(0.5), rarefy.Magnitude(), strict=True).layers if layer.failed]
+    assert not [
+        layer
+        for layer in prune(make_model("llama"), PerRow(0.5), rarefy.Magnitude(), strict=True).layers
+        if layer.failed
+    ]
 
 
 def test_an_error_leaves_no_hooks_and_no_other_dtype() -> None:
@@ -396,10 +404,14 @@ def test_an_error_leaves_no_hooks_and_no_other_dtype() -> None:
 # --- progress
 
 
-@pytest.mark.parametrize("more", [{}, {"include": ["*.layers.1.*"]}, {"exclude": ["*.layers.1.*"]}, {"batch_size": 1}])
+@pytest.mark.parametrize(
+    "more", [{}, {"include": ["*.layers.1.*"]}, {"exclude": ["*.layers.1.*"]}, {"batch_size": 1}]
+)
 def test_progress_rises_by_ones_to_its_total(more: dict[str, Any]) -> None:
     seen: list[tuple[int, int, str]] = []
-    report = prune(make_model("llama"), PerRow(0.5), rarefy.Wanda(), on_progress=lambda *args: seen.append(args), **more)
+    report = prune(
+        make_model("llama"), PerRow(0.5), rarefy.Wanda(), on_progress=lambda *args: seen.append(args), **more
+    )
     totals = {total for _, total, _ in seen}
     assert len(totals) == 1
     assert [done for done, _, _ in seen] == list(range(1, len(seen) + 1))

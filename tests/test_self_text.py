@@ -104,6 +104,7 @@ def test_the_same_seed_gives_the_same_bits() -> None:
     assert torch.equal(write(model, progress=lambda _, __: torch.rand(5)), texts)
     assert not torch.equal(write(model, seed=1), texts)
     assert len({tuple(text) for text in texts.tolist()}) == 3
+    texts[0, 0] += 1  # an ordinary tensor, and the caller's own
 
 
 def test_the_seed_of_others_is_neither_used_nor_changed() -> None:
@@ -148,13 +149,23 @@ def test_progress_counts_tokens_up_to_the_last() -> None:
     assert seen == [(4, 12), (6, 12), (8, 12), (10, 12), (11, 12), (12, 12)]
 
 
+def test_texts_are_spread_evenly_over_the_batches() -> None:
+    model, sizes = make_model("llama"), []
+    model.get_output_embeddings().register_forward_hook(lambda _, __, logits: sizes.append(len(logits)))
+    write(model, num=9, length=2, batch_size=8)
+    assert sizes == [5, 4]
+
+
 def test_the_default_batch_fits_its_keys_and_values_into_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_model("llama")
     assert self_text._fitting_batch(model, 8) == 128
-    per_text = 2 * 2 * 2 * 8 * 10 * 4  # layers, keys and values, heads, width, positions, bytes
+    per_text = 2 * 2 * 2 * 8 * 1000 * 4  # layers, keys and values, heads, width, positions, bytes
     monkeypatch.setattr(self_text, "_CACHE_BYTES", 5 * per_text + 1)
-    assert self_text._fitting_batch(model, 10) == 5
-    assert self_text._fitting_batch(model, 1000) == 1
+    assert self_text._fitting_batch(model, 1000) == 5
+    assert self_text._fitting_batch(model, 10_000) == 1
+    monkeypatch.setattr(self_text, "_CACHE_BYTES", 1)
+    weights = 4 * sum(parameter.numel() for parameter in model.parameters())
+    assert self_text._fitting_batch(model, 100) == weights // 4 // (per_text // 10)
 
 
 def test_nan_is_no_text() -> None:

@@ -166,6 +166,7 @@ def test_an_unknown_name_is_answered_with_all() -> None:
     message = refusal("redpajama")
     for name in ("self", "python-docs", "c4", "wikitext2", "hub:NAME", ".jsonl.gz", ".parquet"):
         assert name in message
+    assert "(python-docs, wikitext2, hub:NAME" in refusal("redpajama", part="evaluation")
 
 
 # --- The documentation of Python ----------------------------------------------------------------------------
@@ -299,9 +300,24 @@ def test_documents_are_joined_by_an_empty_line(count: int) -> None:
     assert not torch.isin(tokens, torch.tensor(tokenizer.all_special_ids)).any()
 
 
-def test_a_cap_is_for_the_hub_only() -> None:
-    assert len(token_stream(Documents(["x" * 100] * 2000), make_tokenizer(), enough=10)) > 200_000
+def test_of_a_large_file_every_nth_document_is_enough(tmp_path: Path) -> None:
+    tokenizer, documents = make_tokenizer(), [f"{i:05}{'x' * 95}" for i in range(1000)]
+    (tmp_path / "a.jsonl").write_bytes(json_lines(documents))
+    source = parse_source(str(tmp_path / "a.jsonl"))
+
+    def numbers(enough: int | None) -> list[int]:
+        text = tokenizer.decode(token_stream(source, tokenizer, enough))
+        return [int(document[:5]) for document in text.split("\n\n")]
+
+    assert numbers(None) == numbers(100_000) == numbers(6_251) == list(range(1000))
+    assert numbers(6_250) == list(range(0, 1000, 2))
+    assert numbers(130) == list(range(0, 1000, 96))
+    assert len(token_stream(source, tokenizer, 130)) >= 130
+
+
+def test_no_documents_are_no_tokens() -> None:
     assert token_stream(Documents([]), make_tokenizer()).shape == (0,)
+    assert len(token_stream(Documents(["x" * 100] * 2000), make_tokenizer(), enough=10)) > 200_000
 
 
 # --- Windows ------------------------------------------------------------------------------------------------

@@ -24,10 +24,13 @@ if TYPE_CHECKING:
     from rarefy.methods.alps import ALPS
     from rarefy.methods.base import IterativeMethod, Method
     from rarefy.methods.compose import BestOf, Then
+    from rarefy.methods.dsnot import DSnoT
     from rarefy.methods.magnitude import Magnitude
     from rarefy.methods.refit import PCG, Backsolve
     from rarefy.methods.ria import RIA
+    from rarefy.methods.sparsefw import SparseFW
     from rarefy.methods.sparsegpt import SparseGPT
+    from rarefy.methods.swaps import Swaps
     from rarefy.methods.wanda import Wanda
     from rarefy.pruning import prune, solve
     from rarefy.report.records import Report
@@ -43,6 +46,7 @@ __all__ = [
     "Backsolve",
     "BestOf",
     "CalibrationError",
+    "DSnoT",
     "Fixed",
     "Gram",
     "InputError",
@@ -60,8 +64,10 @@ __all__ = [
     "RecipeError",
     "Report",
     "Solution",
+    "SparseFW",
     "SparseGPT",
     "Status",
+    "Swaps",
     "Then",
     "Unstructured",
     "VerificationError",
@@ -92,10 +98,13 @@ _HOME = {
     "rarefy.methods.alps": ("ALPS",),
     "rarefy.methods.base": ("IterativeMethod", "Method"),
     "rarefy.methods.compose": ("BestOf", "Then"),
+    "rarefy.methods.dsnot": ("DSnoT",),
     "rarefy.methods.magnitude": ("Magnitude",),
     "rarefy.methods.refit": ("PCG", "Backsolve"),
     "rarefy.methods.ria": ("RIA",),
+    "rarefy.methods.sparsefw": ("SparseFW",),
     "rarefy.methods.sparsegpt": ("SparseGPT",),
+    "rarefy.methods.swaps": ("Swaps",),
     "rarefy.methods.wanda": ("Wanda",),
     "rarefy.pruning": ("prune", "solve"),
     "rarefy.report.records": ("Report",),

@@ -76,7 +76,7 @@ def prune(
         convert_calls(stream, compute_dtype(stream.states.dtype, stream.device))
         records: list[LayerRecord] = []
         last = max(block.index for block in blocks if block.sites)
-        ticks = _Ticks(on_progress, sum(2 * stream.num_batches + len(b.sites) for b in blocks[: last + 1]))
+        ticks = _Ticks(on_progress, _num_parts(blocks[: last + 1], stream.num_batches))
         for block in blocks[: last + 1]:
             stored = {site.name: site.read().dtype for site in block.sites}
             with computing_in(block.module, stream.compute_dtype):
@@ -89,6 +89,13 @@ def prune(
     finally:
         model.train(training)
     return Report(records, seconds=time.perf_counter() - started, method=str(method), pattern=str(pattern))
+
+
+def _num_parts(blocks: Sequence[Block], num_batches: int) -> int:
+    """Batches collected and advanced, and layers solved: what progress counts."""
+    collected = sum(1 for block in blocks if block.sites)
+    advanced = len(blocks) - 1  # nothing comes after the last
+    return (collected + advanced) * num_batches + sum(len(block.sites) for block in blocks)
 
 
 def check_pattern(blocks: Sequence[Block], pattern: Pattern) -> None:

@@ -18,9 +18,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from rarefy.errors import InputError, MethodError, PatternError, RecipeError
 from rarefy.layer.pattern import NM, Pattern, PerRow, Unstructured
-from rarefy.methods import build, hyperparameters
+from rarefy.methods import all_settings, build
 from rarefy.methods.base import Method
-from rarefy.methods.compose import Then
 
 DEFAULT_METHOD = "sparsegpt"
 DEFAULT_SPARSITY = 0.5
@@ -177,7 +176,7 @@ class Recipe(BaseModel):
         """
         num_samples, length = QUICK_WINDOWS if self.calibration is None else FULL_WINDOWS
         filled: dict[str, Any] = {
-            "settings": _all_settings(self.build_method()),
+            "settings": all_settings(self.method, self.build_method()),
             "calibration": self.calibration or DEFAULT_CALIBRATION,
             "num_samples": self.num_samples or num_samples,
             "sequence_length": self.sequence_length or min(length, context or length),
@@ -211,17 +210,6 @@ def parse_settings(pairs: list[str]) -> dict[str, str]:
             raise MethodError("--set", pair, "KEY=VALUE, such as block_size=64")
         settings[key.strip()] = value.strip()
     return settings
-
-
-def _all_settings(method: Method) -> dict[str, bool | int | float | str]:
-    """Every hyperparameter by the key that ``--set`` knows it by, with its value."""
-    parts = [(f"{part}.", part) for part in method.parts] if isinstance(method, Then) else [("", method)]
-    return {
-        prefix + key: value
-        for prefix, part in parts
-        for key, value in hyperparameters(part).items()
-        if isinstance(value, (bool, int, float, str))
-    }
 
 
 class _Loader(yaml.SafeLoader):

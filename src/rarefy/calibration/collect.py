@@ -90,8 +90,8 @@ def _groups(stream: HiddenStates, module: nn.Module, block: int, sites: Sequence
         if called.count(site.name) != 1:
             times = called.count(site.name)
             raise ModelError.sentence(
-                f"{site.name} is called with {times} different inputs in one pass of its block, but Rarefy needs one; "
-                "leave it out with --exclude."
+                f"{site.name} is called with {times} different inputs in one pass of its block, but Rarefy "
+                "needs one; leave it out with --exclude."
             )
     return groups
 

@@ -5,10 +5,10 @@ next token is drawn from the model's own distribution, unchanged. An end-of-text
 and writing goes on after it: that is how the model saw documents follow each other in training, and forbidding
 the token would bend the distribution at the place where it is most certain.
 
-The loop is lean, since generate() is several times slower: keys and values go into a cache that is allocated
-once, the head runs for one position, and a token is drawn by inverting the cumulated distribution, which needs
-one random number instead of one for every word of the vocabulary. All random numbers are drawn before the
-first step, so the text depends on the seed and not on the batch size, apart from rounding.
+The loop is lean: keys and values go into a cache that is allocated once, and a token is drawn by inverting
+the cumulated distribution, which needs one random number instead of one for every word of the vocabulary
+(those alone cost a third of a step of a small model). All random numbers are drawn before the first step, so
+the text depends on the seed and not on the batch size, apart from rounding.
 """
 
 from __future__ import annotations
@@ -37,8 +37,9 @@ if TYPE_CHECKING:
 # Counted up whenever the same seed would give other text than before.
 _VERSION = 1
 
-# The default batch holds as many texts as its keys and values leave room for, and not more than ...
-_CACHE_BYTES = 2 * 2**30
+# The default batch: its keys and values take no more than a quarter of the model's weights, or than this
+# where that is more. Beyond the largest batch the products get no faster.
+_CACHE_BYTES = 2**30
 _LARGEST_BATCH = 128
 
 # A model up to this size is written with in float32 on the CPU; see _in_float32.
@@ -67,8 +68,8 @@ def write_text(
 
     A window is one text, or several of at most ``text_length`` tokens one after the other: short texts are
     written many at a time, which is faster. Each begins with its start token, which is ``bos_id`` or, where
-    that is None, the model's own. ``batch_size`` texts are written at once (None: as many as 2 GiB of keys
-    and values allow, at most 128). ``progress(done, total)`` counts tokens.
+    that is None, the model's own. ``batch_size`` texts are written at once (None: at most 128, fewer where their
+    keys and values would take too much memory). ``progress(done, total)`` counts tokens.
 
     The same model, seed and lengths give the same bits on the same machine. The windows are kept in
     ``cache_folder`` (None: the user's cache folder) and read from there the next time, unless ``use_cache``
@@ -103,7 +104,7 @@ def write_text(
             texts = _write(model, num * pieces, piece_length, seed, bos_id, batch_size, progress)
     finally:
         model.train(training)
-    windows = texts.view(num, pieces * piece_length)[:, :length].contiguous()
+    windows = texts.view(num, pieces * piece_length)[:, :length].clone()
     if file is not None:
         _store(file, windows)
     return windows
@@ -127,6 +128,7 @@ def _write(
     else:
         texts[:, 0] = bos_id
     batch_size = batch_size or _fitting_batch(model, length)
+    batch_size = -(-num // -(-num // batch_size))  # so that no batch is nearly empty
     for first in range(0, num, batch_size):
         rows = slice(first, first + batch_size)
         size = len(texts[rows])
@@ -138,7 +140,7 @@ def _write(
             texts[rows, position] = tokens[:, 0].cpu()
             if progress:
                 progress(first * length + size * (position + 1), num * length)
-    return texts.clone()
+    return texts
 
 
 def draw_tokens(logits: Float[Tensor, "batch vocabulary"], draws: Float[Tensor, " batch"]) -> Int64[Tensor, " batch"]:
@@ -206,7 +208,8 @@ def _fitting_batch(model: PreTrainedModel, length: int) -> int:
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     item = next(model.parameters()).element_size()
     per_text = config.num_hidden_layers * 2 * heads * width * length * item
-    return max(1, min(_LARGEST_BATCH, _CACHE_BYTES // per_text))
+    allowed = max(_CACHE_BYTES, item * sum(map(Tensor.numel, model.parameters())) // 4)
+    return max(1, min(_LARGEST_BATCH, allowed // per_text))
 
 
 def _vocabulary(model: PreTrainedModel) -> int:
@@ -224,8 +227,8 @@ def _start_token(model: PreTrainedModel) -> int | None:
 def _in_float32(model: PreTrainedModel) -> Iterator[None]:
     """Within the block, a small model in 16 bits on the CPU computes in float32; after it, nothing has changed.
 
-    The values are the same, the products more exact, and on CPUs without matrix units for 16 bits they are
-    about 1.5 times faster. Larger models stay as they are, because this takes 4 bytes more per parameter.
+    The weights' values are the same, and on a CPU without matrix units for 16 bits (AMX) a step takes 1.3 times
+    less. Larger models stay as they are, because this takes 4 bytes more per parameter.
     """
     tensors = [
         tensor

@@ -16,7 +16,9 @@ import warnings
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from io import BufferedReader
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -32,15 +34,21 @@ if TYPE_CHECKING:
 
 Part = Literal["calibration", "evaluation"]
 
-NAMES = ("self", "python-docs", "c4", "wikitext2")
-FORMS = f"{', '.join(NAMES)}, hub:NAME[:CONFIG[:SPLIT]], or a .txt, .jsonl, .jsonl.gz or .parquet file"
+NAMES: dict[Part, tuple[str, ...]] = {
+    "calibration": ("self", "python-docs", "c4", "wikitext2"),
+    "evaluation": ("python-docs", "wikitext2"),
+}
 
 # What stands between two documents: an empty line, as between paragraphs, and as the papers join WikiText's rows.
 SEPARATOR = "\n\n"
 
 # A shard of C4 holds about 170 million tokens. Sixteen times the tokens that the windows hold keeps overlaps
-# rare (each token is then in 1/16 of a window on average) and costs a few seconds.
+# rare (a token is in a sixteenth of a window on average) and takes seconds.
 DRAW_FROM = 16
+
+# Of a file with more than twice this many characters for each token that is needed, every second, third, ...
+# document is enough: text has 1 to 5 characters a token, so that this leaves more tokens than are needed.
+_CHARACTERS_PER_TOKEN = 8
 
 _JSON_LINES = (".jsonl", ".jsonl.gz", ".json", ".json.gz")
 _DOCUMENTS_PER_BATCH = 512
@@ -56,12 +64,13 @@ class CalibrationWarning(UserWarning):
 class Source(ABC):
     """Text that was found sound as far as that can be told without reading the hub or loading a model.
 
-    ``name`` is what the user wrote. ``capped`` says that there is more text than anybody wants to tokenise, so
-    that reading stops once there is enough.
+    ``name`` is what the user wrote, ``characters`` the length of the text where it is known. ``capped`` says
+    that the text comes over the network, so that reading stops once there is enough.
     """
 
     capped: ClassVar[bool] = False
     name: str
+    characters: int | None = None
 
     @abstractmethod
     def documents(self) -> Iterator[str]:
@@ -104,7 +113,8 @@ class TextFile(Source):
     path: Path
 
     def documents(self) -> Iterator[str]:
-        data = _read(self.name, self.path)
+        with _opened(self.name, self.path) as file:
+            data = file.read()
         if (place := data.find(b"\0")) >= 0:
             raise _bad(self.name, f"is binary: byte {place:,} is NUL")
         try:
@@ -120,24 +130,28 @@ class JsonLinesFile(Source):
 
     name: str
     path: Path
+    characters: int | None = None
 
     def documents(self) -> Iterator[str]:
-        # Split at newlines alone: str.splitlines would also cut at the separators that JSON allows in strings.
-        for number, line in enumerate(_read(self.name, self.path).split(b"\n"), start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-            except UnicodeDecodeError:
-                raise _bad(self.name, f"is not UTF-8 text: line {number:,} cannot be decoded") from None
-            except (ValueError, RecursionError):
-                raise _bad(self.name, f"is malformed: line {number:,} is not JSON") from None
-            if not isinstance(row, dict) or "text" not in row:
-                raise _bad(self.name, f'is malformed: line {number:,} is no JSON object with a key "text"')
-            if not isinstance(row["text"], str):
-                raise _bad(self.name, f'is malformed: "text" in line {number:,} is not a string')
-            # JSON can spell half of a surrogate pair, which no tokenizer takes.
-            yield row["text"].encode("utf-8", "replace").decode("utf-8")
+        with _opened(self.name, self.path) as file:
+            # As bytes, so that lines end at newlines alone and not at the separators that JSON allows in strings.
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    yield self._text(number, line)
+
+    def _text(self, number: int, line: bytes) -> str:
+        try:
+            row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+        except UnicodeDecodeError:
+            raise _bad(self.name, f"is not UTF-8 text: line {number:,} cannot be decoded") from None
+        except (ValueError, RecursionError):
+            raise _bad(self.name, f"is malformed: line {number:,} is not JSON") from None
+        if not isinstance(row, dict) or "text" not in row:
+            raise _bad(self.name, f'is malformed: line {number:,} is no JSON object with a key "text"')
+        if not isinstance(row["text"], str):
+            raise _bad(self.name, f'is malformed: "text" in line {number:,} is not a string')
+        # JSON can spell half of a surrogate pair, which no tokenizer takes.
+        return row["text"].encode("utf-8", "replace").decode("utf-8")
 
 
 @dataclass(frozen=True)
@@ -146,6 +160,7 @@ class ParquetFile(Source):
 
     name: str
     path: Path
+    characters: int | None = None
 
     def documents(self) -> Iterator[str]:
         import pyarrow as pa  # type: ignore[import-untyped, unused-ignore]
@@ -236,7 +251,7 @@ def parse_source(text: str, *, argument: str = "--calibration", part: Part = "ca
         return HubRows("c4", "allenai/c4", None, "train", data_file="en/c4-train.00000-of-01024.json.gz")
     if text.startswith("hub:"):
         return _parse_hub(text, argument, part)
-    return _parse_file(text, argument)
+    return _parse_file(text, argument, part)
 
 
 def _parse_hub(text: str, argument: str, part: Part) -> HubRows:
@@ -248,9 +263,9 @@ def _parse_hub(text: str, argument: str, part: Part) -> HubRows:
     return HubRows(text, fields[0], config, fields[2] if len(fields) > 2 and fields[2] else default)
 
 
-def _parse_file(text: str, argument: str) -> Source:
+def _parse_file(text: str, argument: str, part: Part) -> Source:
     path = Path(text).expanduser()
-    source: Source
+    source: TextFile | JsonLinesFile | ParquetFile
     if text.lower().endswith(_JSON_LINES):
         source = JsonLinesFile(text, path)
     elif text.lower().endswith(".parquet"):
@@ -259,24 +274,29 @@ def _parse_file(text: str, argument: str) -> Source:
         source = TextFile(text, path)
     try:
         if not text.strip() or not path.exists():
-            raise _missing(text, path)
+            raise _missing(text, path, part)
         if path.is_dir():
             raise _bad(text, "is a folder, not a file")
         # All documents are read, and not only the first, so that a broken line is found now.
-        if not sum(not document.isspace() and document != "" for document in source.documents()):
+        characters, blank = 0, True
+        for document in source.documents():
+            characters += len(document)
+            blank = blank and not document.strip()
+        if blank:
             raise _bad(text, "is empty")
     except OSError as error:
         raise CalibrationError.sentence(f"{argument}: {text!r} cannot be read: {_first_line(error)}.") from None
     except CalibrationError as error:
         raise CalibrationError.sentence(f"{argument}: {error}") from None
-    return source
+    return source if isinstance(source, TextFile) else replace(source, characters=characters)
 
 
-def _missing(text: str, path: Path) -> CalibrationError:
+def _missing(text: str, path: Path, part: Part) -> CalibrationError:
     if path.suffix or len(path.parts) > 1:
         return _bad(text, "does not exist")
-    near = difflib.get_close_matches(text.lower(), NAMES, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else f" ({FORMS})."
+    near = difflib.get_close_matches(text.lower(), NAMES[part], n=1)
+    names = f"{', '.join(NAMES[part])}, hub:NAME[:CONFIG[:SPLIT]], or a .txt, .jsonl, .jsonl.gz or .parquet file"
+    hint = f"; did you mean {near[0]!r}?" if near else f" ({names})."
     return CalibrationError.sentence(f"{text!r} is neither a file nor a known source{hint}")
 
 
@@ -290,13 +310,12 @@ def _first_line(error: BaseException) -> str:
     return lines[0].rstrip(". ") if lines else type(error).__name__
 
 
-def _read(name: str, path: Path) -> bytes:
-    """The bytes of a file, unpacked where its name ends in .gz."""
+@contextmanager
+def _opened(name: str, path: Path) -> Iterator[gzip.GzipFile | BufferedReader]:
+    """A file to read bytes from, unpacked where its name ends in .gz; what goes wrong in reading is one sentence."""
     try:
-        if path.suffix.lower() != ".gz":
-            return path.read_bytes()
-        with gzip.open(path) as file:
-            return file.read()
+        with gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as file:
+            yield file
     except (gzip.BadGzipFile, EOFError, zlib.error):
         raise _bad(name, "is no complete gzip file") from None
     except OSError as error:
@@ -353,13 +372,15 @@ def token_stream(
 ) -> Int64[Tensor, " tokens"]:
     """All tokens of ``source`` in one row, int64 on the CPU, without special tokens.
 
-    Documents are tokenised in batches, each but the last followed by an empty line. Files are read whole; a
-    data set on the hub that comes row by row ends after the first ``enough`` tokens (``DRAW_FROM * num *
-    length`` is meant; None reads all of it). CalibrationError where the text cannot be read.
+    Documents are tokenised in batches, each but the last followed by an empty line. For evaluation all text is
+    read. For windows that are drawn, ``enough`` (``DRAW_FROM * num * length`` is meant) keeps this to seconds:
+    the hub is read up to its first ``enough`` tokens, and of a large file of documents every second, third or
+    n-th is taken, from its beginning to its end. CalibrationError where the text cannot be read.
     """
     pieces: list[Tensor] = []
     count = 0
-    documents = _followed_by_separator(source.documents())
+    stride = (source.characters or 0) // (_CHARACTERS_PER_TOKEN * enough) if enough else 1
+    documents = _followed_by_separator(islice(source.documents(), 0, None, max(1, stride)))
     while batch := list(islice(documents, _DOCUMENTS_PER_BATCH)):
         # verbose=False: a stream is longer than any model's context, which the tokenizer would warn about.
         encoded = tokenizer(batch, add_special_tokens=False, return_attention_mask=False, verbose=False)

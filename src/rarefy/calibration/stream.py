@@ -147,13 +147,16 @@ class _Recorder:
 @contextmanager
 def _recording(blocks: Sequence[nn.Module]) -> Iterator[_Recorder]:
     recorder = _Recorder()
+    own = [block.__dict__.get("forward") for block in blocks]  # hooks of other libraries live there
     try:
         for index, block in enumerate(blocks):
             block.forward = recorder.stand_in(index, block.forward)
         yield recorder
     finally:
-        for block in blocks:
+        for block, forward in zip(blocks, own, strict=True):
             block.__dict__.pop("forward", None)  # the class's own forward shows again
+            if forward is not None:
+                block.forward = forward
 
 
 def _share_equal(calls: list[list[BlockCall]]) -> None:

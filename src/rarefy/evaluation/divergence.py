@@ -27,6 +27,7 @@ from rarefy.evaluation.perplexity import _LOGIT_BYTES, _PROBE, Perplexity, _head
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+
 @dataclass(frozen=True)
 class Divergence:
     """Mean over all predicted tokens: ``kl`` in nats, ``agreement`` the share with the same first token.
@@ -94,9 +95,7 @@ def divergence(
     count = len(ids) * (length - 1)
     loss = total_loss / count
     value = float(torch.tensor(loss, dtype=torch.float64).exp())
-    return Divergence(
-        total_kl / count, equal / count, Perplexity(value, loss, len(ids), length, count, source)
-    )
+    return Divergence(total_kl / count, equal / count, Perplexity(value, loss, len(ids), length, count, source))
 
 
 def record_head_inputs(

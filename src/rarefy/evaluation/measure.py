@@ -1,6 +1,6 @@
 """All that is measured of one model: perplexity on each text, distance from the dense model, tasks, texts.
 
-    Measures(corpora, ...)  --record(dense)-->  what entered its head  --of(model, dense)-->  plain values
+Measures(corpora, ...)  --record(dense)-->  what entered its head  --of(model, dense)-->  plain values
 """
 
 from __future__ import annotations
@@ -97,9 +97,7 @@ class Measures:
                 reference = dense[i] if isinstance(dense, Sequence) else dense
                 distance = divergence(model, reference, corpus.tokens, self.length, **options)
                 found = distance.perplexity
-                distances.append(
-                    {"label": corpus.label, "kl": finite(distance.kl), "agreement": distance.agreement}
-                )
+                distances.append({"label": corpus.label, "kl": finite(distance.kl), "agreement": distance.agreement})
             rows.append(
                 {
                     "text": corpus.source,
@@ -162,9 +160,7 @@ def parse_texts(texts: Sequence[str]) -> dict[str, Source]:
     return sources
 
 
-def corpora(
-    sources: dict[str, Source], tokenizer: PreTrainedTokenizerBase, length: int, bos: bool
-) -> list[Corpus]:
+def corpora(sources: dict[str, Source], tokenizer: PreTrainedTokenizerBase, length: int, bos: bool) -> list[Corpus]:
     """The tokens of all texts. Raises CalibrationError where one is shorter than a window."""
     found = []
     for label, source in sources.items():

@@ -38,6 +38,7 @@ class Gram:
     ) -> None:
         self._sum = torch.zeros(size, size, device=device, dtype=dtype)  # upper strips until mirrored
         self._mirrored = True
+        self._borrowed = False  # whether the caller still holds the matrix
         self.num_tokens = 0
         self._sum_x = torch.zeros(size, device=device, dtype=torch.float64) if means else None
         self._cache: dict[Hashable, object] = {}
@@ -50,7 +51,7 @@ class Gram:
         if H.ndim != 2 or H.shape[0] != H.shape[1]:
             raise InputError("gram", f"a tensor of shape {tuple(H.shape)}", "a square matrix (in, in)")
         gram = cls(0)
-        gram._sum = H if H.dtype == torch.float64 else H.float()
+        gram._sum, gram._borrowed = H if H.dtype == torch.float64 else H.float(), True
         gram.num_tokens = num_tokens
         gram._sum_x = None if sum_x is None else sum_x.double()
         return gram
@@ -83,7 +84,9 @@ class Gram:
 
     def update(self, X: Float[Tensor, "*tokens in"]) -> None:
         """Add the rows of X (..., in); products and sums in float32, whatever the dtype of X."""
-        X = X.reshape(-1, X.shape[-1])
+        if X.shape[-1] != self.size:
+            raise InputError("X", f"a tensor of shape {tuple(X.shape)}", f"(..., {self.size})")
+        X = X.reshape(-1, self.size)
         self._writable()
         self.num_tokens += X.shape[0]
         if self._sum_x is not None:
@@ -137,5 +140,6 @@ class Gram:
 
     def _writable(self) -> None:
         self._cache.clear()
-        if self._mirrored:
-            self._mirrored = False  # the lower triangle is stale from here on
+        self._mirrored = False  # the lower triangle is stale from here on
+        if self._borrowed:
+            self._sum, self._borrowed = self._sum.clone(), False

@@ -96,6 +96,7 @@ class Unstructured(Pattern):
         return keep_largest(scores.reshape(-1), self.count(_shape(scores))).view_as(scores)
 
     def at(self, share: float) -> Unstructured:
+        _refuse_slice(self, self.kept)
         return Unstructured(self.sparsity * share)
 
     def rows(self, start: int, stop: int, shape: Shape) -> Unstructured:
@@ -128,6 +129,7 @@ class PerRow(Pattern):
         return keep_largest(_locked_first(scores, locked), self._kept_per_row(scores.shape[1]))
 
     def at(self, share: float) -> PerRow:
+        _refuse_slice(self, self.kept)
         return PerRow(self.sparsity * share)
 
     def rows(self, start: int, stop: int, shape: Shape) -> PerRow:
@@ -157,7 +159,7 @@ class NM(Pattern):
     of: int
 
     def __post_init__(self) -> None:
-        if not (isinstance(self.keep, int) and isinstance(self.of, int) and 1 <= self.keep < self.of):
+        if not (type(self.keep) is int and type(self.of) is int and 1 <= self.keep < self.of):
             raise PatternError(
                 "pattern", f"{self.keep}:{self.of}", "N:M with 1 <= N < M (N of every M weights are kept)"
             )
@@ -294,6 +296,12 @@ def check_sparsity(sparsity: object, argument: str = "sparsity") -> None:
 def _share(total: int, start: int, stop: int, length: int) -> int:
     """What part start..stop of ``length`` gets of ``total``: cumulative floors, so parts add up exactly."""
     return total * stop // length - total * start // length
+
+
+def _refuse_slice(pattern: Pattern, kept: int | None) -> None:
+    """A slice has an exact count of its own, of which no share follows from the sparsity."""
+    if kept is not None:
+        raise PatternError.sentence(f"A slice of {pattern} has no gradual masks.")
 
 
 def _locked_first(scores: Scores, locked: Mask | None) -> Scores:

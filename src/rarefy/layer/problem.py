@@ -101,6 +101,8 @@ class LayerProblem:
 
     def _energy(self, W: Tensor, W0: Tensor | None) -> float:
         """tr(D H D^T) for D = W - W0 (or W), product and sum in float64, a strip of D and H at a time."""
+        if tuple(W.shape) != self.shape:  # a single row would be broadcast over all
+            raise InputError("weight", f"a tensor of shape {tuple(W.shape)}", f"{self.shape}, as W0")
         total = 0.0
         for a in range(0, W.shape[0], _STRIP):
             D = W[a : a + _STRIP].to(self.W0.device, torch.float64)

@@ -17,13 +17,14 @@ class Status(Enum):
     STEP_LIMIT = "all steps taken"
     TRIVIAL = "nothing to choose"
     DAMPED = "solved with more damping than asked for"
-    NOT_FINITE = "diverged: the last finite iterate is returned"
+    NOT_FINITE = "diverged: the dense weight is only masked"
+    PART_FAILED = "a part of the combination failed: what the part before it found is returned"
     NOT_FACTORED = "the Gram matrix could not be factored: the dense weight is only masked"
 
     @property
     def failed(self) -> bool:
         """Whether the method did not do what it is for; ``--strict`` makes this an error."""
-        return self in (Status.NOT_FINITE, Status.NOT_FACTORED)
+        return self in (Status.NOT_FINITE, Status.PART_FAILED, Status.NOT_FACTORED)
 
 
 @dataclass

@@ -10,12 +10,15 @@ from dataclasses import MISSING, fields, replace
 from rarefy.errors import MethodError
 from rarefy.methods.admm import ADMM
 from rarefy.methods.alps import ALPS
-from rarefy.methods.base import Method
+from rarefy.methods.base import Method, cannot_come_first
 from rarefy.methods.compose import Then
+from rarefy.methods.dsnot import DSnoT
 from rarefy.methods.magnitude import Magnitude
 from rarefy.methods.refit import PCG, Backsolve
 from rarefy.methods.ria import RIA
+from rarefy.methods.sparsefw import SparseFW
 from rarefy.methods.sparsegpt import SparseGPT
+from rarefy.methods.swaps import Swaps
 from rarefy.methods.wanda import Wanda
 
 #: Every name of ``--method`` with the method it stands for; adding a method is one line here.
@@ -29,6 +32,9 @@ METHODS: dict[str, Method] = {
     "admm1": ADMM(schedule="fixed"),
     "alps": ALPS(),
     "alps-paper": ALPS(penalty="support", damping=0.01, refit_damping=0.01),
+    "sparsefw": SparseFW(),
+    "swaps": Swaps(),
+    "dsnot": DSnoT(),
     "pcg": PCG(),
     "backsolve": Backsolve(),
 }
@@ -43,17 +49,39 @@ def build(name: str, settings: Mapping[str, Setting] | None = None) -> Method:
     the user's own. A setting's key is a hyperparameter, or ``part.hyperparameter`` where methods are
     combined; text values are read as the type of the default. Raises MethodError.
     """
-    names = [part.strip() for part in str(name).split("+")]
-    parts = [_lookup(part) for part in names]
+    parts = [_lookup(part.strip()) for part in str(name).split("+")]
+    names = _part_names(name)
     for key, value in (settings or {}).items():
         index, field_name = _find(key, names, parts)
         parts[index] = _changed(parts[index], key, field_name, value)
+    if parts[0].needs_start:
+        raise cannot_come_first(parts[0])
     return parts[0] if len(parts) == 1 else Then(*parts)
 
 
 def hyperparameters(method: Method) -> dict[str, object]:
     """The hyperparameters of a method with their values, in order."""
     return {item.name: getattr(method, item.name) for item in fields(method) if item.name != "parts"}
+
+
+def all_settings(name: str, method: Method) -> dict[str, Setting]:
+    """Every hyperparameter of ``build(name)`` by the key that its settings know it by, with its value."""
+    parts = method.parts if isinstance(method, Then) else (method,)
+    return {
+        key if len(parts) == 1 else f"{part_name}.{key}": value
+        for part_name, part in zip(_part_names(name), parts, strict=True)
+        for key, value in hyperparameters(part).items()
+        if isinstance(value, (str, int, float, bool))
+    }
+
+
+def _part_names(name: str) -> list[str]:
+    """The names of a combination's parts; the second ``pcg`` in it is called ``pcg2``."""
+    names = [part.strip() for part in str(name).split("+")]
+    return [
+        part if part not in names[:index] else f"{part}{names[: index + 1].count(part)}"
+        for index, part in enumerate(names)
+    ]
 
 
 def _lookup(name: str) -> Method:

@@ -38,10 +38,10 @@ W0 A (A + rho I)^-1 = W0 - rho W0 (A + rho I)^-1, (1) is one product:
 | inverse  | (X^T X + rho I)^-1 | (in, in) | rho (A + rho I)^-1, written anew at each rho |
 
 Source: Meng et al., "ALPS: Improved Optimization for Highly Sparse One-Shot Pruning for Large Language
-Models", arXiv 2406.07831, algorithms 1 and 2; as published: ALPS(penalty="support", damping=0.01, refit_damping=0.01), ``alps-paper`` on
-the command line. Differences: Cholesky factorisations instead of one
+Models", arXiv 2406.07831, algorithms 1 and 2. As published it is ALPS(penalty="support", damping=0.01,
+refit_damping=0.01), ``alps-paper`` on the command line. Differences: Cholesky factorisations instead of one
 eigendecomposition (cheaper here, see docs/log.md); PCG with a step per row.
-Cost: one product W @ H a step, a factorisation and inverse for each distinct rho (about 4/3 in^3
+Cost: one product W @ H a step, a factorisation and inverse for each distinct rho (about in^3 / 2
 multiplications), one product per conjugate-gradient step. Memory: four (out, in), two (in, in).
 """
 
@@ -138,9 +138,10 @@ class ALPS(IterativeMethod[_State]):
         U.add_(W)  # X = W + U
         state.mask = state.pattern.project(torch.abs(X, out=Y))  # (2), (3)
         state.rescale = 1.0
+        trace = {"rho": state.rho, "support change": float(_changes(state.mask, before))}
         if self.penalty == "support" and t % _LOOK_EVERY == 0:
             self._look(state, t)
-        return {"rho": state.rho, "support change": _changes(state.mask, before)}
+        return trace
 
     def stop(self, state: _State, t: int) -> bool:
         return state.still

@@ -17,12 +17,16 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from rarefy.errors import MethodError, NumericalError
+from rarefy.errors import MethodError, NumericalError, PatternError
 from rarefy.layer.pattern import Pattern
 from rarefy.layer.problem import LayerProblem
 from rarefy.layer.solution import Solution, Status
 
 State = TypeVar("State")
+
+
+class Diverged(NumericalError):
+    """The iterates of a method stopped being finite."""
 
 
 def hyper(
@@ -112,7 +116,7 @@ class IterativeMethod(Method, Generic[State]):
                 break
         iterate = self.iterate(state)
         if iterate is not None and not bool(torch.isfinite(iterate.sum())):
-            raise NumericalError(f"{self.name} diverged within {t} steps.")
+            raise Diverged(f"{self} diverged within {t} steps.")
         solution = self.finish(state)
         if solution.status is Status.SOLVED:
             solution.status = status
@@ -152,6 +156,8 @@ def run(
             _check_contract(method, solution, pattern, problem, name)
         except NumericalError as error:
             solution = fallback(problem, pattern)
+            if isinstance(error, Diverged):
+                solution.status = Status.NOT_FINITE
             solution.details["failure"] = str(error)
     solution.seconds = time.perf_counter() - started
     solution.relative_error = problem.relative_error(solution.weight)
@@ -217,7 +223,10 @@ def _check_contract(method: Method, solution: Solution, pattern: Pattern, proble
     if solution.weight.shape != problem.W0.shape or solution.mask.shape != problem.W0.shape:
         raise MethodError.sentence(f"{method.name} returned another shape than that of {name}.")
     if not bool(torch.isfinite(solution.weight).all()):
-        raise NumericalError(f"{method.name} returned NaN or infinity.")
-    pattern.check(solution.mask)
+        raise Diverged(f"{method} returned NaN or infinity.")
+    try:
+        pattern.check(solution.mask)
+    except PatternError as error:
+        raise MethodError.sentence(f"{method} returned a mask for {name} that {pattern} forbids: {error}") from None
     if bool((solution.weight[~solution.mask] != 0).any()):
         raise MethodError.sentence(f"{method.name} returned a weight that is not zero outside its mask.")

@@ -6,10 +6,10 @@ solution of the part before it. ``BestOf(a, b)`` solves with each and keeps the 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from rarefy.errors import MethodError
+from rarefy.errors import MethodError, NumericalError
 from rarefy.layer.pattern import Pattern
 from rarefy.layer.problem import LayerProblem
 from rarefy.layer.solution import Solution, Status
@@ -54,19 +54,24 @@ class Then(_Combination):
         return "+".join(str(part) for part in self.parts)
 
     def solve(self, problem: LayerProblem, pattern: Pattern, start: Solution | None = None) -> Solution:
-        worst = Status.SOLVED
+        found = start
         for part in self.parts:
-            previous, start = start, part.solve(problem, pattern, start)
-            if start.status is Status.DAMPED:
-                worst = Status.DAMPED
-            if previous is not None:
-                start.steps += previous.steps
-                start.details = previous.details | start.details
-                start.trace = previous.trace | start.trace
-        assert start is not None  # there is at least one part
-        if worst is Status.DAMPED:
-            start.status = worst
-        return start
+            try:
+                solution = part.solve(problem, pattern, found)
+            except NumericalError as error:
+                if found is None:
+                    raise
+                details = found.details | {"failure": f"{part}: {error}"}
+                return replace(found, status=Status.PART_FAILED, details=details)
+            if found is not None:
+                solution.steps += found.steps
+                solution.details = found.details | solution.details
+                solution.trace = found.trace | solution.trace
+                if found.status is Status.DAMPED:
+                    solution.status = Status.DAMPED
+            found = solution
+        assert found is not None  # there is at least one part
+        return found
 
 
 @dataclass(frozen=True, init=False)
@@ -76,11 +81,28 @@ class BestOf(_Combination):
     name: ClassVar[str] = "bestof"
     summary: ClassVar[str] = "keeps the best of several methods' solutions, layer by layer"
 
+    def __init__(self, *parts: Method) -> None:
+        super().__init__(*parts)
+        object.__setattr__(self, "takes_start", any(part.takes_start for part in parts))
+        object.__setattr__(self, "needs_start", any(part.needs_start for part in parts))
+
     def __str__(self) -> str:
         return "best of " + ", ".join(str(part) for part in self.parts)
 
     def solve(self, problem: LayerProblem, pattern: Pattern, start: Solution | None = None) -> Solution:
-        solutions = [(part, part.solve(problem, pattern, start)) for part in self.parts]
+        solutions, failures = [], []
+        for part in self.parts:
+            try:
+                solutions.append((part, part.solve(problem, pattern, start)))
+            except NumericalError as error:
+                failures.append(f"{part}: {error}")
+        if not solutions:
+            raise NumericalError("; ".join(failures))
         part, best = min(solutions, key=lambda pair: problem.objective(pair[1].weight))
         best.details["best"] = str(part)
+        if failures:
+            best.details["failure"] = "; ".join(failures)
         return best
+
+    def rows_independent(self, pattern: Pattern) -> bool:
+        return False  # one winner for the whole layer

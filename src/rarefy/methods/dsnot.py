@@ -40,7 +40,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from rarefy.layer.pattern import Fixed, Pattern
@@ -105,7 +105,7 @@ class DSnoT(Method):
     def rows_independent(self, pattern: Pattern) -> bool:
         return pattern.rows_independent
 
-    def _enough(self, problem: LayerProblem) -> Float[Tensor, "out"]:
+    def _enough(self, problem: LayerProblem) -> Float[Tensor, " out"]:
         """The residual of each row that is small enough, in units of its output."""
         if self.threshold == 0:
             return torch.zeros(problem.shape[0], dtype=torch.float64, device=problem.W0.device)

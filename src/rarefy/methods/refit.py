@@ -1,7 +1,8 @@
 """Refit the kept weights of any support: row-wise conjugate gradients (PCG) or exactly (Backsolve).
 
 With the mask M fixed, rows are independent least-squares problems. In coordinates of unit diagonal,
-A = H / (s s^T) and W s for W, which makes Jacobi's preconditioner the identity:
+A = H / (s s^T) and W s for W, which makes Jacobi's preconditioner the identity
+(nearly so where ALPS takes its damping off the diagonal again):
 
     R_0 = M ((W0 - W) A),  P_0 = R_0,  and per row r of the matrices, for t = 0, 1, ...
     Q = P A                                  (1)  the one product of a step
@@ -22,7 +23,7 @@ all); the stop test looks at the masked residual, so it can fire; rows that are 
 Each step lowers the loss of every row. Memory: four (out, in) and one (in, in) matrices.
 
 Backsolve solves H_SS w_S = (W0 H)_S for each row's support S by Cholesky in float64 (the reference
-that PCG is compared with): cost of about sum |S|^3 / 3 multiplications.
+that PCG is compared with): cost of about sum |S|^3 / 6 multiplications.
 """
 
 from __future__ import annotations

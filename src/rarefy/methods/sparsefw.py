@@ -33,7 +33,8 @@ rounded mask is kept. For N:M the paper leaves open how alpha is shared out: a f
 make 0, 0.1 and 0.25 the same at 2:4, so the highest scores of the whole matrix are kept for ever and
 each group chooses the rest of its N. Per row, every row keeps its own floor(alpha k).
 Cost: one product W @ H a step and about half a product's time for selection and passes on the smallest
-layers, less on larger ones. Memory: six (out, in) matrices, one more for N:M, and H.
+layers, less on larger ones. Rows are not independent: they share eta and the choice of the best mask.
+Memory: six (out, in) matrices, one more for N:M, and H.
 """
 
 from __future__ import annotations

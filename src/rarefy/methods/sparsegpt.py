@@ -17,7 +17,7 @@ for a block when it is entered; N:M masks for a group when it is entered, with u
 Differences: budgets of blocks are cumulative, so the total count is exact; the update (3) is applied
 when a column's turn comes (one matrix-vector product with the E so far) instead of to all columns
 at once, which is the same sum. A failed factorisation is tried again with more damping, and says so.
-Cost: one Cholesky factorisation per Gram, then about one product W @ H, in thin pieces.
+Cost: one Cholesky factorisation per Gram, then half the arithmetic of a product W @ H, in thin pieces.
 """
 
 from __future__ import annotations

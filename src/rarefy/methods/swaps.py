@@ -10,15 +10,17 @@ Take the best pair while it is negative, then
     c <- c + w_u H[:, u] - w_p H[:, p]                                                             (2)
 
 The best of all kept x pruned pairs is found without looking at all of them. With s_j = |w_j| sqrt(d_j)
-and g_u = max over j of |H_uj| / sqrt(d_u d_j), the largest correlation of input u with another one,
-every pair of u changes the loss by at least
+and g_u the largest correlation |H_uj| / sqrt(d_u d_j) of input u with another one, every pair of u
+changes the loss by at least
 
     l_u = a_u + f(s_u g_u),  f(x) = min over p of (b_p - 2 x s_p).                                 (3)
 
-f is concave, so chords between a few of its values stay below it and (3) costs a few passes over the
-row. The u of the lowest l_u is paired with every p (4); of the others, only those whose l_u is below
-the best change so far are (5). No other pair can be better: the certificate. In an N:M pattern pairs
-stay within a group and are all looked at.
+f is concave, so chords between a few of its values stay below it, and (3) costs a few passes over the
+row. The u of the lowest l_u with its best p, its best u, and that one's best p are a first pair (4).
+Every other u with l_u below the best change so far is paired with the 16 inputs that are most
+correlated with it (5), and with all p (6) if with h_u, the 17th correlation, in place of g_u its
+bound is still below. No pair that was left out can be better: the certificate. In an N:M pattern
+pairs stay within a group and are all looked at.
 
 | code   | paper | shape      | meaning                                                            |
 |--------|-------|------------|--------------------------------------------------------------------|
@@ -28,12 +30,13 @@ stay within a group and are all looked at.
 | S      |       | (rows, in) | |w| sqrt(d)                                                        |
 | reach  |       | (rows, in) | s g, the argument of f                                             |
 | lowest |       | (rows, in) | l                                                                  |
+| partners | |            | g, h, and the 16 inputs of (5) for each input                      |
 
-Source: Zimmer et al., "SparseSwaps", arXiv 2512.10922. Differences: (3) to (5) instead of all pairs;
+Source: Zimmer et al., "SparseSwaps", arXiv 2512.10922. Differences: (3) to (6) instead of all pairs;
 a swap must lower the loss by more than rounding can; C2 is computed afresh now and then, and always
 before a row is called done; a row that ends worse than it began gets its start back. Masks of the
 whole matrix keep each row's count. Rows are independent. The start's weights play no part: the answer
-is W0 on the mask. Cost: some forty passes over a row per swap. Memory: a dozen (rows, in) matrices for
+is W0 on the mask. Cost: some fifty passes over a row per swap. Memory: a dozen (rows, in) matrices for
 a batch of rows that fits a CPU's cache, and with N:M one copy of H.
 """
 
@@ -57,11 +60,11 @@ _STALE = 64  # swaps after which C2 is computed afresh
 _IDLE = 0.125  # share of finished rows at which the others are moved together
 # A swap must lower the loss by this share of sum_j w_j^2 d_j: well above what rounding leaves of (2).
 _ENOUGH = {torch.float32: 1e-7, torch.float64: 1e-13}
-_TURNS = 1  # between the best p for u and the best u for p, in search of a good first pair
+_NEAR = 16  # partners of an input that are tried before all
 _KNOTS = (0.1, 0.2, 0.4, 1.0)  # where f is evaluated beside 0, as shares of its largest argument
 
 Rows = Float[Tensor, "rows inputs"]
-Best = tuple[Float[Tensor, "rows"], Int[Tensor, "rows"], Int[Tensor, "rows"]]
+Best = tuple[Float[Tensor, " rows"], Int[Tensor, " rows"], Int[Tensor, " rows"]]
 
 
 @dataclass(frozen=True)
@@ -81,16 +84,16 @@ class Swaps(Method):
         if isinstance(pattern, Fixed):
             return Solution(problem.W0 * mask, mask, Status.TRIVIAL)
         order, H = _positions_first(problem.H, pattern.group)
-        g = problem.gram.cached(
-            ("largest correlations", problem.dtype, problem.W0.device), lambda: largest_correlations(problem.H)
-        )
+        key = ("swap partners", problem.dtype, problem.W0.device)
+        grouped = pattern.group > 1
+        partners = None if grouped else problem.gram.cached(key, lambda: nearest_partners(problem.H))
         found = torch.empty_like(mask)
         height = max(1, _ELEMENTS // problem.shape[1])
         counts = []
         unfinished = False
         for a in range(0, problem.shape[0], height):
             rows = slice(a, a + height)
-            batch = _Batch(problem.W0[rows][:, order], H, mask[rows][:, order], g[order], pattern.group)
+            batch = _Batch(problem.W0[rows][:, order], H, mask[rows][:, order], partners, pattern.group)
             unfinished |= batch.search(self.max_swaps)
             found[rows, order] = batch.result
             counts.append(batch.swaps)
@@ -105,16 +108,31 @@ class Swaps(Method):
         return pattern.rows_independent
 
 
-def largest_correlations(H: Float[Tensor, "in in"]) -> Float[Tensor, "in"]:
-    """g: of each input, the largest |H_uj| / sqrt(H_uu H_jj) over j != u, rounded up; 0 for dead inputs."""
+@dataclass(frozen=True, eq=False)
+class Partners:
+    """Of each input the others that are most correlated with it, and bounds of its correlations."""
+
+    nearest: Float[Tensor, "in"]  # g, rounded up
+    rest: Float[Tensor, "in"]  # h, rounded up
+    index: Int[Tensor, "in near"]
+    H: Float[Tensor, "in near"]  # H[u, index[u]]
+
+
+def nearest_partners(H: Float[Tensor, "in in"]) -> Partners:
+    """The inputs nearest to each input by |H_uj| / sqrt(H_uu H_jj); dead inputs are near to none."""
     s = H.diagonal().clamp_min(0).sqrt()
     inverse = torch.where(s > 0, 1 / s, 0)
-    g = torch.empty_like(s)
-    for a in range(0, len(H), 256):
-        strip = (H[a : a + 256] * inverse).abs_()
-        strip.diagonal(a).zero_()
-        g[a : a + 256] = strip.amax(dim=1)
-    return g.mul_(inverse).mul_(1 + 64 * torch.finfo(H.dtype).eps)
+    near = min(_NEAR, len(H) - 1)
+    values, index = [], []
+    for a in range(0, len(H), 256):  # strips, to need no second (in, in) matrix
+        strip = (H[a : a + 256] * inverse).abs_().mul_(inverse[a : a + 256].unsqueeze(1))
+        strip.diagonal(a).fill_(-1)
+        highest = strip.topk(min(near + 1, len(H)), dim=1)
+        values.append(highest.values)
+        index.append(highest.indices[:, :near])
+    correlation = torch.cat(values).clamp_min_(0).mul_(1 + 64 * torch.finfo(H.dtype).eps)
+    found = torch.cat(index)
+    return Partners(correlation[:, 0], correlation[:, -1], found, H.gather(1, found))
 
 
 def _positions_first(H: Float[Tensor, "in in"], group: int) -> tuple[Tensor, Float[Tensor, "in in"]]:
@@ -139,10 +157,12 @@ class _Batch:
         W: Rows,
         H: Float[Tensor, "in in"],
         mask: Bool[Tensor, "rows inputs"],
-        g: Float[Tensor, "in"],
+        partners: Partners | None,  # None if ``group`` is more than 1
         group: int,
     ) -> None:
         self.H, self.group = H, group
+        # groups are searched in full and need no bounds
+        self.partners = partners or Partners(*(H.new_zeros(len(H)),) * 2, *(H.new_zeros(0),) * 2)
         self.result = mask.clone()  # of all rows, in their first order
         self.swaps = torch.zeros(len(mask), dtype=torch.int64, device=W.device)
         self.W = W.contiguous()
@@ -150,12 +170,12 @@ class _Batch:
         self.Q = self.S.square()
         self.prune = self.Q.masked_fill(~mask, torch.inf)
         self.revive = self.Q.masked_fill(mask, torch.inf)
-        self.reach = self.S * g
+        self.reach = self.S * partners.nearest
         self.top = self.reach.amax(dim=1, keepdim=True).clamp_min(torch.finfo(W.dtype).tiny)
         self.enough = self.Q.sum(dim=1).mul_(_ENOUGH[W.dtype])
         self.C2 = torch.empty_like(self.W)
         self.fresh = torch.zeros(len(W), dtype=torch.bool, device=W.device)
-        self.index = torch.arange(len(W), device=W.device)
+        self.rows = self.index = torch.arange(len(W), device=W.device)
         self.count = torch.zeros_like(self.index)
         self._refresh(~self.fresh)
         self.begun = self._losses()
@@ -192,44 +212,62 @@ class _Batch:
         x = self.W * self.C2
         A = self.prune + x  # (1)
         B = torch.sub(self.revive, x, out=x)
-        lowest = torch.full_like(A, torch.inf)
-        X, x0, f0 = torch.empty_like(A), torch.zeros_like(self.top), B.amin(dim=1, keepdim=True)
-        for share in _KNOTS:  # (3): the lowest of the extended chords is the chord in place
+        chords = self._chords(B)
+        lowest, X = torch.full_like(A, torch.inf), torch.empty_like(A)
+        for height, slope in chords:  # (3)
+            torch.minimum(lowest, torch.addcmul(height, self.reach, slope, out=X), out=lowest)
+        lowest += A
+        u = _argmin(lowest)
+        change, p = self._best_partner(A, B, u)  # (4)
+        change, u = self._best_partner(B, A, p)
+        change, p = self._best_partner(A, B, u)
+        r, v = _nonzero(lowest < change.unsqueeze(1))
+        best = change, u, p
+        if len(r):
+            best = self._neighbours(A, B, r, v, best)  # (5)
+            lowest_rest = torch.full_like(self.W[r, v], torch.inf)
+            x = self.S[r, v] * self.partners.rest[v]
+            for height, slope in chords:
+                torch.minimum(lowest_rest, height[r, 0] + slope[r, 0] * x, out=lowest_rest)
+            left = lowest_rest + A[r, v] < best[0][r]
+            r, v = r[left], v[left]
+        step = max(1, _ELEMENTS // A.shape[1])
+        for a in range(0, len(r), step):  # (6)
+            some, w = r[a : a + step], v[a : a + step]
+            best = _better(best, some, w, *self._best_partner(A, B, w, some))
+        return best
+
+    def _chords(self, B: Rows) -> list[tuple[Tensor, Tensor]]:
+        """Height at 0 and slope of lines (rows, 1) whose lowest is below f: its chords, for f is concave."""
+        X, x0, f0 = torch.empty_like(B), torch.zeros_like(self.top), B.amin(dim=1, keepdim=True)
+        chords = []
+        for share in _KNOTS:
             x1 = share * self.top
             f1 = torch.addcmul(B, self.S, -2 * x1, out=X).amin(dim=1, keepdim=True)
             slope = (f1 - f0) / (x1 - x0)
-            torch.minimum(lowest, torch.addcmul(f0 - slope * x0, self.reach, slope, out=X), out=lowest)
+            chords.append((f0 - slope * x0, slope))
             x0, f0 = x1, f1
-        lowest += A
-        rows = torch.arange(len(A), device=A.device)
-        u = _argmin(lowest)
-        change, p = self._pair(A, B, None, u)  # (4)
-        for _ in range(_TURNS):
-            change, u = self._pair(B, A, None, p)
-            change, p = self._pair(A, B, None, u)
-        lowest[rows, u] = torch.inf
-        others, v = _nonzero(lowest < change.unsqueeze(1))  # (5)
-        height = max(1, _ELEMENTS // A.shape[1])
-        for a in range(0, len(others), height):
-            r, w = others[a : a + height], v[a : a + height]
-            value, q = self._pair(A, B, r, w)
-            least = change.scatter_reduce(0, r, value, "amin")
-            # flipped: of equals the first is written last
-            won = (value == least[r]).logical_and_(value < change[r]).nonzero().squeeze(1).flip(0)
-            u[r[won]], p[r[won]] = w[won], q[won]
-            change = least
-        self.pairs = getattr(self, "pairs", 0) + len(others)
-        return change, u, p
+        return chords
 
-    def _pair(self, A: Rows, B: Rows, r: Tensor | None, u: Tensor) -> tuple[Tensor, Tensor]:
-        """The lowest change that pruning u can have in rows r (None: all), and its p."""
-        X = self.H.index_select(0, u)
-        W, B = (self.W, B) if r is None else (self.W.index_select(0, r), B.index_select(0, r))
-        r = torch.arange(len(A), device=A.device) if r is None else r
-        X.mul_(W)
-        torch.addcmul(B, X, (-2 * self.W[r, u]).unsqueeze(1), out=X)
+    def _best_partner(self, A: Rows, B: Rows, u: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The lowest change that u can have in its row, and its p; ``rows``: not of all rows, but of these."""
+        W = self.W if rows is None else self.W.index_select(0, rows)
+        B = B if rows is None else B.index_select(0, rows)
+        rows = self.rows if rows is None else rows
+        X = self.H.index_select(0, u).mul_(W)
+        torch.addcmul(B, X, (-2 * self.W[rows, u]).unsqueeze(1), out=X)
         p = _argmin(X)
-        return A[r, u] + X.gather(1, p.unsqueeze(1)).squeeze(1), p
+        return A[rows, u] + X.gather(1, p.unsqueeze(1)).squeeze(1), p
+
+    def _neighbours(self, A: Rows, B: Rows, r: Tensor, u: Tensor, best: Best) -> Best:
+        """The best of ``best`` and of the pairs of u in row r with the inputs nearest to it."""
+        p = self.partners.index.index_select(0, u)
+        at = p + (r * A.shape[1]).unsqueeze(1)
+        X = torch.take(self.W, at).mul_(self.partners.H.index_select(0, u))
+        X = torch.addcmul(torch.take(B, at), X, (-2 * self.W[r, u]).unsqueeze(1))
+        nearest = _argmin(X).unsqueeze(1)
+        change = A[r, u] + X.gather(1, nearest).squeeze(1)
+        return _better(best, r, u, change, p.gather(1, nearest).squeeze(1))
 
     def _best_in_groups(self) -> Best:
         """The lowest change of every row within a group, and its u and p: all pairs are looked at."""
@@ -264,7 +302,7 @@ class _Batch:
         """-2 H_up for every u and the p that is ``shift`` further, cyclically."""
         return -2 * torch.cat([self.H.diagonal(shift), self.H.diagonal(shift - len(self.H))])
 
-    def _swap(self, improves: Bool[Tensor, "rows"], u: Tensor, p: Tensor) -> None:
+    def _swap(self, improves: Bool[Tensor, " rows"], u: Tensor, p: Tensor) -> None:
         r = improves.nonzero().squeeze(1)
         if len(r) == 0:
             return
@@ -285,17 +323,17 @@ class _Batch:
         """What the masks take away: the weights that could be revived."""
         return self.W * self.revive.isfinite()
 
-    def _losses(self) -> Float[Tensor, "rows"]:
+    def _losses(self) -> Float[Tensor, " rows"]:
         return (self._taken() * self.C2).sum(dim=1, dtype=torch.float64) / 2
 
-    def _refresh(self, rows: Bool[Tensor, "rows"]) -> None:
+    def _refresh(self, rows: Bool[Tensor, " rows"]) -> None:
         """Compute C2 anew in these rows."""
         r = rows.nonzero().squeeze(1)
         if len(r):
             self.C2[r] = (2 * self.W[r]).mul_(self.revive[r].isfinite()) @ self.H
             self.fresh[r] = True
 
-    def _leave(self, done: Bool[Tensor, "rows"]) -> None:
+    def _leave(self, done: Bool[Tensor, " rows"]) -> None:
         """Write down the masks of rows that are done, unless they began better, and go on with the others."""
         better = done & (self._losses() <= self.begun)
         self.result[self.index[better]] = self.revive[better].isinf()
@@ -303,16 +341,25 @@ class _Batch:
         left = (~done).nonzero().squeeze(1)
         for name in self._PER_ROW:
             setattr(self, name, getattr(self, name)[left])
+        self.rows = torch.arange(len(left), device=left.device)
 
 
-def _argmin(values: Rows) -> Int[Tensor, "rows"]:
+def _better(best: Best, r: Tensor, u: Tensor, change: Tensor, p: Tensor) -> Best:
+    """``best``, replaced where a pair (u, p) of row r changes the loss by less."""
+    lowest = best[0].scatter_reduce(0, r, change, "amin")
+    won = ((change == lowest[r]) & (change < best[0][r])).nonzero().squeeze(1).flip(0)  # of equals the first
+    best[1][r[won]], best[2][r[won]] = u[won], p[won]
+    return lowest, best[1], best[2]
+
+
+def _argmin(values: Rows) -> Int[Tensor, " rows"]:
     """The index of the lowest value of each row, of equals the first."""
     if values.device.type == "cpu":
         return torch.from_numpy(values.numpy().argmin(axis=1))  # vectorised, unlike torch's (docs/log.md)
     return values.argmin(dim=1)
 
 
-def _nonzero(mask: Bool[Tensor, "rows inputs"]) -> tuple[Int[Tensor, "n"], Int[Tensor, "n"]]:
+def _nonzero(mask: Bool[Tensor, "rows inputs"]) -> tuple[Int[Tensor, " n"], Int[Tensor, " n"]]:
     """Row and column of every True, row by row."""
     if mask.device.type == "cpu":
         flat = torch.from_numpy(np.flatnonzero(mask.numpy()))  # ten times as fast as torch's

@@ -28,7 +28,15 @@ from rarefy.errors import InputError, ModelError
 from rarefy.models.gguf import quick_reading
 from rarefy.models.source import ModelSource, cannot, quiet, read_json, resolve_model
 
-__all__ = ["ModelSource", "load_model", "resolve_device", "resolve_dtype", "resolve_model", "save_model"]
+__all__ = [
+    "ModelSource",
+    "load_model",
+    "load_tokenizer",
+    "resolve_device",
+    "resolve_dtype",
+    "resolve_model",
+    "save_model",
+]
 
 _VOCABULARIES = (
     "tokenizer.json",
@@ -64,7 +72,6 @@ def load_model(
     options: dict[str, Any] = {}
     if gguf:
         folder = source.path.parent
-        wanted = wanted or torch.bfloat16
         options = {"gguf_file": source.path.name, "config": deepcopy(source.config)}
         if hasattr(transformers, "GgufConfig"):
             # Otherwise weights may stay packed, which is slow and cannot be saved.

@@ -272,7 +272,7 @@ def _read_config(name: str, kind: Kind, path: Path) -> PreTrainedConfig:
             raise ModelError.sentence(f"{name} is of type {model_type}, which {known}.") from error
         raise cannot("be understood", name, error) from error
     if gguf:
-        config.dtype = torch.bfloat16  # what load_model makes of packed weights
+        config.dtype = torch.bfloat16  # packed weights have no dtype that a model could have
     return config
 
 
@@ -280,7 +280,7 @@ def _refuse_unless_causal(source: ModelSource) -> None:
     """Raises ModelError where a token may see later ones, or another model's states."""
     config = source.config
     what = f"{source.name} is a {config.model_type} model, no decoder-only language model"
-    if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING or config.is_encoder_decoder:
+    if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ModelError.sentence(f"{what}.")
     modules = source.skeleton().get_decoder().modules()
     causal = {module.is_causal for module in modules if isinstance(getattr(module, "is_causal", None), bool)}

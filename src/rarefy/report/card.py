@@ -50,6 +50,7 @@ Python {{ versions.python }}, torch {{ versions.torch }}, transformers {{ versio
 {% for row in perplexity -%}
 | {{ row.text }} | {{ "{:,}".format(row.length) }} | {{ row.windows }} | {{ row.value | rounded }} |
 {% endfor %}
+
 Windows do not overlap; every token but a window's first is predicted. Perplexities of other context
 lengths or other texts cannot be compared with these.
 
