@@ -43,7 +43,7 @@ ALLOWED = {
         *("__version__", "errors", "layer", "methods", "models", "calibration", "evaluation", "report"),
         *("pruning", "recipe", "run_folder"),
     ],
-    "rarefy.reporting": ["__version__", "errors", "evaluation", "report", "comparing", "recipe", "run_folder"],
+    "rarefy.reporting": ["__version__", "errors", "models", "evaluation", "report", "comparing", "run_folder"],
     "rarefy.cli": [""],
     "rarefy.cli_compare": [""],
     "rarefy.__main__": ["cli"],
@@ -64,7 +64,8 @@ ONLY_IN = {
     "typer": {"rarefy.cli", "rarefy.cli_compare"},
     "rich": {"rarefy.cli", "rarefy.cli_compare"},
     "pydantic": {"rarefy.recipe"},
-    "jinja2": {"rarefy.report.card"},
+    "jinja2": {"rarefy.report.card", "rarefy.report.page"},
+    "matplotlib": {"rarefy.report.plots"},
     "gguf": {"rarefy.models.gguf"},
     "platformdirs": {"rarefy.calibration.self_text"},
 }

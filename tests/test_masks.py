@@ -102,28 +102,21 @@ def _loss(problem: LayerProblem, mask: Tensor) -> float:
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("pattern_name", PATTERNS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_float64_finds_the_reference_mask(name: str, pattern_name: str, family: str) -> None:
+def test_agrees_with_the_reference(name: str, pattern_name: str, family: str) -> None:
+    """In float64 the same mask, in float32 an error that is no larger."""
     method, slow = METHODS[name]
     pattern, plain = PATTERNS[pattern_name]
     problem = _problem(family)
-    solution = run(method, problem, pattern)
     W, mask = slow(problem.W0, problem.H, plain, INPUTS[family](INPUTS_, 0))
+    solution = run(method, problem, pattern)
     assert torch.equal(solution.mask, mask)
     assert torch.equal(solution.weight, W)
     assert not solution.status.failed
 
-
-@pytest.mark.parametrize("name", METHODS)
-@pytest.mark.parametrize("pattern_name", PATTERNS)
-@pytest.mark.parametrize("family", FAMILIES)
-def test_float32_loses_no_more_than_the_reference(name: str, pattern_name: str, family: str) -> None:
-    method, slow = METHODS[name]
-    pattern, plain = PATTERNS[pattern_name]
-    problem = _problem(family)
-    solution = run(method, _problem(family, dtype=torch.float32), pattern)
-    expected = problem.relative_error(slow(problem.W0, problem.H, plain, INPUTS[family](INPUTS_, 0))[0])
-    assert problem.relative_error(problem.W0 * solution.mask) <= expected * (1 + FLOAT32_ERROR)
-    pattern.check(solution.mask)
+    single = run(method, _problem(family, dtype=torch.float32), pattern)
+    pattern.check(single.mask)
+    allowed = problem.relative_error(W) * (1 + FLOAT32_ERROR)
+    assert problem.relative_error(problem.W0 * single.mask) <= allowed
 
 
 # --- never worse, always better

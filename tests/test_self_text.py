@@ -52,12 +52,20 @@ def test_tokens_are_drawn_as_often_as_they_are_probable() -> None:
     assert counts.tolist() == [4000, 0, 2000, 1000, 1000, 0]
 
 
-@pytest.mark.parametrize("draw", [0.0, 0.5, 1 - 2**-24])
+@pytest.mark.parametrize("draw", [0.0, 0.5, 1 - 2**-24, 1.0])  # 1 by rounding
 @pytest.mark.parametrize("only", [0, 1, 255, 256, 700, 999])
 def test_an_impossible_token_is_never_drawn(draw: float, only: int) -> None:
     logits = torch.full((1, 1000), -torch.inf)
     logits[0, only] = 2.0
     assert draw_tokens(logits, torch.tensor([draw])).item() == only
+
+
+@pytest.mark.parametrize("vocabulary", [300, 512])
+def test_rounding_leads_to_no_token_outside_of_the_vocabulary(vocabulary: int) -> None:
+    logits = torch.randn(500, vocabulary, generator=torch.Generator().manual_seed(0))
+    assert (draw_tokens(logits, torch.full((500,), 1 - 2**-24)) < vocabulary).all()
+    logits[:, 250:] = -torch.inf
+    assert (draw_tokens(logits, torch.full((500,), 1 - 2**-24)) < 250).all()
 
 
 def test_half_precision_logits_are_drawn_from_in_float32() -> None:

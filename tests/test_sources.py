@@ -223,6 +223,7 @@ def test_wikitext2_is_its_rows_joined_by_an_empty_line(hub: Callable[[list[Any]]
     (arguments, options), (_, training) = calls
     assert arguments == ("Salesforce/wikitext", "wikitext-2-raw-v1")
     assert (options["split"], training["split"], options["streaming"]) == ("test", "train", False)
+    assert len(token_stream(calibration, make_tokenizer(), enough=3)) > 3  # windows come from all of it
 
 
 def test_c4_is_the_first_shard_row_by_row_and_ends_when_there_is_enough(

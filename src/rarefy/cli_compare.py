@@ -54,9 +54,7 @@ def add_commands(app: typer.Typer, watch: Watch) -> None:
             Text, typer.Option(metavar="SOURCE", help="As in `rarefy prune` (default: the same).")
         ] = None,
         num_samples: Annotated[Text, typer.Option(metavar="N", help="Calibration windows.")] = None,
-        sequence_length: Annotated[
-            Text, typer.Option(metavar="L", help="Tokens per calibration window.")
-        ] = None,
+        sequence_length: Annotated[Text, typer.Option(metavar="L", help="Tokens per calibration window.")] = None,
         batch_size: Annotated[
             Text, typer.Option(metavar="N", help="Calibration windows that run at once (default: 8).")
         ] = None,
@@ -81,11 +79,15 @@ def add_commands(app: typer.Typer, watch: Watch) -> None:
             ),
         ] = None,
         eval_length: Annotated[
-            int | None, typer.Option(metavar="L", help="Context length of perplexity (default: 2048, or the model's).")
+            int | None,
+            typer.Option(metavar="L", help="Context length of perplexity (default: 2048, or the model's)."),
         ] = None,
         max_windows: Annotated[
             int | None, typer.Option(metavar="N", help="Only the first N windows of each text (default: all).")
         ] = None,
+        eval_batch_size: Annotated[
+            int, typer.Option(metavar="N", help="Windows, or items of tasks, that are measured at once.")
+        ] = 1,
         tasks: Annotated[
             Text, typer.Option(metavar="A,B", help="Zero-shot tasks of lm-eval, by commas (default: none).")
         ] = None,
@@ -131,6 +133,7 @@ def add_commands(app: typer.Typer, watch: Watch) -> None:
                 texts=text or [],
                 eval_length=eval_length,
                 max_windows=max_windows,
+                eval_batch_size=eval_batch_size,
                 tasks=_split(tasks),
                 task_data=task_data,
                 limit=limit,

@@ -85,6 +85,7 @@ class Options:
     texts: Sequence[str] = ()
     eval_length: int | None = None
     max_windows: int | None = None
+    eval_batch_size: int = 1
     tasks: Sequence[str] = ()
     task_data: str | Path | None = None
     limit: int | None = None
@@ -165,7 +166,9 @@ def plan(options: Options, folder: SweepFolder) -> Plan:
     Raises InputError, one sentence, also where ``folder`` holds another sweep; nothing is written.
     """
     recipes = _recipes(options)
-    for argument, number in (("--max-windows", options.max_windows), ("--limit", options.limit)):
+    for argument, number in (
+        ("--max-windows", options.max_windows), ("--limit", options.limit), ("--eval-batch-size", options.eval_batch_size),
+    ):  # fmt: skip
         if number is not None and number < 1:
             raise InputError(argument, number, "a whole number of at least 1")
     device = resolve_device(options.device)
@@ -196,8 +199,7 @@ def plan(options: Options, folder: SweepFolder) -> Plan:
         length,
         options.max_windows,
         bos_id,
-        # As `rarefy eval` has it: results must not depend on how many windows calibration takes at once.
-        batch_size=1,
+        batch_size=options.eval_batch_size,
         tasks=tasks,
         limit=options.limit,
     )
@@ -399,11 +401,9 @@ class SweepFolder:
 
     def finished(self) -> list[dict[str, Any]]:
         """The facts of all finished cells except the dense one, each with its folder's name under ``cell``."""
-        found = []
-        for folder in sorted(self.cells.iterdir()) if self.cells.is_dir() else []:
-            if folder.name != "dense" and not folder.name.startswith(".") and (facts := self.read_cell(folder.name)):
-                found.append({**facts, "cell": folder.name})
-        return found
+        names = sorted(file.parent.name for file in self.cells.glob("*/run.json"))
+        kept = [name for name in names if name != "dense" and not name.startswith(".")]
+        return [{**(self.read_cell(name) or {}), "cell": name} for name in kept]
 
     def write_cell(self, name: str, fill: Callable[[RunFolder], None]) -> None:
         """Let ``fill`` write into a folder, which becomes the cell once it has returned."""

@@ -21,7 +21,7 @@ from rarefy.layer.pattern import NM, Pattern, PerRow, Unstructured
 from rarefy.methods import all_settings, build
 from rarefy.methods.base import Method
 
-DEFAULT_METHOD = "sparsegpt"
+DEFAULT_METHOD = "alps"
 DEFAULT_SPARSITY = 0.5
 DEFAULT_CALIBRATION = "self"
 #: Windows x tokens per window: without ``--calibration`` what a laptop does in minutes, with it the papers'.
@@ -66,7 +66,7 @@ class Recipe(BaseModel):
     calibration: str | None = Field(None, min_length=1, description="a source of text, such as self or a .txt file")
     num_samples: Whole | None = Field(None, ge=1, description="a whole number of at least 1 (windows)")
     sequence_length: Whole | None = Field(None, ge=2, description="a whole number of at least 2 (tokens)")
-    batch_size: Whole = Field(8, ge=1, description="a whole number of at least 1 (windows)")
+    batch_size: Whole = Field(4, ge=1, description="a whole number of at least 1 (windows)")
     seed: Whole = Field(0, ge=0, lt=2**63, description="a whole number of at least 0")
     bos: bool = Field(False, description="true or false")
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")

@@ -64,7 +64,11 @@ def _folder(path: str | Path) -> RunFolder | SweepFolder:
         if folder.layers.is_file() and folder.run.is_file():
             folder.read_run()
             return folder
-    what = "there is no such folder" if not path.exists() else "it has no run.json with layers.jsonl, and no compare.json"
+    what = (
+        "there is no such folder"
+        if not path.exists()
+        else "it has no run.json with layers.jsonl, and no compare.json"
+    )
     raise InputError.sentence(
         f"RUN is {str(path)!r}, but must be a folder that `rarefy prune` or `rarefy compare` wrote: {what}."
     )

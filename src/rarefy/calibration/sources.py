@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from io import BufferedReader
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from jaxtyping import Int64
@@ -64,13 +64,16 @@ class CalibrationWarning(UserWarning):
 class Source(ABC):
     """Text that was found sound as far as that can be told without reading the hub or loading a model.
 
-    ``name`` is what the user wrote, ``characters`` the length of the text where it is known. ``capped`` says
-    that the text comes over the network, so that reading stops once there is enough.
+    ``name`` is what the user wrote, ``characters`` the length of the text where it is known.
     """
 
-    capped: ClassVar[bool] = False
     name: str
     characters: int | None = None
+
+    @property
+    def capped(self) -> bool:
+        """Whether reading stops once there is enough, because nobody wants to fetch the rest."""
+        return False
 
     @abstractmethod
     def documents(self) -> Iterator[str]:
@@ -188,14 +191,16 @@ class HubRows(Source):
     Data is only ever read, never a data set's own script. With ``joined`` all rows are one document.
     """
 
-    capped: ClassVar[bool] = True
-
     name: str
     dataset: str
     config: str | None = None
     split: str = "train"
     data_file: str | None = None
     joined: bool = False
+
+    @property
+    def capped(self) -> bool:
+        return not self.joined
 
     def documents(self) -> Iterator[str]:
         if self.joined:
@@ -374,7 +379,7 @@ def token_stream(
 
     Documents are tokenised in batches, each but the last followed by an empty line. For evaluation all text is
     read. For windows that are drawn, ``enough`` (``DRAW_FROM * num * length`` is meant) keeps this to seconds:
-    the hub is read up to its first ``enough`` tokens, and of a large file of documents every second, third or
+    rows from the hub end with the first ``enough`` tokens, and of a large file of documents every second, third or
     n-th is taken, from its beginning to its end. CalibrationError where the text cannot be read.
     """
     pieces: list[Tensor] = []

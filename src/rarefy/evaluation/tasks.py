@@ -69,11 +69,13 @@ class TaskResult:
 class Tasks:
     """Tasks that are known to lm-eval, with their data read and found sound.
 
-    ``names`` are what the user wrote; ``digest`` changes with the local files ("" for the hub's data).
+    ``names`` are what the user wrote; ``members`` lists the tasks of those that are tags, which have no result
+    of their own; ``digest`` changes with the local files ("" for the hub's data).
     """
 
     names: tuple[str, ...]
     loaded: dict[str, Any] = field(repr=False)
+    members: dict[str, list[str]] = field(default_factory=dict)
     digest: str = ""
 
 
@@ -110,7 +112,9 @@ def prepare(names: Sequence[str], folder: str | Path | None = None) -> Tasks:
     for task in loaded["tasks"].values():
         if task.get_config("num_fewshot") is None:
             task.set_config(key="num_fewshot", value=0)  # as lm-eval does where nothing is said
-    return Tasks(names, dict(loaded), local.digest() if local else "")
+    entries = {name: manager.task_index[_ALIASES.get(name, name)] for name in names}
+    members = {name: sorted(entry.tags) for name, entry in entries.items() if entry.kind.name == "TAG"}
+    return Tasks(names, dict(loaded), members, local.digest() if local else "")
 
 
 def evaluate_tasks(
@@ -124,9 +128,9 @@ def evaluate_tasks(
 ) -> dict[str, TaskResult]:
     """The results of ``tasks`` by name, on the first ``limit`` items of each (None: all).
 
-    What lm-eval computes for the same model, files and batch size, but for errors drawn by resampling. A group has one result, weighted by
-    size; a tag one for each of its tasks. ``progress(done, total)`` counts requests, roughly. InputError where
-    an item does not fit into the model's context.
+    What lm-eval computes for the same model, files and batch size, but for errors drawn by resampling. A group
+    has one result, weighted by size; a tag one for each of its tasks. ``progress(done, total)`` counts requests,
+    roughly. InputError where an item does not fit into the model's context.
     """
     with _quiet():
         from lm_eval.evaluator import evaluate
@@ -147,7 +151,7 @@ def evaluate_tasks(
     results: dict[str, TaskResult] = {}
     for name in tasks.names:
         asked = _ALIASES.get(name, name)
-        for one in [asked] if asked in scores else _members(asked, tasks):
+        for one in tasks.members.get(name, [asked]):
             leaves = [one] if one in counts else _leaves(one, tasks.loaded["group_map"])
             samples = sum(int(counts[leaf]["effective"]) for leaf in leaves)
             key = name if one == asked else one
@@ -219,16 +223,6 @@ def _metrics(scores: dict[str, Any]) -> dict[str, tuple[float, float]]:
         name = metric if filtered == "none" else f"{metric}_{filtered}"
         values[name] = (float(value), float(error) if isinstance(error, (int, float)) else math.nan)
     return values
-
-
-def _members(tag: str, tasks: Tasks) -> list[str]:
-    """The tasks that lm-eval puts under a tag, which has no result of its own."""
-    members = []
-    for name, task in tasks.loaded["tasks"].items():
-        tags = getattr(task.config, "tag", None) or []
-        if tag in ([tags] if isinstance(tags, str) else tags):
-            members.append(name)
-    return members or [name for name in tasks.loaded["tasks"] if name not in tasks.names]
 
 
 def _leaves(group: str, children: dict[str, list[str]]) -> list[str]:

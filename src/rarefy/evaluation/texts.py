@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import GenerationConfig
@@ -38,13 +38,14 @@ def write_texts(
         max_new_tokens=num_tokens, do_sample=False, num_beams=1, eos_token_id=end, pad_token_id=pad or 0
     )
     own, model.generation_config = model.generation_config, settings
-    texts = []
+    generate: Any = model.generate
+    texts: list[str] = []
     try:
         with quiet(), torch.inference_mode():
             for prompt in prompts:
                 inputs = tokenizer(prompt, return_tensors="pt")["input_ids"].to(model.device)
-                written = model.generate(inputs, attention_mask=torch.ones_like(inputs), generation_config=settings)
-                texts.append(tokenizer.decode(written[0, inputs.shape[1] :], skip_special_tokens=True))
+                written = generate(inputs, attention_mask=torch.ones_like(inputs), generation_config=settings)
+                texts.append(str(tokenizer.decode(written[0, inputs.shape[1] :], skip_special_tokens=True)))
     finally:
         model.generation_config = own
     return texts

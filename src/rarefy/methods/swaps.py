@@ -161,8 +161,7 @@ class _Batch:
         group: int,
     ) -> None:
         self.H, self.group = H, group
-        # groups are searched in full and need no bounds
-        self.partners = partners or Partners(*(H.new_zeros(len(H)),) * 2, *(H.new_zeros(0),) * 2)
+        self.partners = partners
         self.result = mask.clone()  # of all rows, in their first order
         self.swaps = torch.zeros(len(mask), dtype=torch.int64, device=W.device)
         self.W = W.contiguous()
@@ -170,7 +169,7 @@ class _Batch:
         self.Q = self.S.square()
         self.prune = self.Q.masked_fill(~mask, torch.inf)
         self.revive = self.Q.masked_fill(mask, torch.inf)
-        self.reach = self.S * partners.nearest
+        self.reach = self.S if partners is None else self.S * partners.nearest
         self.top = self.reach.amax(dim=1, keepdim=True).clamp_min(torch.finfo(W.dtype).tiny)
         self.enough = self.Q.sum(dim=1).mul_(_ENOUGH[W.dtype])
         self.C2 = torch.empty_like(self.W)
@@ -185,7 +184,7 @@ class _Batch:
         unfinished = False
         done = torch.zeros_like(self.fresh)
         for t in range(1, 2**62):
-            change, u, p = self._best_in_groups() if self.group > 1 else self._best_in_rows()
+            change, u, p = self._best_in_groups() if self.partners is None else self._best_in_rows(self.partners)
             improves = (change < -self.enough) & ~done
             if not bool(improves.all()):
                 done |= ~improves & self.fresh  # otherwise rounding may have hidden a swap: look once more
@@ -207,7 +206,7 @@ class _Batch:
                     break
         return unfinished
 
-    def _best_in_rows(self) -> Best:
+    def _best_in_rows(self, partners: Partners) -> Best:
         """The lowest change of every row, and its u and p."""
         x = self.W * self.C2
         A = self.prune + x  # (1)
@@ -224,9 +223,9 @@ class _Batch:
         r, v = _nonzero(lowest < change.unsqueeze(1))
         best = change, u, p
         if len(r):
-            best = self._neighbours(A, B, r, v, best)  # (5)
+            best = self._neighbours(A, B, partners, r, v, best)  # (5)
             lowest_rest = torch.full_like(self.W[r, v], torch.inf)
-            x = self.S[r, v] * self.partners.rest[v]
+            x = self.S[r, v] * partners.rest[v]
             for height, slope in chords:
                 torch.minimum(lowest_rest, height[r, 0] + slope[r, 0] * x, out=lowest_rest)
             left = lowest_rest + A[r, v] < best[0][r]
@@ -259,11 +258,11 @@ class _Batch:
         p = _argmin(X)
         return A[rows, u] + X.gather(1, p.unsqueeze(1)).squeeze(1), p
 
-    def _neighbours(self, A: Rows, B: Rows, r: Tensor, u: Tensor, best: Best) -> Best:
+    def _neighbours(self, A: Rows, B: Rows, partners: Partners, r: Tensor, u: Tensor, best: Best) -> Best:
         """The best of ``best`` and of the pairs of u in row r with the inputs nearest to it."""
-        p = self.partners.index.index_select(0, u)
+        p = partners.index.index_select(0, u)
         at = p + (r * A.shape[1]).unsqueeze(1)
-        X = torch.take(self.W, at).mul_(self.partners.H.index_select(0, u))
+        X = torch.take(self.W, at).mul_(partners.H.index_select(0, u))
         X = torch.addcmul(torch.take(B, at), X, (-2 * self.W[r, u]).unsqueeze(1))
         nearest = _argmin(X).unsqueeze(1)
         change = A[r, u] + X.gather(1, nearest).squeeze(1)

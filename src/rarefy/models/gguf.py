@@ -3,7 +3,7 @@
 transformers has the knowledge of which tensor of which architecture goes where, so Rarefy leaves the
 reading to it. Its way there is long: for the 94 MiB of SmolLM2 it walks through the vocabulary three
 times with several numpy slices per word, and builds the table of tensor names once per module (397
-times); 22 of 24 seconds are that. ``quick_reading`` takes both away.
+times). ``quick_reading`` spares both, and with them about 20 of 24 seconds on two cores.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ def check_gguf(path: Path) -> None:
         _Reader(path)
     except Exception as error:
         # The reader does not foresee damage; what it raises depends on where the file ends.
-        raise ModelError.sentence(f"{path} is no GGUF file, or is damaged or cut off: {error}.") from error
+        reason = str(error) or type(error).__name__
+        raise ModelError.sentence(f"{path} is no GGUF file, or is damaged or cut off: {reason}.") from error
 
 
 @contextmanager

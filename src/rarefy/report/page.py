@@ -124,10 +124,11 @@ def render(runs: Sequence[RunView], sweeps: Sequence[SweepView] = ()) -> str:
 
 
 _LIMITS = (
-    "A pruned checkpoint is a dense one that holds zeros: by itself it is neither smaller nor faster. At rest, general "
-    "compression shrinks runs of zeros; 2:4 has kernels on NVIDIA GPUs from Ampere on, which pay off for large "
-    "batches; some engines have kernels for unstructured sparsity on CPUs. Pruning costs quality, for some tasks more "
-    "than perplexity shows. Perplexities at other context lengths or on other texts cannot be compared with these."
+    "A pruned checkpoint is a dense one that holds zeros: by itself it is neither smaller nor faster. At rest, "
+    "general compression shrinks runs of zeros; 2:4 has kernels on NVIDIA GPUs from Ampere on, which pay off for "
+    "large batches; some engines have kernels for unstructured sparsity on CPUs. Pruning costs quality, for some "
+    "tasks more than perplexity shows. Perplexities at other context lengths or on other texts cannot be compared "
+    "with these."
 )
 
 
@@ -148,8 +149,10 @@ def _summary(view: RunView) -> Part:
             f"perplexity on {one.get('label') or one['text']}, {one['windows']} windows of {one['length']:,} tokens"
         )
         cards.append((_float(one["value"], 2), words))
-    for one in facts.get("divergence", []):
-        cards.append((_float(one["kl"]), f"nats of KL divergence from the dense model on {one['label']}"))
+    cards += [
+        (_float(one["kl"]), f"nats of KL divergence from the dense model on {one['label']}")
+        for one in facts.get("divergence", [])
+    ]
     for task, result in facts.get("tasks", {}).items():
         if accuracy := result["metrics"].get("acc"):
             cards.append((f"{accuracy['value']:.1%}", f"accuracy on {task} (± {_percent(accuracy['stderr'])})"))
@@ -167,8 +170,8 @@ def _sweep_summary(view: SweepView) -> Part:
     everything: list[Facts] = [*(cell.facts for cell in view.cells), *view.failed]
     seeds = len({facts["seed"] for facts in everything})
     text = (
-        f"{len(everything)} cells on {settings['model']}: perplexity over windows of {settings['eval_length']:,} tokens, "
-        f"calibrated on {settings['num_samples']:,} windows of {settings['sequence_length']:,} tokens from "
+        f"{len(everything)} cells on {settings['model']}: perplexity over windows of {settings['eval_length']:,} "
+        f"tokens, calibrated on {settings['num_samples']:,} windows of {settings['sequence_length']:,} tokens from "
         f"{settings['calibration']}"
         + (f", mean ± standard deviation over {seeds} seeds." if seeds > 1 else ".")
         + (f" {len(view.failed)} cells failed." if view.failed else "")
@@ -244,8 +247,8 @@ def _errors(runs: Sequence[RunView], cells: Sequence[RunView]) -> list[Part]:
     limits = (min(values), max(values) if max(values) > min(values) else 2 * min(values))
     parts = [
         Part(
-            text="The output energy that a layer lost, as graded from the weights that were written: 0 is exact, 1 is "
-            "as bad as a matrix of zeros. All maps share one scale of colours."
+            text="The output energy that a layer lost, as graded from the weights that were written: 0 is exact, 1 "
+            "is as bad as a matrix of zeros. All maps share one scale of colours."
         )
     ]
     parts.append(Part(pictures=[error_map(view.layers, _titled(view, shown), limits) for view in shown]))

@@ -29,7 +29,7 @@ _INK = "#010203"
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6bb1", "#7f7f7f")
 _MARKERS = "osD^vP*X"
 _WIDTH = 5.0  # inches of 72 units
-_STYLE: dict[str, Any] = {
+_STYLE: Any = {  # matplotlib's type lists every key
     "svg.fonttype": "none",
     "font.size": 9,
     "axes.titlesize": 9,
@@ -93,11 +93,12 @@ def error_map(layers: Sequence[LayerRecord], title: str, limits: tuple[float, fl
         mesh = axes.pcolormesh(values, norm=LogNorm(*limits), cmap="viridis", edgecolors="none")
         axes.set_yticks([i + 0.5 for i in range(len(kinds))], kinds)
         every = max(1, len(blocks) // 10)
-        axes.set_xticks([i + 0.5 for i in range(0, len(blocks), every)], blocks[::every])
+        axes.set_xticks([i + 0.5 for i in range(0, len(blocks), every)], [str(block) for block in blocks[::every]])
         axes.invert_yaxis()
         axes.set_xlabel("block")
         bar = figure.colorbar(mesh, ax=axes, pad=0.02, aspect=12)
-        bar.solids.set_rasterized(True)
+        if bar.solids is not None:
+            bar.solids.set_rasterized(True)  # 256 steps of colour are one small image
         bar.outline.set_visible(False)
     return Picture(made[0], title, alt)
 
@@ -226,6 +227,8 @@ def times(stages: Mapping[str, float], title: str) -> Picture:
 def _lines(
     lines: Mapping[str, tuple[list[int], list[float]]], title: str, alt: str, x_name: str, y_name: str
 ) -> Picture:
+    from matplotlib.ticker import MaxNLocator
+
     with _drawing(2.8, alt) as (figure, axes, made):
         for i, (name, (x, y)) in enumerate(lines.items()):
             axes.plot(
@@ -234,7 +237,7 @@ def _lines(
         values = [value for _, y in lines.values() for value in y if value > 0]
         if values and max(values) > 4 * min(values):
             axes.set_yscale("log")
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel(x_name)
         axes.set_ylabel(y_name)
         _legend_below(figure)
