@@ -1,6 +1,6 @@
 """Layers of a 7B model on a GPU: each method's seconds, and how near they are to those of its own products.
 
-    python benchmarks/gpu.py [--methods wanda,sparsegpt,admm,alps,sparsefw] [--sparsity 0.7] [--shapes 4096x4096,4096x11008]
+    python benchmarks/gpu.py [--methods wanda,alps] [--sparsity 0.7] [--shapes 4096x4096,4096x11008]
 
 Weights are random, inputs are correlated with a few outlier channels, as activations are. The floor of a
 method is the time of the products W @ H that its steps need (steps x one product), measured in the same run;

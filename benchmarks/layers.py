@@ -54,9 +54,7 @@ def saved_layers(*kinds: str) -> list[Layer]:
     return layers
 
 
-def save_layers(
-    model_name: str, calibration: str, blocks: tuple[int, ...], num: int, length: int, seed: int
-) -> None:
+def save_layers(model_name: str, calibration: str, blocks: tuple[int, ...], num: int, length: int, seed: int) -> None:
     """Run the dense model over the calibration windows and save the layers of ``blocks``."""
     from rarefy.calibration.collect import collect
     from rarefy.calibration.sources import draw_windows, parse_source, token_stream

@@ -14,13 +14,13 @@ from __future__ import annotations
 import argparse
 
 import torch
-from layers import Layer, saved_layers
-from solvers import parse_pattern, unit_seconds
 
+from layers import Layer, saved_layers
 from rarefy import ADMM, ALPS, PCG, Backsolve, Fixed, Then
 from rarefy.layer.solution import Solution
 from rarefy.methods import build
 from rarefy.methods.base import Method, run
+from solvers import parse_pattern, unit_seconds
 
 SPARSITIES = ("0.5", "0.6", "0.7", "0.8", "0.9")
 

@@ -51,9 +51,7 @@ def main(num_blocks: int, num: int, length: int, batch_size: int, repeats: int) 
         plain.append(time.perf_counter() - started)
         fresh = copy.deepcopy(model)
         started = time.perf_counter()
-        rarefy.prune(
-            fresh, windows, pattern=rarefy.PerRow(0.5), method=rarefy.Wanda(), batch_size=batch_size
-        )
+        rarefy.prune(fresh, windows, pattern=rarefy.PerRow(0.5), method=rarefy.Wanda(), batch_size=batch_size)
         whole.append(time.perf_counter() - started)
         print(f"plain {plain[-1]:.1f} s, Wanda {whole[-1]:.1f} s", flush=True)
     ratio = statistics.median(whole) / statistics.median(plain)

@@ -15,8 +15,8 @@ import statistics
 import time
 
 import torch
-from layers import Layer, saved_layers
 
+from layers import Layer, saved_layers
 from rarefy import NM, LayerProblem, PerRow, Unstructured
 from rarefy.layer.pattern import Pattern
 from rarefy.methods import METHODS, build

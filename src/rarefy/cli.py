@@ -151,9 +151,7 @@ def prune(
     ] = None,
     method: Annotated[
         Text,
-        typer.Option(
-            metavar="NAME", help="What `rarefy methods` lists, or package.module:Class (default: alps)."
-        ),
+        typer.Option(metavar="NAME", help="What `rarefy methods` lists, or package.module:Class (default: alps)."),
     ] = None,
     sparsity: Annotated[
         Text, typer.Option(metavar="S", help="Fraction of zeros, in \\[0, 1) (default: 0.5).")

@@ -167,8 +167,10 @@ def plan(options: Options, folder: SweepFolder) -> Plan:
     """
     recipes = _recipes(options)
     for argument, number in (
-        ("--max-windows", options.max_windows), ("--limit", options.limit), ("--eval-batch-size", options.eval_batch_size),
-    ):  # fmt: skip
+        ("--max-windows", options.max_windows),
+        ("--eval-batch-size", options.eval_batch_size),
+        ("--limit", options.limit),
+    ):
         if number is not None and number < 1:
             raise InputError(argument, number, "a whole number of at least 1")
     device = resolve_device(options.device)
