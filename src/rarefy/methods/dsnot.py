@@ -27,10 +27,9 @@ one sort and a running sum replace the loop. (5)
 
 Source: Zhang et al., "Dynamic Sparse No Training", arXiv 2310.08915, algorithm 1. Differences: the
 paper's threshold of 0.1 is absolute and its released code's residual grows with the window's length,
-so here it is relative to the row's
-output: 0.1 lowered the error on every measured layer, 0 raised it on many; N:M swaps stay within a group, and a group grows only while
+so here it is relative to the row's output; N:M swaps stay within a group, and a group grows only while
 it has something to prune; masks of the whole matrix keep each row's count. Weights stay W0. Nothing
-makes the layer's error fall: it can rise.
+makes the layer's error fall: with a threshold near 0 it often rises above the start's.
 Cost: two sorts of the matrix. Memory: about ten (out, in) matrices.
 """
 
