@@ -90,10 +90,10 @@ def is_one_sentence(text: str) -> bool:
         ("--scope column", "--scope is 'column', but must be layer or row"),
         ("--method wnada", "did you mean wanda?"),
         ("--method wanda+nothing", "--method is 'nothing', but must be"),
-        ("--set blok_size=64", "did you mean block_size?"),
+        ("--method sparsegpt --set blok_size=64", "did you mean block_size?"),
         ("--set block_size", "--set is 'block_size', but must be KEY=VALUE"),
-        ("--set block_size=many", "--set block_size is 'many', but must be a whole number"),
-        ("--set block_size=0", "block_size is 0, but must be a whole number of at least 1"),
+        ("--method sparsegpt --set block_size=many", "--set block_size is 'many', but must be a whole number"),
+        ("--method sparsegpt --set block_size=0", "block_size is 0, but must be a whole number of at least 1"),
         ("--set damping=-1", "damping is -1.0, but must be"),
         ("--num-samples 0", "--num-samples is 0, but must be"),
         ("--sequence-length many", "--sequence-length is 'many', but must be"),
@@ -298,7 +298,7 @@ def test_the_files_are_there_for_another_process(rarefy_: Rarefy, shelf: Path) -
 
 
 def test_a_recipe_of_a_run_repeats_it(rarefy_: Rarefy, shelf: Path) -> None:
-    assert rarefy_(*prune_arguments(shelf, "-o", "a", "--set", "block_size=16")).status == 0
+    assert rarefy_(*prune_arguments(shelf, "-o", "a", "--method", "sparsegpt", "--set", "block_size=16")).status == 0
     assert "block_size: 16" in Path("a/recipe.yaml").read_text()
     assert rarefy_("prune", "--recipe", "a/recipe.yaml", "-o", "b").status == 0
     assert Path("a/recipe.yaml").read_text() == Path("b/recipe.yaml").read_text()

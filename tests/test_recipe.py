@@ -57,9 +57,18 @@ def test_scope_is_the_methods_unless_given() -> None:
     ("options", "sentence"),
     [
         ({"method": "wnada"}, r"^--method is 'wnada'.*did you mean wanda\?"),
-        ({"settings": {"blok_size": "64"}}, r"^--set is 'blok_size'.*did you mean block_size\?"),
-        ({"settings": {"block_size": "many"}}, r"^--set block_size is 'many', but must be a whole number"),
-        ({"settings": {"block_size": "0"}}, r"block_size is 0, but must be a whole number of at least 1"),
+        (
+            {"method": "sparsegpt", "settings": {"blok_size": "64"}},
+            r"^--set is 'blok_size'.*did you mean block_size\?",
+        ),
+        (
+            {"method": "sparsegpt", "settings": {"block_size": "many"}},
+            r"^--set block_size is 'many', but must be a whole number",
+        ),
+        (
+            {"method": "sparsegpt", "settings": {"block_size": "0"}},
+            r"block_size is 0, but must be a whole number of at least 1",
+        ),
         ({"settings": {"damping": "-1"}}, r"damping is -1.0, but must be"),
         (
             {"method": "no.such.module:Class"},
@@ -147,7 +156,9 @@ def test_a_file_that_cannot_be_read_is_one_sentence(tmp_path: Path) -> None:
 
 
 def test_an_option_replaces_the_files_key(tmp_path: Path) -> None:
-    file = in_file(tmp_path, "model: m\npattern: 2:4\nsettings: {damping: 0.1, block_size: 32}\nseed: 3\n")
+    file = in_file(
+        tmp_path, "model: m\nmethod: sparsegpt\npattern: 2:4\nsettings: {damping: 0.1, block_size: 32}\nseed: 3\n"
+    )
     assert Recipe.read({"sparsity": "0.3"}, file).build_pattern() == Unstructured(0.3)
     assert Recipe.read({"pattern": "4:8"}, file).build_pattern() == NM(4, 8)
     assert Recipe.read({"seed": "4"}, file).seed == 4
