@@ -13,8 +13,8 @@ SMOLLM2_VERSION := 0.1.2
 
 DEMO_OUT ?= demo-out
 DEMO_SPARSITY ?= 0.6
-DEMO_OPTIONS ?= --num-samples 32 --sequence-length 256
-DEMO_WINDOWS ?= 4
+DEMO_OPTIONS ?= --num-samples 24 --sequence-length 256
+DEMO_WINDOWS ?= 3
 
 .PHONY: demo test test-slow test-gpu bench docs lint install clean
 
@@ -36,7 +36,6 @@ install: $(VENV)/.installed
 demo: $(VENV)/.smollm2-$(SMOLLM2_VERSION)
 	rm -rf $(DEMO_OUT)
 	$(BIN)/rarefy prune smollm2 -o $(DEMO_OUT) --sparsity $(DEMO_SPARSITY) $(DEMO_OPTIONS)
-	$(BIN)/rarefy inspect $(DEMO_OUT)
 	$(BIN)/rarefy eval smollm2 --max-windows $(DEMO_WINDOWS)
 	$(BIN)/rarefy eval $(DEMO_OUT) --max-windows $(DEMO_WINDOWS)
 

@@ -48,11 +48,14 @@ def collect(
     """
     grams: dict[str, Gram] = {}
     with torch.no_grad():
-        groups = _groups(stream, module, block, sites)
-        for group in groups:
+        leaders = []
+        for X, group in _groups(stream, module, block, sites):
             gram = Gram(group[0].shape[1], device=stream.device, means=means)
+            gram.update(X)  # the first batch
             grams.update({site.name: gram for site in group})
-        leaders = [group[0] for group in groups]
+            leaders.append(group[0])
+        if on_batch:
+            on_batch()
         last = leaders[-1].name
 
         def feed(site: Watched, X: Tensor) -> None:
@@ -61,7 +64,7 @@ def collect(
                 raise _Enough  # the rest of the block, its last product included, feeds no Gram
 
         with _watching(leaders, feed):
-            for batch, windows in stream.slices():
+            for batch, windows in list(stream.slices())[1:]:
                 with suppress(_Enough):
                     stream.run(module, block, batch, windows)
                 if on_batch:
@@ -69,8 +72,10 @@ def collect(
     return grams
 
 
-def _groups(stream: HiddenStates, module: nn.Module, block: int, sites: Sequence[Watched]) -> list[list[Watched]]:
-    """Sites grouped by the very tensor they read, in the order of their calls, from one short call."""
+def _groups(
+    stream: HiddenStates, module: nn.Module, block: int, sites: Sequence[Watched]
+) -> list[tuple[Tensor, list[Watched]]]:
+    """The inputs of the first batch in the order of the calls, each with the sites that read this tensor."""
     inputs: list[tuple[Tensor, list[Watched]]] = []  # holds the tensors, so that no address is used twice
 
     def note(site: Watched, X: Tensor) -> None:
@@ -84,8 +89,7 @@ def _groups(stream: HiddenStates, module: nn.Module, block: int, sites: Sequence
     batch, windows = next(stream.slices())
     with _watching(sites, note):
         stream.run(module, block, batch, windows)
-    groups = [group for _, group in inputs]
-    called = [site.name for group in groups for site in group]
+    called = [site.name for _, group in inputs for site in group]
     for site in sites:
         if called.count(site.name) != 1:
             times = called.count(site.name)
@@ -93,7 +97,7 @@ def _groups(stream: HiddenStates, module: nn.Module, block: int, sites: Sequence
                 f"{site.name} is called with {times} different inputs in one pass of its block, but Rarefy "
                 "needs one; leave it out with --exclude."
             )
-    return groups
+    return inputs
 
 
 @contextmanager

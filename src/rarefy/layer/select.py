@@ -30,14 +30,25 @@ def keep_largest(scores: Float[Tensor, "*rows n"], k: int) -> Bool[Tensor, "*row
     if k >= n:
         return torch.ones_like(scores, dtype=torch.bool)
     threshold = kth_largest(scores, k).unsqueeze(-1)
-    mask = scores >= threshold
-    if int(mask.sum()) == k * (scores.numel() // n):  # every row has at least k: equal sums, equal counts
+    mask = _at_least(scores, threshold)
+    if count(mask) == k * (scores.numel() // n):  # every row has at least k: equal sums, equal counts
         return mask
     # Ties at the threshold: all that are larger stay, then equals in the order of their index.
     mask = scores > threshold
     equal = scores == threshold
     missing = k - mask.sum(dim=-1, keepdim=True)
     return mask | (equal & (equal.cumsum(dim=-1) <= missing))
+
+
+def count(mask: Bool[Tensor, "*shape"]) -> int:
+    """How many entries are True; numpy counts bytes, torch adds integers, at a hundred times the cost."""
+    return int(np.count_nonzero(mask.numpy())) if mask.device.type == "cpu" else int(mask.sum())
+
+
+def _at_least(scores: Float[Tensor, "*rows n"], threshold: Float[Tensor, "*rows one"]) -> Bool[Tensor, "*rows n"]:
+    if scores.device.type != "cpu" or scores.dtype not in (torch.float32, torch.float64):
+        return scores >= threshold
+    return torch.from_numpy(np.greater_equal(scores.detach().numpy(), threshold.detach().numpy()))
 
 
 def keep_largest_in_groups(scores: Float[Tensor, "out inputs"], keep: int, of: int) -> Bool[Tensor, "out inputs"]:

@@ -56,6 +56,7 @@ from torch import Tensor
 
 from rarefy.layer.pattern import Pattern
 from rarefy.layer.problem import LayerProblem, Scaled
+from rarefy.layer.select import count
 from rarefy.layer.solution import Solution
 from rarefy.layer.spectrum import shifted_inverse
 from rarefy.methods.base import IterativeMethod, hyper
@@ -98,8 +99,8 @@ class ALPS(IterativeMethod[_State]):
     penalty: str = hyper(
         "geometric", "how rho grows: by equal ratios, or by support change", choices=("geometric", "support")
     )
-    steps: int = hyper(60, "ADMM steps with the geometric penalty", low=1)
-    levels: int = hyper(10, "distinct values of the geometric penalty", low=1)
+    steps: int = hyper(48, "ADMM steps with the geometric penalty", low=1)
+    levels: int = hyper(8, "distinct values of the geometric penalty", low=1)
     rho_first: float = hyper(0.1, "first geometric penalty", low=1e-6)
     rho_last: float = hyper(1.0, "last geometric penalty", low=1e-6)
     max_support_steps: int = hyper(300, "ADMM steps at most with the penalty by support change", low=1)
@@ -131,10 +132,10 @@ class ALPS(IterativeMethod[_State]):
         if state.factored != state.rho:
             shifted_inverse(state.scaled.H, state.rho, out=state.inverse).mul_(state.rho)
             state.factored = state.rho
-        X, Y, before, c = state.X, state.Y, state.mask, state.rescale
-        D_minus_U = torch.mul(X, torch.where(before, X.new_tensor(1), X.new_tensor(-c)), out=Y)
-        U = X.mul_(torch.where(before, X.new_tensor(0), X.new_tensor(c)))  # (4)
-        W = torch.addmm(state.W0, D_minus_U.sub_(state.W0), state.inverse, out=state.W)  # (1')
+        X, Y, before = state.X, state.Y, state.mask
+        D = Y.copy_(before).mul_(X)  # a float mask: torch.where costs ten times as much
+        U = X.sub_(D).mul_(state.rescale)  # (4), in place of X
+        W = torch.addmm(state.W0, D.sub_(U).sub_(state.W0), state.inverse, out=state.W)  # (1')
         U.add_(W)  # X = W + U
         state.mask = state.pattern.project(torch.abs(X, out=Y))  # (2), (3)
         state.rescale = 1.0
@@ -188,4 +189,4 @@ class ALPS(IterativeMethod[_State]):
 
 
 def _changes(mask: Tensor, before: Tensor) -> int:
-    return int(torch.count_nonzero(mask ^ before))
+    return count(mask ^ before)
