@@ -595,7 +595,7 @@ def test_the_driver_counts_traces_and_stops() -> None:
     assert 3 <= by_support.steps < 300
     assert by_support.steps % 3 == 0
     assert run(ADMM(steps=7), draw(), Unstructured(0.5)).steps == 7
-    alps = run(ALPS(steps=20, pcg_steps=4, rtol=0), draw(), Unstructured(0.5))
+    alps = run(ALPS(steps=20, levels=10, pcg_steps=4, rtol=0), draw(), Unstructured(0.5))
     assert alps.steps == 24
     assert len(alps.trace["rho"]) == 20
     assert len(alps.trace["residual"]) == 5

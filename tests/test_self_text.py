@@ -149,6 +149,15 @@ def test_a_window_of_several_texts() -> None:
     # Texts of one length that just fill the window: 14 tokens in 3 texts of 5, the last cut by one.
     assert torch.equal(write(model, num=2, length=14, text_length=6), texts.view(2, 15)[:, :14])
     assert torch.equal(write(model, text_length=12), write(model))
+    assert torch.equal(write(model, text_length=None), write(model))
+
+
+def test_long_windows_are_several_texts_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(self_text, "_write", lambda model, num, length, *_: torch.zeros(num, length).long() + length)
+    model = make_model("llama")
+    assert torch.equal(write(model, num=2, length=1024), torch.full((2, 1024), 256))
+    assert torch.equal(write(model, num=2, length=300), torch.full((2, 300), 150))
+    assert torch.equal(write(model, num=2, length=1024, text_length=None), torch.full((2, 1024), 1024))
 
 
 def test_progress_counts_tokens_up_to_the_last() -> None:

@@ -37,6 +37,10 @@ if TYPE_CHECKING:
 # Counted up whenever the same seed would give other text than before.
 _VERSION = 1
 
+# Short texts are written many at a time over few keys and values: windows of 1,024 tokens take half the time
+# that whole texts take. On SmolLM2 the layers' error on C4 after pruning is the same to 0.3 % with either.
+TEXT_LENGTH = 256
+
 # The default batch: its keys and values take no more than a quarter of the model's weights, or than this
 # where that is more. Beyond the largest batch the products get no faster.
 _CACHE_BYTES = 2**30
@@ -58,7 +62,7 @@ def write_text(
     seed: int,
     *,
     bos_id: int | None = None,
-    text_length: int | None = None,
+    text_length: int | None = TEXT_LENGTH,
     batch_size: int | None = None,
     progress: Callable[[int, int], None] | None = None,
     cache_folder: Path | None = None,
@@ -66,9 +70,8 @@ def write_text(
 ) -> Int64[Tensor, "num length"]:
     """``num`` windows of ``length`` tokens that the model wrote, int64 on the CPU.
 
-    A window is one text, or several of at most ``text_length`` tokens one after the other: short texts are
-    written many at a time, which is faster. Each begins with its start token, which is ``bos_id`` or, where
-    that is None, the model's own. ``batch_size`` texts are written at once (None: at most 128, fewer where their
+    A window is several texts of at most ``text_length`` tokens, one after the other (None: a single text). Each
+    begins with its start token, which is ``bos_id`` or, where that is None, the model's own. ``batch_size`` texts are written at once (None: at most 128, fewer where their
     keys and values would take too much memory). ``progress(done, total)`` counts tokens.
 
     The same model, seed and lengths give the same bits on the same machine. The windows are kept in
