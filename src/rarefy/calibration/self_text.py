@@ -71,8 +71,9 @@ def write_text(
     """``num`` windows of ``length`` tokens that the model wrote, int64 on the CPU.
 
     A window is several texts of at most ``text_length`` tokens, one after the other (None: a single text). Each
-    begins with its start token, which is ``bos_id`` or, where that is None, the model's own. ``batch_size`` texts are written at once (None: at most 128, fewer where their
-    keys and values would take too much memory). ``progress(done, total)`` counts tokens.
+    begins with its start token, which is ``bos_id`` or, where that is None, the model's own. ``batch_size`` texts
+    are written at once (None: at most 128, fewer where their keys and values would take too much memory).
+    ``progress(done, total)`` counts tokens.
 
     The same model, seed and lengths give the same bits on the same machine. The windows are kept in
     ``cache_folder`` (None: the user's cache folder) and read from there the next time, unless ``use_cache``
