@@ -16,14 +16,15 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-import typer
 from transformers import AutoModelForCausalLM
 
 from models_for_tests import make_model, make_tokenizer, save_folder
-from rarefy import comparing
 from rarefy.calibration.sources import draw_windows, parse_source, token_stream
-from rarefy.cli_compare import add_commands
-from rarefy.comparing import DenseWeights, Options, SweepFolder, plan, run
+from rarefy.cli import main
+from rarefy.comparing import sweep as module
+from rarefy.comparing.folder import SweepFolder
+from rarefy.comparing.plan import Options, plan_sweep
+from rarefy.comparing.sweep import DenseWeights, run_sweep
 from rarefy.errors import InputError
 from rarefy.evaluation.perplexity import perplexity
 from rarefy.layer.pattern import NM, Pattern, Unstructured
@@ -73,7 +74,7 @@ def options(model_folder: Folders, text: Path) -> Options:
 
 def sweep(options: Options, out: Path) -> list[dict[str, Any]]:
     folder = SweepFolder(out)
-    return run(plan(options, folder), folder, ["rarefy", "compare", "a model"])
+    return run_sweep(plan_sweep(options, folder), folder, ["rarefy", "compare", "a model"])
 
 
 def rows_of(out: Path) -> list[dict[str, str]]:
@@ -154,7 +155,7 @@ def test_cells_of_a_seed_share_windows_and_seeds_do_not(
         seen.append(windows.clone())
         return prune(model, windows, **more)
 
-    monkeypatch.setattr(comparing, "prune", watching)
+    monkeypatch.setattr(module, "prune", watching)
     sweep(replace(options, seeds=2), tmp_path / "out")
     assert len(seen) == 8
     assert all(torch.equal(one, seen[0]) for one in seen[:4])
@@ -195,7 +196,7 @@ def test_settings_reach_their_method(options: Options, tmp_path: Path) -> None:
     recipe = (tmp_path / "out" / "cells" / "sparsegpt_layer-0.5_seed0" / "recipe.yaml").read_text()
     assert "damping: 0.5" in recipe
     with pytest.raises(InputError, match="--set"):
-        plan(replace(asked, settings={"damping": "0.5"}), SweepFolder(tmp_path / "new"))
+        plan_sweep(replace(asked, settings={"damping": "0.5"}), SweepFolder(tmp_path / "new"))
 
 
 # --- Failing and going on ---------------------------------------------------------------------------------
@@ -238,7 +239,7 @@ def test_what_is_finished_is_not_computed_again(
         raise AssertionError("the model was loaded")
 
     with monkeypatch.context() as patch:
-        patch.setattr(comparing, "load_model", never)
+        patch.setattr(module, "load_model", never)
         assert sweep(options, out) == first
     more = sweep(replace(options, methods=["magnitude", "wanda", "ria"]), out)
     assert [cell["method"] for cell in more] == ["magnitude"] * 2 + ["wanda"] * 2 + ["ria"] * 2
@@ -247,17 +248,10 @@ def test_what_is_finished_is_not_computed_again(
     assert len(fewer) == 6
 
 
+@pytest.mark.slow
 def test_a_killed_sweep_goes_on(model_folder: Folders, tmp_path: Path, text: Path) -> None:
     out = tmp_path / "out"
-    code = (
-        "import sys, typer\n"
-        "from rarefy.cli_compare import add_commands\n"
-        "from contextlib import nullcontext\n"
-        "app = typer.Typer()\n"
-        "add_commands(app, lambda _: nullcontext(lambda done, total, note: None))\n"
-        "app(sys.argv[1:], obj=sys.argv[1:])\n"
-    )
-    command = [sys.executable, "-c", code, "compare", str(model_folder("llama")), "-o", str(out)]
+    command = [sys.executable, "-m", "rarefy", "compare", str(model_folder("llama")), "-o", str(out)]
     command += ["--methods", "wanda,sparsegpt,magnitude", "--sparsity", "0.5", "--pattern", "2:4", "--seeds", "2"]
     command += ["--calibration", str(text), "--num-samples", "4", "--sequence-length", "16"]
     command += ["--text", str(text), "--eval-length", "32"]
@@ -313,10 +307,10 @@ def test_another_command_is_refused_with_the_difference(
         ({"dtype": "bfloat16"}, r"--dtype was auto and is bfloat16 now"),
     ):
         with pytest.raises(InputError, match=words):
-            plan(replace(asked, **change), SweepFolder(out))  # type: ignore[arg-type]
+            plan_sweep(replace(asked, **change), SweepFolder(out))  # type: ignore[arg-type]
     text.write_text(text.read_text() + "more")
     with pytest.raises(InputError, match="the text of --calibration changed|the contents of --text"):
-        plan(asked, SweepFolder(out))
+        plan_sweep(asked, SweepFolder(out))
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
 
 
@@ -326,7 +320,7 @@ def test_changed_weights_are_noticed(options: Options, tmp_path: Path) -> None:
     sweep(asked, tmp_path / "out")
     save_folder(make_model("llama", seed=2), folder)
     with pytest.raises(InputError, match="the weights of MODEL changed"):
-        plan(asked, SweepFolder(tmp_path / "out"))
+        plan_sweep(asked, SweepFolder(tmp_path / "out"))
 
 
 @pytest.mark.parametrize(
@@ -360,7 +354,7 @@ def test_mistakes_are_found_before_anything_is_written(
     options: Options, change: dict[str, Any], words: str, tmp_path: Path
 ) -> None:
     with pytest.raises(InputError, match=words):
-        plan(replace(options, **change), SweepFolder(tmp_path / "out"))
+        plan_sweep(replace(options, **change), SweepFolder(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
 
@@ -368,43 +362,39 @@ def test_empty_text_missing_tokenizer_and_a_full_folder(options: Options, tmp_pa
     empty = tmp_path / "empty.txt"
     empty.write_text("\n")
     with pytest.raises(InputError, match=r"empty.txt' is empty"):
-        plan(replace(options, texts=[str(empty)]), SweepFolder(tmp_path / "out"))
+        plan_sweep(replace(options, texts=[str(empty)]), SweepFolder(tmp_path / "out"))
     short = tmp_path / "short.txt"
     short.write_text("short")
     with pytest.raises(InputError, match=r"has \d+ tokens, but one window needs 32"):
-        plan(replace(options, texts=[str(short)]), SweepFolder(tmp_path / "out"))
+        plan_sweep(replace(options, texts=[str(short)]), SweepFolder(tmp_path / "out"))
     make_model("llama").save_pretrained(tmp_path / "mute")
     with pytest.raises(InputError, match="no tokenizer"):
-        plan(replace(options, model=str(tmp_path / "mute")), SweepFolder(tmp_path / "out"))
+        plan_sweep(replace(options, model=str(tmp_path / "mute")), SweepFolder(tmp_path / "out"))
     with pytest.raises(InputError, match="not empty"):
-        plan(options, SweepFolder(tmp_path))
+        plan_sweep(options, SweepFolder(tmp_path))
 
 
 def test_two_texts_of_one_label(options: Options, tmp_path: Path, text: Path) -> None:
     with pytest.raises(InputError, match="label words"):
-        plan(replace(options, texts=[f"words={text}", f"words={text}"]), SweepFolder(tmp_path / "out"))
+        plan_sweep(replace(options, texts=[f"words={text}", f"words={text}"]), SweepFolder(tmp_path / "out"))
 
 
 def test_a_damaged_folder_is_a_sentence(options: Options, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "compare.json").write_text("{")
     with pytest.raises(InputError, match="compare.json cannot be read"):
-        plan(options, SweepFolder(tmp_path / "out"))
+        plan_sweep(options, SweepFolder(tmp_path / "out"))
 
 
 # --- The command ------------------------------------------------------------------------------------------
 
 
 def test_the_command(model_folder: Folders, tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    app = typer.Typer()
-    add_commands(app, comparing._unwatched)
     arguments = ["compare", str(model_folder("llama")), "-o", str(tmp_path / "out"), "--methods", "wanda, magnitude"]
     arguments += ["--sparsity", "0.5,0.6", "--pattern", "2:4", "--calibration", str(text), "--num-samples", "4"]
     arguments += ["--sequence-length", "16", "--text", str(text), "--eval-length", "32", "--max-windows", "2"]
-    app(arguments, standalone_mode=False, obj=arguments)
+    assert main(arguments) == 0
     printed = capsys.readouterr()
     assert len([line for line in printed.out.splitlines() if line.startswith(("wanda", "magnitude"))]) == 6
     assert "[6/6] magnitude, 2:4, seed 0: perplexity" in printed.err
     assert json.loads((tmp_path / "out" / "results.json").read_text())["command"].startswith("rarefy compare ")
-    with pytest.raises(InputError, match="--output is missing"):
-        app(["compare", "x"], standalone_mode=False, obj=[])

@@ -14,7 +14,9 @@ from typing import Any
 
 import pytest
 
-from rarefy.comparing import Options, SweepFolder, plan, run
+from rarefy.comparing.folder import SweepFolder
+from rarefy.comparing.plan import Options, plan_sweep
+from rarefy.comparing.sweep import run_sweep
 from rarefy.errors import InputError
 from rarefy.report.page import LayerProof, RunView, render
 from rarefy.report.records import LayerRecord
@@ -200,7 +202,7 @@ def swept(model_folder: Folders, tmp_path_factory: pytest.TempPathFactory) -> Pa
         save=True,
     )
     folder = SweepFolder(root / "out")
-    run(plan(options, folder), folder, ["rarefy", "compare"])
+    run_sweep(plan_sweep(options, folder), folder, ["rarefy", "compare"])
     return folder.path
 
 

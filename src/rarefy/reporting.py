@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from rarefy.comparing import SweepFolder
+from rarefy.comparing.folder import SweepFolder
 from rarefy.errors import InputError, OutputError, RarefyError
 from rarefy.report.page import LayerProof, RunView, SweepView, render
 from rarefy.report.records import LayerRecord

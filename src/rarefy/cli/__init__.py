@@ -1,0 +1,101 @@
+"""The command line: read what the user wrote, call the library, print what came out.
+
+Results go to standard output, progress and notes to standard error. A user's mistake is one sentence
+and exit status 2, found before a model is loaded; a run that fails otherwise exits with 1, an
+interrupted one with 130. torch and transformers are imported inside the commands, so help is quick.
+One command, one module; each is a function with its options for arguments.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import sys
+from contextlib import suppress
+from typing import Annotated, cast
+
+import typer
+
+from rarefy import __version__
+from rarefy.cli import compare, evaluate, inspect, methods, prune, report
+from rarefy.cli.terminal import complain, plain_warnings
+from rarefy.errors import InputError, RarefyError
+
+app = typer.Typer(
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Make large language models sparse in one shot, and prove what was done.",
+)
+
+#: What typer raises for every mistake in the use of options and arguments.
+_UsageError = cast("type[Exception]", typer.BadParameter.__base__)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line and return its exit status; ``arguments`` default to the process's."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    _keep_freed_memory()
+    try:
+        with plain_warnings():
+            status = app(arguments or ["--help"], prog_name="rarefy", standalone_mode=False, obj=arguments)
+    except _UsageError as error:
+        return complain(error.format_message(), 2)  # type: ignore[attr-defined]
+    except InputError as error:
+        return complain(_as_option(str(error)), 2)
+    except RarefyError as error:
+        return complain(str(error), 1)
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, typer.Abort):
+            return complain("interrupted", 130)
+        if isinstance(error, MemoryError) or "memory" in str(error).lower():
+            return complain(f"Out of memory: a smaller --batch-size or fewer --num-samples need less ({error}).", 1)
+        raise
+    if status == 130:  # how typer passes on an interrupt
+        return complain("interrupted", 130)
+    return int(status or 0)
+
+
+def _keep_freed_memory() -> None:
+    """Ask glibc not to hand large freed blocks back to the kernel after each use.
+
+    Activations and (out, in) buffers are freed and taken again all the time; fetching their pages anew
+    took a tenth to a quarter of a forward pass (docs/log.md). Elsewhere than on Linux nothing happens.
+    """
+    if sys.platform != "linux":
+        return
+    with suppress(OSError, AttributeError):
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD: blocks up to 1 GiB come from the heap
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap does not shrink
+
+
+def _as_option(message: str) -> str:
+    """The library's name of an argument, with which its message begins, as it is written here."""
+    found = re.match(r"(model|pattern|include|exclude|device|dtype|method|set)(?= is |: | \w+ is )", message)
+    if not found:
+        return message
+    return ("MODEL" if found[1] == "model" else f"--{found[1]}") + message[found.end() :]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"rarefy {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and stop.")
+    ] = False,
+) -> None:
+    pass
+
+
+app.command("prune")(prune.prune)
+app.command("compare")(compare.compare)
+app.command("eval")(evaluate.evaluate)
+app.command("report")(report.report)
+app.command("inspect")(inspect.inspect)
+app.command("methods")(methods.methods)

@@ -1,0 +1,134 @@
+"""``rarefy compare``: a sweep of methods, sparsities and seeds over one model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rarefy.cli.options import Exclude, Include, Text
+from rarefy.cli.terminal import Watch, note
+
+
+def compare(
+    context: typer.Context,
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Hub id, local folder, .gguf file, or smollm2.")],
+    output: Annotated[
+        Path,
+        typer.Option(
+            "-o", "--output", metavar="OUT", help="New or empty folder, or one of the same command to go on with."
+        ),
+    ],
+    methods: Annotated[
+        str, typer.Option(metavar="A,B", help="Methods that `rarefy methods` lists, or A+B, by commas.")
+    ],
+    sparsity: Annotated[
+        Text, typer.Option(metavar="S,S", help="Fractions of zeros, by commas (default: 0.5).")
+    ] = None,
+    pattern: Annotated[
+        Text, typer.Option(metavar="N:M,N:M", help="N:M patterns, by commas, beside the sparsities.")
+    ] = None,
+    seeds: Annotated[int, typer.Option(metavar="N", min=1, help="How many seeds; each draws its own windows.")] = 1,
+    scope: Annotated[
+        Text, typer.Option(metavar="SCOPE", help="layer or row for all sparsities (default: the method's).")
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="METHOD.KEY=VALUE", help="A hyperparameter of one method; repeatable."),
+    ] = None,
+    calibration: Annotated[
+        Text, typer.Option(metavar="SOURCE", help="As in `rarefy prune` (default: the same).")
+    ] = None,
+    num_samples: Annotated[Text, typer.Option(metavar="N", help="Calibration windows.")] = None,
+    sequence_length: Annotated[Text, typer.Option(metavar="L", help="Tokens per calibration window.")] = None,
+    batch_size: Annotated[
+        Text, typer.Option(metavar="N", help="Calibration windows that run at once (default: 8).")
+    ] = None,
+    bos: Annotated[bool, typer.Option("--bos", help="Start every window with the model's start token.")] = False,
+    device: Annotated[str, typer.Option(metavar="DEVICE", help="auto, cpu, cuda, cuda:N.")] = "auto",
+    dtype: Annotated[
+        str, typer.Option(metavar="DTYPE", help="auto (the checkpoint's), float32, bfloat16 or float16.")
+    ] = "auto",
+    include: Include = None,
+    exclude: Exclude = None,
+    text: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="[LABEL=]TEXT",
+            help="A text for perplexity and KL: a file, wikitext2 or python-docs (default); repeatable.",
+        ),
+    ] = None,
+    eval_length: Annotated[
+        int | None,
+        typer.Option(metavar="L", help="Context length of perplexity (default: 2048, or the model's)."),
+    ] = None,
+    max_windows: Annotated[
+        int | None, typer.Option(metavar="N", help="Only the first N windows of each text (default: all).")
+    ] = None,
+    eval_batch_size: Annotated[
+        int, typer.Option(metavar="N", help="Windows, or items of tasks, that are measured at once.")
+    ] = 1,
+    tasks: Annotated[
+        Text, typer.Option(metavar="A,B", help="Zero-shot tasks of lm-eval, by commas (default: none).")
+    ] = None,
+    task_data: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Local files of the tasks, instead of the hub.")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(metavar="N", help="Only the first N items of each task (default: all).")
+    ] = None,
+    save: Annotated[bool, typer.Option("--save", help="Also write the model of every cell.")] = False,
+    retry: Annotated[bool, typer.Option("--retry", help="Try cells again that failed before.")] = False,
+) -> None:
+    """Prune a model in several ways and measure each: a table of methods, sparsities and seeds.
+
+    The same command on the same folder goes on where it was stopped.
+    """
+    from rarefy.comparing.folder import SweepFolder
+    from rarefy.comparing.plan import Options, plan_sweep
+    from rarefy.comparing.sweep import run_sweep
+    from rarefy.recipe import parse_settings
+    from rarefy.report.records import aligned
+    from rarefy.report.results import table
+
+    folder = SweepFolder(output)
+    sweep = plan_sweep(
+        Options(
+            model=model,
+            methods=_split(methods),
+            sparsities=_split(sparsity),
+            patterns=_split(pattern),
+            seeds=seeds,
+            scope=scope,
+            settings=parse_settings(settings or []),
+            calibration=calibration,
+            num_samples=num_samples,
+            sequence_length=sequence_length,
+            batch_size=batch_size,
+            bos=bos,
+            device=device,
+            dtype=dtype,
+            include=include or [],
+            exclude=exclude or [],
+            texts=text or [],
+            eval_length=eval_length,
+            max_windows=max_windows,
+            eval_batch_size=eval_batch_size,
+            tasks=_split(tasks),
+            task_data=task_data,
+            limit=limit,
+            save=save,
+            retry=retry,
+        ),
+        folder,
+    )
+    cells = run_sweep(sweep, folder, ["rarefy", *context.obj], watch=Watch, note=note)
+    print("\n".join(aligned(table(cells, folder.read_cell("dense")))))
+    print(f"{folder.path} holds results.csv, results.md and results.json")
+    if all(cell["status"] == "failed" for cell in cells):
+        raise typer.Exit(1)
+
+
+def _split(text: str | None) -> list[str]:
+    return [part.strip() for part in text.split(",")] if text else []

@@ -1,0 +1,48 @@
+"""``rarefy inspect``: reads the written files again."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from rarefy.cli.options import Json, Text
+from rarefy.cli.terminal import note, print_table
+
+if TYPE_CHECKING:
+    from rarefy.evaluation.verify import Inspection
+
+
+def inspect(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A folder that `prune` wrote, or any model folder.")],
+    pattern: Annotated[
+        Text, typer.Option(metavar="N:M", help="Also check that at most N of every M weights are kept.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Read the written files again; exit status 1 where they do not hold what was promised."""
+    from rarefy.evaluation.verify import inspect_folder
+    from rarefy.recipe import parse_pattern
+
+    inspection = inspect_folder(model, parse_pattern(pattern) if pattern is not None else None)
+    if as_json:
+        print(json.dumps(inspection.to_dict()))
+    else:
+        print_table(_inspection_rows(inspection))
+        if inspection.ok and any(layer.pattern for layer in inspection.layers):
+            print("every promise is kept")
+    for problem in inspection.problems:
+        note(f"broken: {problem}")
+    if not inspection.ok:
+        raise typer.Exit(1)
+
+
+def _inspection_rows(inspection: Inspection) -> list[list[str]]:
+    rows = [["layer", "shape", "zeros", "sparsity", "checked"]]
+    for layer in inspection.layers:
+        checked = f"{layer.pattern} {'broken' if layer.problems else 'holds'}" if layer.pattern else ""
+        shape = " x ".join(map(str, layer.shape))
+        rows.append([layer.name, shape, f"{layer.zeros:,}", f"{layer.sparsity:.2%}", checked])
+    rows.append(["all", "", f"{inspection.zeros:,}", f"{inspection.sparsity:.2%}", ""])
+    return rows

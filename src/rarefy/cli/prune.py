@@ -1,0 +1,120 @@
+"""``rarefy prune``: its options, and what follows from them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rarefy.cli.options import Device, Dtype, Exclude, Include, Text
+from rarefy.errors import InputError
+from rarefy.run_folder import RunFolder
+
+
+def prune(
+    context: typer.Context,
+    model: Annotated[
+        Text, typer.Argument(metavar="MODEL", help="Hub id, local folder, .gguf file, or smollm2.")
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("-o", "--output", metavar="OUT", help="New or empty folder for all results."),
+    ] = None,
+    method: Annotated[
+        Text,
+        typer.Option(metavar="NAME", help="What `rarefy methods` lists, or package.module:Class (default: alps)."),
+    ] = None,
+    sparsity: Annotated[
+        Text, typer.Option(metavar="S", help="Fraction of zeros, in \\[0, 1) (default: 0.5).")
+    ] = None,
+    pattern: Annotated[
+        Text,
+        typer.Option(metavar="N:M", help="Keep N of every M weights along the inputs, instead of a sparsity."),
+    ] = None,
+    scope: Annotated[
+        Text,
+        typer.Option(
+            metavar="SCOPE",
+            help="Where weights compete: layer or row (default: the method's); not with --pattern.",
+        ),
+    ] = None,
+    calibration: Annotated[
+        Text,
+        typer.Option(
+            metavar="SOURCE",
+            help="self (the model's own text), python-docs, c4, wikitext2, hub:NAME\\[:CONFIG\\[:SPLIT]], "
+            "or a .txt, .jsonl, .jsonl.gz or .parquet file.",
+        ),
+    ] = None,
+    num_samples: Annotated[
+        Text,
+        typer.Option(metavar="N", help="Calibration windows (default: 128, or 32 without --calibration)."),
+    ] = None,
+    sequence_length: Annotated[
+        Text,
+        typer.Option(metavar="L", help="Tokens per window (default: 2048, or 1024 without --calibration)."),
+    ] = None,
+    batch_size: Annotated[
+        Text, typer.Option(metavar="N", help="Windows that run through the model at once (default: 4).")
+    ] = None,
+    seed: Annotated[
+        Text, typer.Option(metavar="N", help="Draws the windows, or the model's own text (default: 0).")
+    ] = None,
+    bos: Annotated[
+        bool | None, typer.Option("--bos/--no-bos", help="Start every window with the model's start token.")
+    ] = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    include: Include = None,
+    exclude: Exclude = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="A hyperparameter of the method; repeatable."),
+    ] = None,
+    recipe: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="YAML with any of these settings; options replace its keys."),
+    ] = None,
+    strict: Annotated[
+        bool | None, typer.Option("--strict/--no-strict", help="Stop where the method fails on a layer.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print layers, counts and an estimate of peak memory, and stop.")
+    ] = False,
+) -> None:
+    """Prune a model and write it, with all that was done, to a folder."""
+    from rarefy.cli.plan import make_plan, print_plan
+    from rarefy.cli.run import run
+    from rarefy.recipe import Recipe, parse_settings
+
+    said = {
+        "model": model,
+        "method": method,
+        "sparsity": sparsity,
+        "pattern": pattern,
+        "scope": scope,
+        "calibration": calibration,
+        "num_samples": num_samples,
+        "sequence_length": sequence_length,
+        "batch_size": batch_size,
+        "seed": seed,
+        "bos": bos,
+        "device": device,
+        "dtype": dtype,
+        "include": include or None,
+        "exclude": exclude or None,
+        "settings": parse_settings(settings) if settings else None,
+        "strict": strict,
+    }
+    wanted = Recipe.read({key: value for key, value in said.items() if value is not None}, recipe)
+    if output is None and not dry_run:
+        raise InputError.sentence("--output is missing: name a new or empty folder for the results (-o OUT).")
+    folder = RunFolder(output) if output is not None else None
+    if folder:
+        folder.check()
+    plan = make_plan(wanted)
+    if dry_run or folder is None:
+        print_plan(plan)
+    else:
+        run(plan, folder, ["rarefy", *context.obj], chosen=wanted.calibration is not None)

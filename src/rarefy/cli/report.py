@@ -1,0 +1,28 @@
+"""``rarefy report``: runs and sweeps on one HTML page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rarefy.cli.terminal import Watch
+
+
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders that `prune` or `compare` wrote.")],
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", metavar="FILE", help="Default: RUN/report.html of the first.")
+    ] = None,
+    texts: Annotated[
+        bool,
+        typer.Option("--texts/--no-texts", help="Let dense and pruned model write, where the run did not keep it."),
+    ] = True,
+    device: Annotated[str, typer.Option(metavar="DEVICE", help="auto, cpu, cuda, cuda:N.")] = "auto",
+) -> None:
+    """Draw runs on one HTML page that needs no network."""
+    from rarefy.reporting import write_report
+
+    file = write_report(runs, output, texts=texts, device=device, watch=Watch)
+    print(f"{file} holds the report")
