@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 
@@ -68,3 +68,12 @@ def keep_largest_in_groups(scores: Float[Tensor, "out inputs"], keep: int, of: i
             ranks[i] += later_wins
             ranks[j] += ~later_wins
     return torch.stack([rank < keep for rank in ranks], dim=-1).flatten(-2)
+
+
+def positions_first(inputs: int, group: int, device: torch.device | str = "cpu") -> Int[Tensor, " inputs"]:
+    """The inputs in the order of their position within their group of ``group``, then of their group.
+
+    Matrices in this order have the first inputs of all groups side by side, then the second ones: what
+    compares the inputs of a group becomes passes over contiguous columns.
+    """
+    return torch.arange(inputs, device=device).view(-1, group).T.flatten()

@@ -22,9 +22,11 @@ entries, and graded (5). The best of these masks and the first is the answer: ne
 | M     | M          | (out, in) | relaxed mask; what it says of weights kept for ever is not read |
 | fixed | M-bar      | (out, in) | what is kept for ever                                           |
 | W     |            | (out, in) | W0 outside fixed, else 0: G and E are 0 there                   |
-| RH    |            | (out, in) | R H; after a line search R H - eta E H                          |
-| V     | V          | (out, in) | G, then V; float, for masks are slow to multiply with           |
-| E, EH |            | (out, in) | E and E H by line search; E holds R by open loop                |
+| G     |            | (out, in) | (1); a line search changes it by - eta W0 * (E H)               |
+| V     | V          | (out, in) | V, then V - M; float, for masks are slow to multiply with       |
+| E, EH |            | (out, in) | E and E H by line search; R and R H by open loop                |
+
+<R H, E> is <G, V - M>, so R H itself is never kept.
 
 Source: Roux et al., "SparseFW", arXiv 2510.13713, algorithm 2. Differences: the gradient is taken at
 M with the part that is kept for ever (the paper prints it without); the paper's eta_0 = 1 throws the
@@ -34,7 +36,8 @@ make 0, 0.1 and 0.25 the same at 2:4, so the highest scores of the whole matrix 
 each group chooses the rest of its N. Per row, every row keeps its own floor(alpha k).
 Cost: one product W @ H a step and about half a product's time for selection and passes on the smallest
 layers, less on larger ones. Rows are not independent: they share eta and the choice of the best mask.
-Memory: six (out, in) matrices, one more for N:M, and H.
+Memory: six (out, in) matrices; for N:M one more,
+and a copy of H with the columns of its groups apart.
 """
 
 from __future__ import annotations
@@ -44,12 +47,12 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from rarefy.layer.pattern import NM, Fixed, Pattern, PerRow, Unstructured
 from rarefy.layer.problem import LayerProblem
-from rarefy.layer.select import keep_largest, kth_largest
+from rarefy.layer.select import keep_largest, kth_largest, positions_first
 from rarefy.layer.solution import Solution, Status
 from rarefy.methods.base import IterativeMethod, hyper, masked, wanda_scores
 from rarefy.methods.ria import ria_scores
@@ -66,14 +69,16 @@ class _State:
     num_fixed: int  # of each row if the pattern is per row, else of the whole matrix
     W: Float[Tensor, "out inputs"]
     M: Float[Tensor, "out inputs"]
-    RH: Float[Tensor, "out inputs"]
+    G: Float[Tensor, "out inputs"]
     V: Float[Tensor, "out inputs"]
     E: Float[Tensor, "out inputs"]
     EH: Float[Tensor, "out inputs"]
-    lock: Float[Tensor, "out inputs"] | None  # infinity on fixed, else 0; only N:M needs it
     best: Bool[Tensor, "out inputs"]
     lowest: float
     steps: int
+    H: Float[Tensor, "in in"]
+    order: Int[Tensor, " in"] | None  # of the columns of all but problem, fixed and best; None: as they come
+    lock: Float[Tensor, "out inputs"] | None  # infinity on fixed, else 0; only N:M needs it
     best_step: int = 0
     still: bool = False
 
@@ -100,36 +105,43 @@ class SparseFW(IterativeMethod[_State]):
         k = int(mask[0].sum() if isinstance(pattern, PerRow) else mask.sum())
         num_fixed = math.floor(self.alpha * k)
         fixed = _highest(scores.masked_fill_(~mask, -math.inf), num_fixed, pattern)
+        W, H, M, order = problem.W0 * ~fixed, problem.H, mask.to(problem.dtype), None
         E = problem.W0 * ~mask
+        if _in_small_groups(pattern):
+            order = positions_first(problem.shape[1], pattern.group, H.device)
+            W, M, E, H = W[:, order], M[:, order], E[:, order], H[order][:, order]
+        RH = E @ H
+        lowest = _loss(E, RH)
         state = _State(
-            problem, pattern, fixed, num_fixed, problem.W0 * ~fixed, mask.to(problem.dtype), E @ problem.H,
-            scores, E, torch.empty_like(E), None, mask, 0.0, self.steps,
+            problem, pattern, fixed, num_fixed, W, M, RH.mul_(W), scores, E, torch.empty_like(E), mask, lowest,
+            self.steps, H, order, None,
         )  # fmt: skip
         if not isinstance(pattern, (Unstructured, PerRow)):
-            state.lock = torch.zeros_like(E).masked_fill_(fixed, math.inf)
+            state.lock = torch.zeros_like(E).masked_fill_(fixed if order is None else fixed[:, order], math.inf)
         if isinstance(pattern, Fixed) or torch.equal(fixed, mask):
             state.steps = 0  # nothing to choose
-        state.lowest = _loss(E, state.RH)
         return state
 
     def max_steps(self, state: _State) -> int:
         return state.steps
 
     def step(self, state: _State, t: int) -> dict[str, float]:
-        W, H, M, E, RH = state.W, state.problem.H, state.M, state.E, state.RH
-        V = _vertex(state)  # (1), (2)
+        W, H, M, G, E = state.W, state.H, state.M, state.G, state.E
+        V = _vertex(state)  # (2)
         if self.rule == "line-search":
-            torch.sub(V, M, out=E).mul_(W)
-            EH = torch.mm(E, H, out=state.EH)
-            gain, curvature = _dot(RH, E), _dot(EH, E)
+            V.sub_(M)
+            gain = _dot(G, V)
+            EH = torch.mm(torch.mul(W, V, out=E), H, out=state.EH)
+            curvature = _dot(EH, E)
             eta = min(max(gain / curvature, 0.0), 1.0) if curvature > 0 else float(gain > 0)  # (4)
             state.still = eta == 0  # and so it would be in every later step
-            M.lerp_(V, eta)  # (3)
-            RH.add_(EH, alpha=-eta)
+            M.add_(V, alpha=eta)  # (3)
+            G.addcmul_(W, EH, value=-eta)  # (1)
         else:
             eta = 2 / (t + 1 + self.offset)  # (4'), t counts from 1 here
             M.mul_(1 - eta).add_(V, alpha=eta)  # (3)
-            torch.mm(torch.addcmul(W, W, M, value=-1, out=E), H, out=RH)  # W is 0 where M is not read
+            R = torch.addcmul(W, W, M, value=-1, out=E)  # W is 0 where M is not read
+            torch.mul(W, torch.mm(R, H, out=state.EH), out=G)  # (1)
         if t % self.round_every and t != state.steps and not state.still:
             return {}
         return {"rounded loss": self._grade(state, t)}
@@ -138,7 +150,7 @@ class SparseFW(IterativeMethod[_State]):
         return state.still
 
     def iterate(self, state: _State) -> Float[Tensor, "out inputs"]:
-        return state.RH
+        return state.G
 
     def finish(self, state: _State) -> Solution:
         solution = masked(state.problem.W0, state.best)
@@ -150,7 +162,10 @@ class SparseFW(IterativeMethod[_State]):
     @staticmethod
     def _grade(state: _State, t: int) -> float:
         """(5): the loss of the rounded mask, which becomes the best one if it is."""
-        rounded = state.pattern.project(state.M, state.fixed)
+        M = state.M
+        if state.order is not None:
+            M = torch.empty_like(M).index_copy_(1, state.order, M)
+        rounded = state.pattern.project(M, state.fixed)
         taken = torch.mul(state.problem.W0, ~rounded, out=state.V)
         loss = _loss(taken, torch.mm(taken, state.problem.H, out=state.EH))
         if loss < state.lowest:
@@ -171,38 +186,42 @@ def _highest(scores: Tensor, num_fixed: int, pattern: Pattern) -> Bool[Tensor, "
 
 
 def _vertex(state: _State) -> Float[Tensor, "out inputs"]:
-    """(1) and (2), in the buffer of V.
+    """(2), in the buffer of V.
 
-    A threshold above 0 keeps only what lowers f. Comparisons are in place, so in float: a bool mask and
-    its conversion would cost several times as much.
+    A threshold above 0 keeps only what lowers f. Comparisons are written as floats: a bool mask and its
+    conversion would cost several times as much.
     """
-    pattern, tiny = state.pattern, torch.finfo(state.W.dtype).tiny
-    G = torch.mul(state.W, state.RH, out=state.V)
+    pattern, G, V = state.pattern, state.G, state.V
     if state.lock is not None:
-        G.add_(state.lock)
-        if isinstance(pattern, NM) and pattern.of <= _SMALL_GROUP:
-            threshold = _kth_largest_in_groups(G, pattern).clamp_min_(tiny)
-            G.unflatten(1, (-1, pattern.of)).ge_(threshold.unsqueeze(2))  # keeps all equals
-            return G
-        chosen = pattern.project(G)
-        return G.gt_(0).mul_(chosen)
-    rows = G if isinstance(pattern, PerRow) else G.view(1, -1)
+        torch.add(G, state.lock, out=V)
+        if state.order is not None:
+            _keep_largest_in_groups_(V, pattern)
+            return V
+        chosen = pattern.project(V)
+        return V.gt_(0).mul_(chosen)
+    rows, ones = (X if isinstance(pattern, PerRow) else X.view(1, -1) for X in (G, V))
     free = pattern.count((len(rows), rows.shape[1])) // len(rows) - state.num_fixed
-    rows.ge_(kth_largest(rows, free).unsqueeze(-1).clamp_min_(tiny))
-    counts = G.sum(dim=1)
-    if float(counts.max() if isinstance(pattern, PerRow) else counts.double().sum()) > free:
+    torch.ge(rows, kth_largest(rows, free).unsqueeze(1).clamp_min_(torch.finfo(G.dtype).tiny), out=ones)
+    counts = V.sum(dim=1)
+    if float(counts.max() if isinstance(pattern, PerRow) else counts.sum(dtype=torch.float64)) > free:
         # equals at the threshold: once more, in full
-        torch.mul(state.W, state.RH, out=G)
-        chosen = keep_largest(rows, free).view_as(G)
-        G.gt_(0).mul_(chosen)
-    return G
+        torch.gt(G, 0, out=V).mul_(keep_largest(rows, free).view_as(G))
+    return V
 
 
-def _kth_largest_in_groups(G: Float[Tensor, "out inputs"], pattern: NM) -> Float[Tensor, "out groups"]:
-    """The N-th largest of every group, by insertion: few passes over contiguous columns."""
+def _in_small_groups(pattern: Pattern) -> bool:
+    return isinstance(pattern, NM) and pattern.of <= _SMALL_GROUP
+
+
+def _keep_largest_in_groups_(G: Float[Tensor, "out inputs"], pattern: Pattern) -> None:
+    """1 on the N largest of every group if they are positive, else 0; keeps all equals.
+
+    Inputs stand in the order of ``positions_first``. By insertion: few passes over contiguous columns.
+    """
+    assert isinstance(pattern, NM)
+    columns = G.view(len(G), pattern.of, -1).unbind(1)
     largest: list[Tensor] = []
-    for i in range(pattern.of):
-        x = G[:, i :: pattern.of].contiguous()
+    for x in columns:
         full = len(largest) == pattern.keep
         for j, kept in enumerate(largest):
             if full and j == pattern.keep - 1:
@@ -211,7 +230,9 @@ def _kth_largest_in_groups(G: Float[Tensor, "out inputs"], pattern: NM) -> Float
                 largest[j], x = torch.maximum(kept, x), torch.minimum(kept, x)
         if not full:
             largest.append(x)
-    return largest[-1]
+    threshold = largest[-1].clamp_min(torch.finfo(G.dtype).tiny)
+    for column in columns:
+        column.ge_(threshold)
 
 
 def _dot(A: Tensor, B: Tensor) -> float:

@@ -52,6 +52,7 @@ from torch import Tensor
 
 from rarefy.layer.pattern import Fixed, Pattern
 from rarefy.layer.problem import LayerProblem
+from rarefy.layer.select import positions_first
 from rarefy.layer.solution import Solution, Status
 from rarefy.methods.base import Method, hyper, masked, wanda_scores
 
@@ -83,7 +84,9 @@ class Swaps(Method):
         mask = pattern.project(wanda_scores(problem)) if start is None else start.mask
         if isinstance(pattern, Fixed):
             return Solution(problem.W0 * mask, mask, Status.TRIVIAL)
-        order, H = _positions_first(problem.H, pattern.group)
+        # The partners of an input are then a multiple of in / group away, so pairs are contiguous passes.
+        order = positions_first(problem.shape[1], pattern.group, problem.H.device)
+        H = problem.H if pattern.group == 1 else problem.H[order][:, order]
         key = ("swap partners", problem.dtype, problem.W0.device)
         grouped = pattern.group > 1
         partners = None if grouped else problem.gram.cached(key, lambda: nearest_partners(problem.H))
@@ -133,18 +136,6 @@ def nearest_partners(H: Float[Tensor, "in in"]) -> Partners:
     correlation = torch.cat(values).clamp_min_(0).mul_(1 + 64 * torch.finfo(H.dtype).eps)
     found = torch.cat(index)
     return Partners(correlation[:, 0], correlation[:, -1], found, H.gather(1, found))
-
-
-def _positions_first(H: Float[Tensor, "in in"], group: int) -> tuple[Tensor, Float[Tensor, "in in"]]:
-    """Inputs ordered by their position in their group, then by group, and H in this order.
-
-    The partners of an input are then a multiple of in / group away, so pairs are contiguous passes.
-    """
-    order = torch.arange(len(H), device=H.device)
-    if group == 1:
-        return order, H
-    order = order.view(-1, group).T.flatten()
-    return order, H[order][:, order]
 
 
 class _Batch:
