@@ -1,0 +1,286 @@
+"""The journal of a run that is under way: what is finished, so that after a kill the same command goes on.
+
+    OUT/unfinished/progress.json      whose run this is, how many blocks are finished, where the states are
+    OUT/unfinished/block-NNNNN.jsonl  the records of one finished block's layers
+    OUT/unfinished/states-*.bin       the hidden states that enter the first unfinished block
+    OUT/unfinished/model/             the model so far
+    OUT/unfinished/lock               held while a process works here
+
+A block is finished at the moment when the new progress.json takes the name of the old one; everything that
+it speaks of is on the disk by then, and what only the old one spoke of is removed afterwards. So a kill at
+any moment leaves one of the two, whole.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import shutil
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, BinaryIO, Self
+
+from rarefy.calibration.spill import StatesPart
+from rarefy.disk import refusals, remove_partial_files, replace_file, sync_folder
+from rarefy.errors import OutputError
+from rarefy.report.records import LayerRecord
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_FORMAT = 1
+#: Bytes at the beginning and at the end of a file by which it is known, besides its size.
+_SAMPLE = 2**20
+_MODEL_FILES = (".safetensors", ".bin", ".gguf")
+_MODEL_SETTINGS = ("config.json", "model.safetensors.index.json", "pytorch_model.bin.index.json")
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """All that the result of a run depends on; runs with equal ones can go on with each other's blocks.
+
+    ``recipe`` is every setting by name, as plain values; ``model`` a digest of each of its files; ``text``
+    a digest of the calibration windows.
+    """
+
+    recipe: dict[str, Any]
+    model: dict[str, str]
+    text: str
+
+    @classmethod
+    def of(cls, recipe: Mapping[str, Any], model: Path, windows: Tensor) -> Self:
+        """The fingerprint of a recipe, a model's folder or file, and the token ids of all windows."""
+        content = repr(tuple(windows.shape)).encode() + windows.numpy().tobytes()
+        plain = json.loads(json.dumps(dict(recipe)))  # as it is read back: lists for tuples
+        return cls(plain, file_digests(model), hashlib.sha256(content).hexdigest())
+
+    def difference(self, other: Fingerprint) -> str | None:
+        """The first thing in which ``other`` differs, in words; None where nothing does."""
+        for key in (*self.recipe, *other.recipe):
+            mine, theirs = self.recipe.get(key), other.recipe.get(key)
+            if mine != theirs:
+                return f"with {key} {_shown(mine)}, not {_shown(theirs)}"
+        for name in (*self.model, *other.model):
+            if self.model.get(name) != other.model.get(name):
+                return f"of another model: {name} is not the same file"
+        return None if self.text == other.text else "on another calibration text"
+
+
+def file_digests(model: Path) -> dict[str, str]:
+    """A digest of each file of a model that its weights depend on: of its size, beginning and end."""
+    files = [model] if model.is_file() else sorted(model.iterdir())
+    digests = {}
+    for file in files:
+        if file.is_file() and (file.suffix in _MODEL_FILES or file.name in _MODEL_SETTINGS):
+            size = file.stat().st_size
+            with file.open("rb") as opened:
+                digest = hashlib.sha256(f"{size} ".encode() + opened.read(_SAMPLE))
+                opened.seek(max(0, size - _SAMPLE))
+                digest.update(opened.read())
+            digests[file.name] = digest.hexdigest()
+    return digests
+
+
+class Progress:
+    """The journal in the output folder of one run; one process at a time holds it.
+
+    ``finished`` blocks are done, so the next one has this number; ``states`` says where the hidden states
+    are that enter it. Use it as a context, or ``close`` it.
+    """
+
+    def __init__(self, output: Path) -> None:
+        self.folder = output / "unfinished"
+        self.model = self.folder / "model"
+        self.states: list[StatesPart] = []
+        self._journal = self.folder / "progress.json"
+        self._blocks: list[int] = []  # a checksum of the records of each finished block
+        self._fingerprint: Fingerprint | None = None
+        self._lock: BinaryIO | None = None
+
+    @classmethod
+    def find(cls, output: Path) -> Self | None:
+        """The journal in the folder ``output``, where there is one; nothing is read."""
+        progress = cls(output)
+        return progress if progress.folder.is_dir() else None
+
+    @property
+    def finished(self) -> int:
+        """The number of finished blocks."""
+        return len(self._blocks)
+
+    def check(self, fingerprint: Fingerprint) -> None:
+        """Read the journal, if there is one yet, and make sure that it is of this run; changes nothing.
+
+        Raises OutputError where it is of another run, naming the difference, or is damaged.
+        """
+        if not self._journal.is_file():  # killed before it was first written: nothing is finished
+            self._fingerprint, self._blocks, self.states = fingerprint, [], []
+            return
+        content = self._read_journal()
+        if difference := content.difference(fingerprint):
+            raise OutputError.sentence(
+                f"{self.folder.parent} holds an unfinished run {difference}: "
+                "repeat its command to go on with it, or choose another folder."
+            )
+        self._fingerprint = content
+
+    def open(self, fingerprint: Fingerprint) -> Self:
+        """Begin, or go on with what is finished: make the folder, hold its lock, remove what is left half done.
+
+        Raises OutputError as ``check`` does, where another process works here, and where the disk refuses.
+        """
+        with refusals(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._take_lock()
+            try:
+                self.check(fingerprint)
+                if not self._journal.is_file():
+                    self._write_journal()
+                self._remove_stale_files()
+            except BaseException:
+                self.close()
+                raise
+        return self
+
+    def finish_block(self, index: int, records: Sequence[LayerRecord], states: Sequence[StatesPart]) -> None:
+        """Note that block ``index`` is finished, with the states that enter the next, none after the last.
+
+        The block's weights must be on the disk. Raises OutputError where the disk refuses; then the block
+        is not finished, and all before it are.
+        """
+        if index != self.finished:
+            raise ValueError(f"Block {index} was finished, but {self.finished} is the next.")
+        content = "".join(record.to_json() + "\n" for record in records).encode()
+        replace_file(self._records_of(index), content)
+        before = self._blocks, self.states
+        self._blocks, self.states = [*self._blocks, zlib.crc32(content)], list(states)
+        try:
+            self._write_journal()
+        except BaseException:
+            self._blocks, self.states = before
+            raise
+        self._remove_stale_files()
+
+    def records(self) -> list[LayerRecord]:
+        """The records of all finished blocks. Raises OutputError where a file is missing or damaged."""
+        records = []
+        for index, checksum in enumerate(self._blocks):
+            path = self._records_of(index)
+            content = self._read(path)
+            if zlib.crc32(content) != checksum:
+                raise self._damaged(path)
+            records += [LayerRecord.from_json(line) for line in content.decode().splitlines()]
+        return records
+
+    @contextmanager
+    def keeping(self) -> Iterator[None]:
+        """Within the scope, what the disk refuses ends the run with a sentence that says what is kept."""
+        try:
+            with refusals(self.folder):
+                yield
+        except OutputError as error:
+            blocks = "1 finished block is" if self.finished == 1 else f"{self.finished} finished blocks are"
+            reason = str(error).rstrip(".")
+            raise OutputError.sentence(
+                f"{reason}; {blocks} kept, and the same command goes on from there."
+            ) from error
+
+    def publish(self, target: Path) -> None:
+        """Let the finished model take the name ``target``; done already where it has. Raises OutputError."""
+        with refusals(target):
+            if self.model.exists():
+                self.model.replace(target)
+                sync_folder(target.parent)
+
+    def remove(self) -> None:
+        """Remove the journal: the run is finished, or given up."""
+        self.close()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def close(self) -> None:
+        """Let another process hold the journal."""
+        if self._lock:
+            self._lock.close()
+            self._lock = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # --- Files --------------------------------------------------------------------------------------------
+
+    def _records_of(self, index: int) -> Path:
+        return self.folder / f"block-{index:05d}.jsonl"
+
+    def _take_lock(self) -> None:
+        self._lock = (self.folder / "lock").open("wb")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.close()
+            raise OutputError.sentence(f"{self.folder.parent} is being written by another process.") from None
+        except OSError:
+            pass  # a file system without locks
+
+    def _write_journal(self) -> None:
+        assert self._fingerprint is not None
+        content = {
+            "format": _FORMAT,
+            "fingerprint": asdict(self._fingerprint),
+            "blocks": self._blocks,
+            "states": [asdict(part) for part in self.states],
+        }
+        text = json.dumps({"checksum": _checksum(content), **content}, indent=1)
+        replace_file(self._journal, text.encode())
+
+    def _read_journal(self) -> Fingerprint:
+        """Take over what the journal says, and return whose it is."""
+        try:
+            content = json.loads(self._read(self._journal))
+            checksum = content.pop("checksum")
+            if checksum != _checksum(content) or content["format"] != _FORMAT:
+                raise ValueError("another checksum or format")
+            fingerprint = Fingerprint(**content["fingerprint"])
+            states = [StatesPart(**part) for part in content["states"]]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise self._damaged(self._journal) from error
+        self._blocks, self.states = content["blocks"], states
+        return fingerprint
+
+    def _read(self, path: Path) -> bytes:
+        try:
+            return path.read_bytes()
+        except OSError as error:
+            raise OutputError.sentence(f"{path} cannot be read: {error.strerror or error}.") from error
+
+    def _damaged(self, path: Path) -> OutputError:
+        return OutputError.sentence(
+            f"{path} is damaged, so the unfinished run cannot go on: remove {self.folder} to begin anew."
+        )
+
+    def _remove_stale_files(self) -> None:
+        """Remove what the journal does not speak of; where that fails, nothing is lost but space."""
+        known = {part.file for part in self.states} | {self._records_of(i).name for i in range(self.finished)}
+        with suppress(OSError):
+            remove_partial_files(self.folder)
+            for pattern in ("states-*.bin", "block-*.jsonl"):
+                for file in self.folder.glob(pattern):
+                    if file.name not in known:
+                        file.unlink()
+
+
+def _checksum(content: Mapping[str, Any]) -> int:
+    return zlib.crc32(json.dumps(content, sort_keys=True).encode())
+
+
+def _shown(value: Any) -> str:
+    return "unset" if value is None else str(value)
