@@ -654,15 +654,27 @@ def test_pcg_stops_where_its_residual_has_fallen() -> None:
 
 def test_rows_that_are_done_stand_still() -> None:
     problem = draw("well_conditioned")
-    W0, A = problem.W0.clone(), problem.scaled(0.0, damp_first=True).H
+    scaled = problem.scaled(0.0, damp_first=True)
+    W0 = problem.to_scaled(problem.W0, scaled)
     mask = PerRow(0.5).project(W0.abs())
     W = W0 * mask
     W[0] = W0[0] * mask[0]
     mask[0] = True
     W[0] = W0[0]  # row 0 is full and exact from the start
-    conjugate_gradients_(W, W0, mask, A, 20, 1e-6)
+    conjugate_gradients_(W, problem.W0, mask, scaled, 20, 1e-6)
     assert torch.equal(W[0], W0[0])
     assert bool(torch.isfinite(W).all())
+
+
+def test_strips_of_rows_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = draw("well_conditioned")
+    method = Then(Wanda(), PCG(steps=30, rtol=1e-3))
+    whole = run(method, problem, PerRow(0.5))
+    monkeypatch.setattr("rarefy.methods.refit._STRIP", 2 * problem.shape[1])
+    strips = run(method, problem, PerRow(0.5))
+    assert (strips.steps, strips.status) == (whole.steps, whole.status)
+    torch.testing.assert_close(strips.weight, whole.weight)
+    torch.testing.assert_close(strips.trace["residual"], whole.trace["residual"])
 
 
 def test_pcg_damping_pulls_towards_the_dense_weight() -> None:

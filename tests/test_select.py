@@ -55,6 +55,29 @@ def test_keep_largest_is_a_stable_sort(kind: str, dtype: torch.dtype) -> None:
         assert torch.equal(keep_largest(scores[0], k), by_stable_sort(scores[0], k)), k
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_of_many_values_only_some_are_put_in_order(
+    monkeypatch: pytest.MonkeyPatch, kind: str, dtype: torch.dtype
+) -> None:
+    scores = draw(kind, dtype, 10_000)
+    expected = scores.sort(descending=True).values
+    monkeypatch.setattr("rarefy.layer.select._MANY", 1)
+    monkeypatch.setattr("rarefy.layer.select._SAMPLE", 1000)
+    monkeypatch.setattr("rarefy.layer.select._CHUNK", 3000)
+    for k in (1, 2, 300, 5000, 9_990, 10_000):
+        assert torch.equal(kth_largest(scores, k), expected[k - 1])
+        assert torch.equal(kth_largest(scores.view(1, -1), k), expected[k - 1 : k])
+
+
+def test_a_sample_that_misleads_costs_only_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rarefy.layer.select._MANY", 1)
+    monkeypatch.setattr("rarefy.layer.select._SAMPLE", 1000)
+    scores = torch.arange(10_000.0)
+    scores[::11] = 0.5  # all that the sample sees
+    assert float(kth_largest(scores, 100)) == float(scores.sort(descending=True).values[99])
+
+
 def test_keep_largest_beyond_both_ends() -> None:
     scores = draw("normal", torch.float32, 2, 5)
     assert not keep_largest(scores, 0).any()

@@ -17,18 +17,20 @@ from torch import Tensor
 from rarefy.errors import InputError, NumericalError
 from rarefy.layer.gram import Gram
 
-_STRIP = 2048  # rows and columns graded at a time in float64, to bound the memory of a grade
+_STRIP = 512  # rows and columns graded at a time in float64, to bound the memory of a grade
 
 
 @dataclass(frozen=True, eq=False)
 class Scaled:
     """H damped and brought to unit diagonal: H[i, j] / (s[i] s[j]), with s; dead inputs have s = 1.
 
-    In these coordinates weights are W * s, so that |W| is the Wanda score.
+    In these coordinates weights are W * live, so that |W| is the Wanda score; ``live`` is s, but 0 for
+    dead inputs, so that these are pruned first.
     """
 
     H: Float[Tensor, "in in"]
     s: Float[Tensor, "in"]
+    live: Float[Tensor, "in"]
 
 
 class LayerProblem:
@@ -124,8 +126,8 @@ class LayerProblem:
         return self.gram.cached(key, lambda: _scale(self.H, damping, damp_first))
 
     def to_scaled(self, W: Float[Tensor, "out inputs"], scaled: Scaled) -> Float[Tensor, "out inputs"]:
-        """W * s, zero for dead inputs, so that these are pruned first."""
-        return (W * scaled.s).masked_fill_(self.dead, 0)
+        """The weight in the scaled problem's coordinates."""
+        return W * scaled.live
 
     def from_scaled(
         self, W: Float[Tensor, "out inputs"], mask: Bool[Tensor, "out inputs"], scaled: Scaled
@@ -142,4 +144,4 @@ def _scale(H: Tensor, damping: float, damp_first: bool) -> Scaled:
     A = H / s.outer(s)
     # The diagonal is known exactly; dead inputs get 1 like all others.
     A.diagonal().fill_(1.0 if damp_first else 1.0 + damping)
-    return Scaled(A, s)
+    return Scaled(A, s, s.masked_fill(dead, 0))

@@ -25,8 +25,8 @@ the support does not move at first, rho / 5 and start again.
 Penalty "geometric" (ours): rho rises from rho_first to rho_last in ``levels`` equal ratios, each held
 for steps / levels steps: nothing to watch, and one factorisation a level.                    (6)
 
-The code keeps X = W + U and the mask M: then D = M X and U = X - M X. Since
-W0 A (A + rho I)^-1 = W0 - rho W0 (A + rho I)^-1, (1) is one product:
+The code keeps X = W + U and the mask M: then D = M X and U = X - M X. W0 stands for W0 s, which is
+never kept. Since W0 A (A + rho I)^-1 = W0 - rho W0 (A + rho I)^-1, (1) is one product:
 
     W = W0 + (D - U - W0) rho (A + rho I)^-1                    (1')
 
@@ -42,7 +42,8 @@ Models", arXiv 2406.07831, algorithms 1 and 2. As published it is ALPS(penalty="
 refit_damping=0.01), ``alps-paper`` on the command line. Differences: Cholesky factorisations instead of one
 eigendecomposition (cheaper here, see docs/log.md); PCG with a step per row.
 Cost: one product W @ H a step, a factorisation and inverse for each distinct rho (about in^3 / 2
-multiplications), one product per conjugate-gradient step. Memory: four (out, in), two (in, in).
+multiplications), one product per conjugate-gradient step. Memory: three (out, in), masks of a byte a
+weight, and two (in, in) matrices; small layers a few (out, in) more (see refit.py and select.py).
 """
 
 from __future__ import annotations
@@ -74,12 +75,11 @@ class _State:
     problem: LayerProblem
     pattern: Pattern
     scaled: Scaled
-    W0: Float[Tensor, "out inputs"]
     X: Float[Tensor, "out inputs"]
     W: Float[Tensor, "out inputs"]
     Y: Float[Tensor, "out inputs"]
     mask: Bool[Tensor, "out inputs"]
-    looked: Bool[Tensor, "out inputs"]  # the mask at the last look
+    looked: Bool[Tensor, "out inputs"] | None  # the mask at the last look; only penalty "support" looks
     inverse: Float[Tensor, "in in"]
     rho: float
     factored: float = 0.0  # the rho that ``inverse`` belongs to
@@ -115,12 +115,13 @@ class ALPS(IterativeMethod[_State]):
 
     def init(self, problem: LayerProblem, pattern: Pattern, start: Solution | None) -> _State:
         scaled = problem.scaled(self.damping, damp_first=True)
-        W0 = problem.to_scaled(problem.W0, scaled)
-        mask = pattern.project(W0.abs())
-        rho = self.rho_support if self.penalty == "support" else self.rho_first
+        X = problem.to_scaled(problem.W0, scaled)
+        Y = X.abs()
+        mask = pattern.project(Y)
+        support = self.penalty == "support"
         return _State(
-            problem, pattern, scaled, W0, W0 * mask, torch.empty_like(W0), torch.empty_like(W0), mask, mask,
-            torch.empty_like(scaled.H), rho,
+            problem, pattern, scaled, X.mul_(mask), torch.empty_like(X), Y, mask, mask if support else None,
+            torch.empty_like(scaled.H), self.rho_support if support else self.rho_first,
         )  # fmt: skip
 
     def max_steps(self, state: _State) -> int:
@@ -132,10 +133,11 @@ class ALPS(IterativeMethod[_State]):
         if state.factored != state.rho:
             shifted_inverse(state.scaled.H, state.rho, out=state.inverse).mul_(state.rho)
             state.factored = state.rho
-        X, Y, before = state.X, state.Y, state.mask
+        X, Y, before, W0, s = state.X, state.Y, state.mask, state.problem.W0, state.scaled.live
         D = Y.copy_(before).mul_(X)  # a float mask: torch.where costs ten times as much
         U = X.sub_(D).mul_(state.rescale)  # (4), in place of X
-        W = torch.addmm(state.W0, D.sub_(U).sub_(state.W0), state.inverse, out=state.W)  # (1')
+        Y = D.sub_(U).addcmul_(W0, s, value=-1)
+        W = torch.mm(Y, state.inverse, out=state.W).addcmul_(W0, s)  # (1')
         U.add_(W)  # X = W + U
         state.mask = state.pattern.project(torch.abs(X, out=Y))  # (2), (3)
         state.rescale = 1.0
@@ -152,13 +154,13 @@ class ALPS(IterativeMethod[_State]):
 
     def finish(self, state: _State) -> Solution:
         mask = state.pattern.project(torch.abs(state.W, out=state.Y))
-        W, W0, scaled = state.W.mul_(mask), state.W0, state.scaled
+        W, W0, scaled = state.W.mul_(mask), state.problem.W0, state.scaled
         state.X = state.Y = state.inverse = torch.empty(0)  # their memory is for the conjugate gradients
         less = None
         if self.refit_damping != self.damping:
             mean = state.problem.H.diagonal().mean()
             less = (self.damping - self.refit_damping) * mean / scaled.s.square()
-        steps, residuals = conjugate_gradients_(W, W0, mask, scaled.H, self.pcg_steps, self.rtol, less)
+        steps, residuals = conjugate_gradients_(W, W0, mask, scaled, self.pcg_steps, self.rtol, less)
         weight = state.problem.from_scaled(W, mask, scaled)
         return Solution(weight, mask, steps=steps, trace={"residual": residuals})
 
@@ -169,14 +171,16 @@ class ALPS(IterativeMethod[_State]):
 
     def _look(self, state: _State, t: int) -> None:
         """(5), and the released code's rules, every third step."""
-        changed, kept = _changes(state.mask, state.looked), int(state.mask.sum())
+        assert state.looked is not None  # as always with this penalty
+        changed, kept = _changes(state.mask, state.looked), count(state.mask)
         state.looked = state.mask
         if (t >= _STILL_FROM and changed < _STILL * kept) or (changed == 0 and state.moved):
             state.still = True
         elif changed == 0:
             self._set_rho(state, state.rho / _RESTART)
-            state.mask = state.looked = state.pattern.project(state.W0.abs())
-            torch.mul(state.W0, state.mask, out=state.X)
+            W0 = state.problem.to_scaled(state.problem.W0, state.scaled)
+            state.mask = state.looked = state.pattern.project(W0.abs())
+            torch.mul(W0, state.mask, out=state.X)
         else:
             state.moved = True
             factor = next(factor for share, factor in _GROWTH if changed >= share * kept)

@@ -228,5 +228,5 @@ def _check_contract(method: Method, solution: Solution, pattern: Pattern, proble
         pattern.check(solution.mask)
     except PatternError as error:
         raise MethodError.sentence(f"{method} returned a mask for {name} that {pattern} forbids: {error}") from None
-    if bool((solution.weight[~solution.mask] != 0).any()):
+    if bool(((solution.weight != 0) > solution.mask).any()):
         raise MethodError.sentence(f"{method.name} returned a weight that is not zero outside its mask.")

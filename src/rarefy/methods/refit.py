@@ -20,7 +20,8 @@ A = H / (s s^T) and W s for W, which makes Jacobi's preconditioner the identity
 Source: Meng et al., ALPS, arXiv 2406.07831, algorithm 2 (10 steps, rtol 1e-4). Differences: a step
 length per row, which is the true conjugate gradient of each row's problem (the paper prints one for
 all); the stop test looks at the masked residual, so it can fire; rows that are done stand still.
-Each step lowers the loss of every row. Memory: four (out, in) and one (in, in) matrices.
+Each step lowers the loss of every row. Rows are treated a strip at a time, to bound the memory of large
+layers: W and five strips, and one (in, in) matrix.
 
 Backsolve solves H_SS w_S = (W0 H)_S for each row's support S by Cholesky in float64 (the reference
 that PCG is compared with): cost of about sum |S|^3 / 6 multiplications.
@@ -28,6 +29,7 @@ that PCG is compared with): cost of about sum |S|^3 / 6 multiplications.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -37,10 +39,11 @@ from torch import Tensor
 
 from rarefy.errors import NumericalError
 from rarefy.layer.pattern import Pattern
-from rarefy.layer.problem import LayerProblem
+from rarefy.layer.problem import LayerProblem, Scaled
 from rarefy.layer.solution import Solution, Status
 from rarefy.methods.base import Method, cannot_come_first, hyper
 
+_STRIP = 2**22  # weights treated at a time, in whole rows
 _BATCH_BYTES = 256 * 2**20  # of float64 systems solved at a time
 
 
@@ -62,9 +65,8 @@ class PCG(Method):
         if start is None:
             raise cannot_come_first(self)
         scaled = problem.scaled(self.damping, damp_first=True)
-        W0 = problem.to_scaled(problem.W0, scaled)
         W = problem.to_scaled(start.weight.to(problem.dtype), scaled)
-        steps, residuals = conjugate_gradients_(W, W0, start.mask, scaled.H, self.steps, self.rtol)
+        steps, residuals = conjugate_gradients_(W, problem.W0, start.mask, scaled, self.steps, self.rtol)
         weight = problem.from_scaled(W, start.mask, scaled)
         status = Status.CONVERGED if steps < self.steps else Status.STEP_LIMIT
         return Solution(weight, start.mask, status, steps=steps, trace={"residual": residuals})
@@ -77,28 +79,46 @@ def conjugate_gradients_(
     W: Float[Tensor, "out inputs"],
     W0: Float[Tensor, "out inputs"],
     mask: Bool[Tensor, "out inputs"],
-    A: Float[Tensor, "in in"],
+    scaled: Scaled,
     steps: int,
     rtol: float,
     less: Float[Tensor, "in"] | None = None,
 ) -> tuple[int, list[float]]:
-    """Lower tr((W - W0) A (W - W0)^T) on the support of ``mask``, in place in W.
+    """Lower the loss on the support of ``mask``, in place in W, which is in the scaled coordinates; W0 is not.
 
-    A has unit diagonal; ``less`` is taken off its diagonal, so that a damped A serves for the undamped
-    problem without a second matrix. Returns the steps taken and |R|_F before each and after the last.
+    The scaled matrix has unit diagonal; ``less`` is taken off its diagonal, so that a damped one serves for
+    the undamped problem without a second matrix. Returns the steps taken and |R|_F before each and after
+    the last.
     """
+    height = max(1, _STRIP // W.shape[1])
+    squares: list[list[float]] = []
+    for a in range(0, W.shape[0], height):
+        rows = slice(a, a + height)
+        squares.append(_strip_(W[rows], W0[rows] * scaled.live, mask[rows], scaled.H, steps, rtol, less))
+    taken = max(map(len, squares))
+    for strip in squares:  # one that was done earlier stands still
+        strip.extend(strip[-1:] * (taken - len(strip)))
+    return taken - 1, [math.sqrt(sum(each)) for each in zip(*squares)]
+
+
+def _strip_(
+    W: Tensor, W0: Tensor, mask: Tensor, A: Tensor, steps: int, rtol: float, less: Tensor | None
+) -> list[float]:
+    """Some rows of ``conjugate_gradients_``; |R|_F^2 before each step and after the last."""
     M = mask.to(W.dtype)
-    R = W0 - W
-    R = torch.addcmul(R @ A, R, less, value=-1) if less is not None else R @ A
+    D = W0.sub_(W)
+    R = D @ A
+    if less is not None:
+        R.addcmul_(D, less, value=-1)
     R.mul_(M)
-    P = R.clone()
+    P = D.copy_(R)
     Q = torch.empty_like(P)
     squares = torch.linalg.vecdot(R, R).unsqueeze(1)
     enough = squares * rtol**2
-    residuals = [float(squares.sum().sqrt())]
-    for t in range(steps):
+    sums = [float(squares.sum())]
+    for _ in range(steps):
         if bool((squares <= enough).all()):
-            return t, residuals
+            break
         torch.mm(P, A, out=Q)  # (1)
         if less is not None:
             Q.addcmul_(P, less, value=-1)
@@ -109,8 +129,8 @@ def conjugate_gradients_(
         before, squares = squares, torch.linalg.vecdot(R, R).unsqueeze(1)
         b = torch.where(a > 0, squares / before, 0)  # (4)
         P.mul_(b).add_(R)  # (5)
-        residuals.append(float(squares.sum().sqrt()))
-    return steps, residuals
+        sums.append(float(squares.sum()))
+    return sums
 
 
 @dataclass(frozen=True)
