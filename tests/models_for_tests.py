@@ -54,10 +54,39 @@ _CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
 
 ARCHITECTURES: tuple[str, ...] = tuple(_CONFIGS)
 
+# Two of four experts for each token, or one where the architecture knows no more. Some with shared experts.
+_EXPERTS = {**_GROUPED, "intermediate_size": 48, "num_experts_per_tok": 2}
+_LATENT = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
+
+_EXPERT_CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
+    "mixtral": lambda: transformers.MixtralConfig(**_EXPERTS, num_local_experts=4),
+    "qwen3_moe": lambda: transformers.Qwen3MoeConfig(**_EXPERTS, num_experts=4, moe_intermediate_size=16, head_dim=8),
+    "olmoe": lambda: transformers.OlmoeConfig(**_EXPERTS, num_experts=4),
+    "deepseek_v3": lambda: transformers.DeepseekV3Config(  # the first block is dense
+        **_EXPERTS | _LATENT | {"num_key_value_heads": 4}, n_routed_experts=4, moe_intermediate_size=16,
+        first_k_dense_replace=1, n_group=1, topk_group=1,
+    ),
+    "qwen2_moe": lambda: transformers.Qwen2MoeConfig(
+        **_EXPERTS, num_experts=4, moe_intermediate_size=16, shared_expert_intermediate_size=24,
+    ),
+    "gpt_oss": lambda: transformers.GptOssConfig(
+        **_EXPERTS, num_local_experts=4, head_dim=8, rope_parameters={"rope_type": "default", "rope_theta": 1e4},
+    ),
+    "llama4": lambda: transformers.Llama4TextConfig(
+        **_EXPERTS | {"num_experts_per_tok": 1}, intermediate_size_mlp=64, num_local_experts=4, head_dim=8,
+    ),
+    "nemotron_h": lambda: transformers.NemotronHConfig(  # experts without a gate, narrower than the model
+        **_EXPERTS, head_dim=8, layers_block_type=["attention", "moe"], n_routed_experts=4, moe_latent_size=16,
+        moe_intermediate_size=24, moe_shared_expert_intermediate_size=40, n_group=1, topk_group=1,
+    ),
+}  # fmt: skip
+
+EXPERT_ARCHITECTURES: tuple[str, ...] = tuple(_EXPERT_CONFIGS)
+
 
 def make_model(architecture: str, seed: int = 0) -> PreTrainedModel:
-    """A model of one of ARCHITECTURES with random weights, the same for the same seed, ready for inference."""
-    return build(_CONFIGS[architecture](), seed)
+    """A model of one of (EXPERT_)ARCHITECTURES with random weights, the same for the same seed, for inference."""
+    return build((_CONFIGS | _EXPERT_CONFIGS)[architecture](), seed)
 
 
 def build(config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:

@@ -7,7 +7,7 @@ import torch
 import transformers
 from torch import nn
 
-from models_for_tests import ARCHITECTURES, VOCABULARY, build, make_model
+from models_for_tests import ARCHITECTURES, make_model
 from rarefy.errors import InputError, ModelError
 from rarefy.models.blocks import Block, find_blocks, select_sites
 
@@ -118,32 +118,6 @@ def test_a_weight_of_another_shape_is_not_written() -> None:
     assert torch.equal(site.read(), before)
 
 
-_EXPERT_SIZES = {
-    "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "num_experts_per_tok": 2,
-}  # fmt: skip
-_EXPERTS = {
-    "mixtral": lambda: transformers.MixtralConfig(**_EXPERT_SIZES, num_local_experts=4),
-    "qwen3_moe": lambda: transformers.Qwen3MoeConfig(**_EXPERT_SIZES, num_experts=4, moe_intermediate_size=16),
-    "olmoe": lambda: transformers.OlmoeConfig(**_EXPERT_SIZES, num_experts=4),
-    "deepseek_v3": lambda: transformers.DeepseekV3Config(
-        **_EXPERT_SIZES, n_routed_experts=4, moe_intermediate_size=16, first_k_dense_replace=1, n_group=1,
-        topk_group=1, kv_lora_rank=8, q_lora_rank=8, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8,
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("architecture", _EXPERTS)
-def test_mixtures_of_experts_are_refused_by_the_name_of_the_module(architecture: str) -> None:
-    # DeepSeek's first block is dense.
-    block = 1 if architecture == "deepseek_v3" else 0
-    with pytest.raises(
-        ModelError, match=rf"^model\.layers\.{block}\.mlp\.experts\.\w+ is a stack of 4 matrices, like experts: "
-    ) as error:
-        find_blocks(build(_EXPERTS[architecture]()))
-    assert str(error.value).endswith("Rarefy does not prune mixtures of experts yet.")
-
-
 class _Toy(nn.Module):
     """An embedding, a list of blocks, each made by ``block``, and a head."""
 
@@ -157,9 +131,24 @@ def _mlp() -> nn.Module:
     return nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 8))
 
 
-def test_a_list_of_experts_is_refused() -> None:
-    block = nn.ModuleDict({"attention": nn.Linear(8, 8), "experts": nn.ModuleList([_mlp(), _mlp()])})
-    with pytest.raises(ModelError, match=r"^layers\.0\.experts is a list of 2 modules, like experts: "):
+def test_a_list_of_modules_without_a_router_is_of_ordinary_linears() -> None:
+    block = nn.ModuleDict({"attention": nn.Linear(8, 8), "parts": nn.ModuleList([_mlp(), _mlp()])})
+    sites = find_blocks(_Toy(block))[0].sites
+    assert [site.name for site in sites] == [
+        "layers.0.attention",
+        *(f"layers.0.parts.{part}.{linear}" for part in (0, 1) for linear in (0, 2)),
+    ]
+    assert all(site.expert is None for site in sites)
+
+
+@pytest.mark.parametrize("shapes", [[(4, 8, 8)], [(4, 8, 8), (4, 8, 8)], [(4, 32, 8), (4, 8, 8)]])
+def test_stacks_of_matrices_that_are_no_known_experts_are_refused(shapes: list[tuple[int, ...]]) -> None:
+    block = nn.ModuleDict({"attention": nn.Linear(8, 8), "mixer": nn.Module()})
+    for index, shape in enumerate(shapes):
+        block["mixer"].register_parameter(f"w{index}", nn.Parameter(torch.zeros(shape)))
+    with pytest.raises(
+        ModelError, match=r"^layers\.0\.mixer\.w0 is a stack of 4 matrices, like experts, but Module is"
+    ):
         find_blocks(_Toy(block))
 
 

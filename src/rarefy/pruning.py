@@ -10,6 +10,7 @@ from __future__ import annotations
 import resource
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -17,7 +18,7 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor, nn
 
-from rarefy.calibration.collect import collect
+from rarefy.calibration.collect import Grams, collect, collect_all_tokens, starved, turns
 from rarefy.calibration.stream import HiddenStates, convert_calls, record
 from rarefy.errors import NumericalError
 from rarefy.layer.gram import Gram
@@ -29,6 +30,9 @@ from rarefy.models.blocks import Block, Site, find_blocks, select_sites
 from rarefy.report.records import LayerRecord, Report
 
 Progress = Callable[[int, int, str], None]
+
+_STARVED = "starved"  # what a record's details call a weight of an expert that saw too few tokens
+_NAMED = 8  # of these, so many are named in the warning
 
 
 def solve(
@@ -78,7 +82,7 @@ def prune(
         last = max(block.index for block in blocks if block.sites)
         ticks = _Ticks(on_progress, _num_parts(blocks[: last + 1], stream.num_batches))
         for block in blocks[: last + 1]:
-            stored = {site.name: site.read().dtype for site in block.sites}
+            stored = {site.name: site.dtype for site in block.sites}
             with computing_in(block.module, stream.compute_dtype):
                 for done in _prune_block(block, stream, pattern, method, strict, stored, ticks):
                     records.append(done)
@@ -88,12 +92,13 @@ def prune(
                     stream.advance(block.module, block.index, ticks.one)
     finally:
         model.train(training)
+    _warn_of_starved(records)
     return Report(records, seconds=time.perf_counter() - started, method=str(method), pattern=str(pattern))
 
 
 def _num_parts(blocks: Sequence[Block], num_batches: int) -> int:
     """Batches collected and advanced, and layers solved: what progress counts."""
-    collected = sum(1 for block in blocks if block.sites)
+    collected = sum(len(turns(block.sites)) for block in blocks)
     advanced = len(blocks) - 1  # nothing comes after the last
     return (collected + advanced) * num_batches + sum(len(block.sites) for block in blocks)
 
@@ -114,15 +119,36 @@ def _prune_block(
     stored: dict[str, torch.dtype],
     ticks: _Ticks,
 ) -> Iterator[LayerRecord]:
-    if not block.sites:
-        return
-    grams = collect(stream, block.module, block.index, block.sites, means=method.needs_means, on_batch=ticks.one)
-    for site in block.sites:
-        gram = grams.pop(site.name)  # freed, with its factorisations, after the last layer that shares it
-        with torch.no_grad():
-            record_ = _prune_site(site, block.index, gram, pattern, method, strict, stored[site.name])
-        ticks.one(f"{site.name} {record_.relative_error:.4f}")
-        yield record_
+    for sites in turns(block.sites):
+        grams = collect(stream, block.module, block.index, sites, means=method.needs_means, on_batch=ticks.one)
+        notes = _routed_tokens(sites, grams)
+        if short := starved(sites, grams):
+            grams |= collect_all_tokens(stream, block.module, block.index, short, means=method.needs_means)
+            for site in short:
+                notes[site.name][_STARVED] = f"solved with {grams[site.name].num_tokens} tokens, all of the block's"
+        for site in sites:
+            gram = grams.pop(site.name)  # freed, with its factorisations, after the last layer that shares it
+            with torch.no_grad():
+                record_ = _prune_site(site, block.index, gram, pattern, method, strict, stored[site.name])
+            record_.details |= notes[site.name]
+            ticks.one(f"{site.name} {record_.relative_error:.4f}")
+            yield record_
+
+
+def _routed_tokens(sites: Sequence[Site], grams: Grams) -> dict[str, dict[str, float | str]]:
+    """For each site a note for its record: of an expert, how many tokens the router sent to it."""
+    return {site.name: {"routed_tokens": grams[site.name].num_tokens} if site.expert else {} for site in sites}
+
+
+def _warn_of_starved(records: Sequence[LayerRecord]) -> None:
+    names = [record.name for record in records if _STARVED in record.details]
+    if names:
+        more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+        warnings.warn(
+            f"{len(names)} weights of experts were solved with all tokens of their block, because the router sent "
+            f"fewer tokens to them than they have inputs: {', '.join(names[:_NAMED])}{more}. Their records say so.",
+            stacklevel=3,
+        )
 
 
 def _prune_site(

@@ -9,17 +9,19 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from rarefy.errors import ModelError
-from rarefy.models.blocks import Site, find_blocks
+from rarefy.models.blocks import LinearSite, Site, find_blocks
+from rarefy.models.conversion import Plan, plan_conversion
 from rarefy.models.source import resolve_model
 from rarefy.report.records import LayerRecord
 from rarefy.run_folder import RunFolder
@@ -102,7 +104,8 @@ def inspect_folder(name: str | Path, pattern: tuple[int, int] | None = None) -> 
 
     ``name`` is a run folder or its ``model``: then the layers of ``layers.jsonl`` must hold at least
     the zeros it says, in its pattern. It may be any other model with safetensors files, too: then its
-    linears are listed. ``pattern`` (keep, of) is checked in addition. Tensors are read one at a time.
+    linears are listed. ``pattern`` (keep, of) is checked in addition. Tensors are read one at a time, but
+    for experts that the model keeps in one stack: these block by block.
     Raises ModelError where there is no model or no safetensors file, InputError where the run folder
     is damaged.
     """
@@ -112,32 +115,34 @@ def inspect_folder(name: str | Path, pattern: tuple[int, int] | None = None) -> 
     files = _weight_files(folder if folder.is_dir() else folder.parent, str(name))
     model = source.skeleton()
     sites = {site.name: site for block in find_blocks(model) for site in block.sites}
-    prefix = f"{getattr(model, 'base_model_prefix', '')}."
     records = {record.name: record for record in run.read_layers()} if run else {}
+    weights = _StoredWeights(model, files)
 
     layers = []
     for layer_name in records or sites:
         record, site = records.get(layer_name), sites.get(layer_name)
-        # A base model's checkpoint leaves out the prefix that the model with a head has.
-        file = files.get(f"{layer_name}.weight") or files.get(f"{layer_name.removeprefix(prefix)}.weight")
-        if site is None or file is None:
-            shape = record.shape if record else list(site.shape) if site else [0, 0]
-            layers.append(LayerInspection(layer_name, shape, problems=["it is missing from the model's files"]))
+        layer = LayerInspection(layer_name, record.shape if record else list(site.shape) if site else [0, 0])
+        layers.append(layer)
+        try:
+            weight = weights.read(site) if site else None
+        except ModelError as error:
+            layer.problems.append(f"it cannot be read: {error}")
             continue
-        layers.append(_inspect(site, _read(*file), record, pattern))
+        if site is None or weight is None:
+            layer.problems.append("it is missing from the model's files")
+        else:
+            layer.shape = list(site.shape)
+            _inspect(layer, weight, record, pattern)
     return Inspection(str(folder), bool(run), layers)
 
 
 def _inspect(
-    site: Site, tensor: Tensor, record: LayerRecord | None, pattern: tuple[int, int] | None
-) -> LayerInspection:
-    """Count and check one weight as it lies in the file."""
-    layer = LayerInspection(site.name, list(site.shape))
-    if tensor.shape != site.module.weight.shape:
-        layer.problems.append(f"its shape in the file is {list(tensor.shape)}")
-        return layer
-    with _as_weight_of(site, tensor):
-        weight = site.read()  # (out, in), whichever way round the module keeps it
+    layer: LayerInspection, weight: Tensor, record: LayerRecord | None, pattern: tuple[int, int] | None
+) -> None:
+    """Count and check one weight (out, in) as it lies in the file."""
+    if list(weight.shape) != layer.shape:
+        layer.problems.append(f"its shape in the file is {list(weight.shape)}")
+        return
     nonzero = weight != 0
     layer.zeros = layer.size - int(nonzero.sum())
     if not bool(torch.isfinite(weight).all()):
@@ -148,7 +153,6 @@ def _inspect(
     if pattern is not None and (wanted := f"{pattern[0]}:{pattern[1]}") != layer.pattern:
         layer.pattern = ", ".join(filter(None, (layer.pattern, wanted)))
         layer.problems += _broken_groups(nonzero, *pattern)
-    return layer
 
 
 def _broken_promises(nonzero: Tensor, record: LayerRecord) -> Iterator[str]:
@@ -177,15 +181,46 @@ def _broken_groups(nonzero: Tensor, keep: int, of: int) -> Iterator[str]:
         yield f"{wrong:,} of its {per_group.numel():,} groups hold more than {keep} of {of} non-zero weights"
 
 
-@contextmanager
-def _as_weight_of(site: Site, tensor: Tensor) -> Iterator[None]:
-    """Within the block, the site's module (on the meta device) holds ``tensor`` as its weight."""
-    meta = site.module.weight
-    site.module.weight = nn.Parameter(tensor, requires_grad=False)
-    try:
-        yield
-    finally:
-        site.module.weight = meta
+class _StoredWeights:
+    """Reads the weight of a site from the files of a model, under whatever name and in whatever form it is there.
+
+    Most have a tensor of their name. A base model's checkpoint leaves out the prefix that the model with
+    a head has. And experts may be one matrix each in the files, under other names, or all in one stack.
+    """
+
+    def __init__(self, model: PreTrainedModel, files: dict[str, tuple[Path, str]]) -> None:
+        self._model, self._files = model, files
+        self._prefix = f"{getattr(model, 'base_model_prefix', '')}."
+        self._made: dict[str, Tensor] = {}  # the stacks of one block at most
+
+    def read(self, site: Site) -> Tensor | None:
+        """The weight (out, in), None where the files do not have it; ModelError where they are damaged."""
+        name = f"{site.name}.weight"
+        if file := self._files.get(name) or self._files.get(name.removeprefix(self._prefix)):
+            tensor = _read(*file)
+            same = isinstance(site, LinearSite) and tensor.shape == site.parameter.shape
+            return site.view(tensor) if same else tensor
+        made = self._parameter(site.parameter_name)
+        return None if made is None else site.view(made)
+
+    def _parameter(self, name: str) -> Tensor | None:
+        """A parameter as transformers makes it when it loads the files, but in the dtype of the files."""
+        if name not in self._made and (group := self._plan.groups.get(name)):
+            if len(self._made) > 1:
+                self._made.clear()
+            file, key = self._files[group.sources[0]]
+            own = replace(group, dtype=_read(file, key).dtype)
+            self._made |= own.load(self._model, lambda source: _read(*self._files[source]))
+        return self._made.get(name)
+
+    @cached_property
+    def _plan(self) -> Plan:
+        stored = {}
+        for file in {file for file, _ in self._files.values()}:
+            with safe_open(file, framework="pt") as opened:
+                for key in opened.keys():  # noqa: SIM118 (it is no dict)
+                    stored[key] = torch.empty(opened.get_slice(key).get_shape(), device="meta")
+        return plan_conversion(self._model, stored)
 
 
 def _weight_files(folder: Path, name: str) -> dict[str, tuple[Path, str]]:

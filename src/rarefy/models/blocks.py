@@ -1,83 +1,29 @@
-"""Finds a model's decoder blocks and the linears in them, by structure and without a table of model names.
+"""Finds a model's decoder blocks and the sites in them, by structure and without a table of model names.
 
 A decoder keeps its blocks in one ``nn.ModuleList``, and nearly all of its linears are in there;
-embeddings, the final norm and the head are outside. What Rarefy prunes is a *site*: a two-dimensional
-weight that some module applies to its input. Everything above this file sees sites only, so an
-expert's slice of a three-dimensional parameter, or a weight that is still on disk, can become another
-subclass of :class:`Site` without a change elsewhere.
+embeddings, the final norm and the head are outside. What is pruned in a block are its linears and the
+weights of its experts; what chooses among experts is not.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 
-import torch
-from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from rarefy.errors import InputError, ModelError
+from rarefy.models.experts import FusedExperts, find_mixtures, linears
+from rarefy.models.sites import LinearSite, Site
+
+__all__ = ["Block", "LinearSite", "Site", "find_blocks", "select_sites"]
 
 # The share of a decoder's linear weights that its list of blocks must hold. Of the decoders known to
 # transformers 5.23, those with one stack of blocks have 0.98 or more in it, those with several 0.83 or less.
 _MIN_SHARE = 0.9
-
-
-class Site(ABC):
-    """One weight that can be pruned, in torch's orientation: ``output = input @ weight.T``.
-
-    ``name`` is the full module name, such as ``model.layers.0.self_attn.q_proj``; ``module`` is the
-    module whose forward input is the ``X (tokens, in)`` of the layer problem.
-    """
-
-    def __init__(self, name: str, module: nn.Module) -> None:
-        self.name = name
-        self.module = module
-
-    @property
-    @abstractmethod
-    def shape(self) -> tuple[int, int]:
-        """``(out, in)``."""
-
-    @abstractmethod
-    def read(self) -> Tensor:
-        """A contiguous copy of the weight, ``(out, in)``, in the dtype and on the device it is kept in."""
-
-    @abstractmethod
-    def write(self, weight: Tensor) -> None:
-        """Replaces the weight by ``weight (out, in)``, cast to the dtype in which it is kept."""
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.name!r}, {self.shape[0]} x {self.shape[1]})"
-
-
-class LinearSite(Site):
-    """The weight of an ``nn.Linear``, or of a ``Conv1D``, which keeps its weight as ``(in, out)``."""
-
-    module: nn.Linear | Conv1D
-
-    @property
-    def _weight(self) -> Tensor:
-        weight = self.module.weight.detach()
-        return weight.T if isinstance(self.module, Conv1D) else weight
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        out_features, in_features = self._weight.shape
-        return out_features, in_features
-
-    def read(self) -> Tensor:
-        return self._weight.clone(memory_format=torch.contiguous_format)
-
-    def write(self, weight: Tensor) -> None:
-        if tuple(weight.shape) != self.shape:
-            # copy_ would broadcast a row over the whole matrix without a word.
-            raise ValueError(f"{self.name} is {self.shape}, the weight to write is {tuple(weight.shape)}.")
-        self._weight.copy_(weight)
 
 
 @dataclass(frozen=True)
@@ -94,35 +40,46 @@ def find_blocks(model: nn.Module) -> list[Block]:
     """The decoder blocks of ``model`` in order, each with all of its sites.
 
     Works on the meta device too. Raises ModelError where there is no list that holds nearly all of the
-    decoder's linears, where a block is a mixture of experts or keeps most of its weights outside of
-    linears, where a weight is not floating-point, and where two linears share one weight.
+    decoder's linears, where a block keeps most of its weights outside of linears and experts, or experts
+    in a form that is not known, where a weight is not floating-point, and where two share one weight.
     """
     list_name, modules = _block_list(model)
+    embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    widths = {embedding.embedding_dim for embedding in embeddings}
     # A linear that shares its weight with an embedding is a head, wherever it stands.
-    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    owner: dict[int, str] = {}
+    owner = {id(embedding.weight): "" for embedding in embeddings}
     blocks = []
     for index, module in enumerate(modules):
         name = f"{list_name}.{index}"
-        _refuse_experts(name, module)
-        sites: list[Site] = []
-        for linear_name, linear in _linears(module):
-            if id(linear.weight) in embeddings:
-                continue
-            site = LinearSite(f"{name}.{linear_name}", linear)
-            if not linear.weight.is_floating_point():
+        sites = []
+        for site in _sites(name, module, widths):
+            if not site.parameter.is_floating_point():
                 raise ModelError.sentence(
-                    f"{site.name} keeps its weight as {str(linear.weight.dtype).removeprefix('torch.')}, "
+                    f"{site.name} keeps its weight as {str(site.dtype).removeprefix('torch.')}, "
                     "but Rarefy prunes floating-point weights only."
                 )
-            if id(linear.weight) in owner:
+            known = owner.setdefault(id(site.parameter), site.parameter_name)
+            if known and known != site.parameter_name:
                 raise ModelError.sentence(
-                    f"{site.name} and {owner[id(linear.weight)]} share one weight, which Rarefy cannot prune."
+                    f"{site.name} and {known.removesuffix('.weight')} share one weight, which Rarefy cannot prune."
                 )
-            owner[id(linear.weight)] = site.name
-            sites.append(site)
+            if known:
+                sites.append(site)
+        _refuse_other_weights(name, module, sites)
         blocks.append(Block(index, name, module, sites))
     return blocks
+
+
+def _sites(name: str, block: nn.Module, widths: set[int]) -> Iterator[Site]:
+    """The sites of one block in the order of its modules; routers have none."""
+    mixtures, routers = find_mixtures(name, block, widths)
+    fused = {id(mixture.module): mixture for mixture in mixtures if isinstance(mixture, FusedExperts)}
+    listed = {id(site.module): site for mixture in mixtures for site in mixture.sites}
+    for path, module in block.named_modules():
+        if id(module) in fused:
+            yield from fused[id(module)].sites
+        elif isinstance(module, nn.Linear | Conv1D) and id(module) not in routers:
+            yield listed.get(id(module)) or LinearSite(f"{name}.{path}", module)
 
 
 def select_sites(blocks: Sequence[Block], include: Sequence[str] = (), exclude: Sequence[str] = ()) -> list[Block]:
@@ -181,35 +138,19 @@ def _decoders(model: nn.Module) -> Iterator[nn.Module]:
     yield model
 
 
-def _linears(module: nn.Module) -> list[tuple[str, nn.Linear | Conv1D]]:
-    return [(name, child) for name, child in module.named_modules() if isinstance(child, nn.Linear | Conv1D)]
-
-
 def _num_weights(module: nn.Module | None) -> int:
     """How many weights the linears in ``module`` have together."""
-    return sum(linear.weight.numel() for _, linear in _linears(module)) if module is not None else 0
+    return sum(linear.weight.numel() for _, linear in linears(module)) if module is not None else 0
 
 
-def _refuse_experts(name: str, block: nn.Module) -> None:
-    """Raises ModelError where ``block`` holds alternatives of which a router chooses some.
+def _refuse_other_weights(name: str, block: nn.Module, sites: Sequence[Site]) -> None:
+    """Raises ModelError where most of a block's weights are in neither linears nor experts.
 
-    They come as a list of modules of one class that have linears, or fused in one parameter with a
-    leading dimension for the expert, or flattened into a two-dimensional parameter outside of linears.
+    Experts flattened into matrices outside of linears are such a case.
     """
-    later = "like experts: Rarefy does not prune mixtures of experts yet."
-    for child_name, child in block.named_modules(prefix=name):
-        if isinstance(child, nn.ModuleList) and len(child) > 1 and _num_weights(child):
-            raise ModelError.sentence(f"{child_name} is a list of {len(child)} modules, {later}")
-        if isinstance(child, _ConvNd):  # has a three-dimensional weight, but no experts
-            continue
-        for parameter_name, parameter in child.named_parameters(recurse=False):
-            if parameter.ndim == 3 and min(parameter.shape) > 1:
-                what = f"{child_name}.{parameter_name} is a stack of {parameter.shape[0]} matrices"
-                raise ModelError.sentence(f"{what}, {later}")
-    parameters = dict(block.named_parameters(prefix=name))
-    if 2 * _num_weights(block) < sum(parameter.numel() for parameter in parameters.values()):
-        linears = {id(linear.weight) for _, linear in _linears(block)}
-        others = {key: value.numel() for key, value in parameters.items() if id(value) not in linears}
+    known = {id(linear.weight) for _, linear in linears(block)} | {id(site.parameter) for site in sites}
+    others = {key: value.numel() for key, value in block.named_parameters(prefix=name) if id(value) not in known}
+    if 2 * sum(others.values()) > sum(parameter.numel() for parameter in block.parameters()):
         raise ModelError.sentence(
             f"{name} has most of its weights outside of linears, in {max(others, key=others.__getitem__)} "
             "for instance: Rarefy cannot prune it."
