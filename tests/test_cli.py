@@ -1,12 +1,12 @@
 """The command line from outside: what it prints, writes and returns, above all for its users' mistakes."""
 
+import html
 import json
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,62 +14,16 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import rarefy
+from cli_for_tests import Rarefy, is_one_sentence, prune_arguments
 from models_for_tests import ARCHITECTURES, CONTEXT
-from rarefy.cli import main
+from rarefy.evaluation.texts import PROMPTS, write_texts
+from rarefy.methods import METHODS
+from rarefy.models.checkpoint import load_model
+from rarefy.models.source import resolve_model
 from rarefy.recipe import Recipe
 from rarefy.run_folder import RunFolder
 
-Rarefy = Callable[..., SimpleNamespace]
-
-
-@pytest.fixture
-def rarefy_(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Rarefy:
-    """Runs the command line within this process, in an empty folder: ``.status``, ``.out``, ``.err``."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path.parent / "cache"))
-    monkeypatch.setenv("TERM", "dumb")
-
-    def run(*arguments: object) -> SimpleNamespace:
-        capsys.readouterr()
-        status = main([str(argument) for argument in arguments])
-        captured = capsys.readouterr()
-        return SimpleNamespace(status=status, out=captured.out, err=captured.err)
-
-    return run
-
-
-@pytest.fixture(scope="session")
-def shelf(tmp_path_factory: pytest.TempPathFactory, model_folder: Callable[[str], Path]) -> Path:
-    """A folder with a model, texts and recipes, good and bad; tests must not write into it."""
-    folder = tmp_path_factory.mktemp("shelf")
-    shutil.copytree(model_folder("llama"), folder / "model")
-    shutil.copytree(model_folder("llama"), folder / "truncated")
-    weights = folder / "truncated" / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-1000])
-    shutil.copytree(model_folder("llama"), folder / "mute", ignore=shutil.ignore_patterns("*token*", "*.jinja"))
-    (folder / "no_model").mkdir()
-    (folder / "no_model" / "letter.txt").write_text("Dear reader")
-    (folder / "file").touch()
-    (folder / "text.txt").write_text("the quick brown fox jumps over the lazy dog; " * 200)
-    (folder / "short.txt").write_text("the end")
-    (folder / "empty.txt").touch()
-    (folder / "binary.txt").write_bytes(bytes(range(256)) * 20)
-    (folder / "unknown_key.yaml").write_text("sparsity: 0.5\nshots: 3\n")
-    (folder / "wrong.yaml").write_text("sparsity: 1.5\n")
-    return folder
-
-
-def prune_arguments(shelf: Path, *more: object) -> list[object]:
-    """A run that takes a second: eight windows of 32 tokens."""
-    text = shelf / "text.txt"
-    return ["prune", shelf / "model", "--calibration", text, "--num-samples", 8, "--sequence-length", 32, *more]
-
-
 # --- mistakes ---------------------------------------------------------------------------------------------
-
-
-def is_one_sentence(text: str) -> bool:
-    return text.startswith("error: ") and text.count("\n") == 1 and text.rstrip().endswith((".", "?"))
 
 
 @pytest.mark.parametrize(
@@ -276,6 +230,46 @@ def test_a_run_folder_tells_the_whole_run(rarefy_: Rarefy, shelf: Path, tmp_path
     assert "**not smaller and not faster**" in card
 
 
+def test_a_run_keeps_what_dense_and_pruned_model_write(
+    rarefy_: Rarefy, shelf: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert rarefy_(*prune_arguments(shelf, "-o", "out", "--sparsity", 0.8)).status == 0
+    facts = RunFolder("out").read_run()
+    for key, folder in (("dense_texts", shelf / "model"), ("texts", "out")):
+        model, tokenizer = load_model(resolve_model(str(folder)), "cpu")
+        assert [one["prompt"] for one in facts[key]] == list(PROMPTS)
+        assert [one["text"] for one in facts[key]] == write_texts(model, tokenizer)
+    assert facts["dense_texts"] != facts["texts"]
+    monkeypatch.setattr("rarefy.models.checkpoint.load_model", lambda *_: pytest.fail("a model was loaded"))
+    assert rarefy_("report", "out").status == 0
+    page = html.unescape(Path("out/report.html").read_text())
+    assert all(one["text"] in page for key in ("dense_texts", "texts") for one in facts[key])
+
+
+def test_a_model_that_cannot_write_is_pruned_all_the_same(
+    rarefy_: Rarefy, shelf: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("no\ncache")
+
+    monkeypatch.setattr("rarefy.evaluation.texts.write_texts", broken)
+    done = rarefy_(*prune_arguments(shelf, "-o", "out"))
+    assert done.status == 0
+    assert "warning: the model writes no texts for the report: no cache\n" in done.err
+    assert RunFolder("out").read_run()["texts"] == []
+
+
+def test_fewer_tokens_than_inputs_are_a_warning(rarefy_: Rarefy, shelf: Path) -> None:
+    few = (*prune_arguments(shelf, "--num-samples", 3, "--sequence-length", 16), "--dry-run")
+    done = rarefy_(*few)
+    assert done.status == 0
+    assert (
+        "warning: the calibration has 48 tokens, fewer than the 64 inputs of model.layers.0.mlp.down_proj" in done.err
+    )
+    assert "warning" not in rarefy_(*few, "--exclude", "*.down_proj").err  # the others have 32
+    assert "warning" not in rarefy_(*few, "--num-samples", 4).err
+
+
 def test_the_same_seed_gives_the_same_bits_and_another_seed_others(rarefy_: Rarefy, shelf: Path) -> None:
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         assert rarefy_(*prune_arguments(shelf, "-o", name, "--seed", seed)).status == 0
@@ -420,65 +414,6 @@ def test_running_out_of_memory_is_one_sentence(rarefy_: Rarefy, shelf: Path, mon
     assert "error: Out of memory" in done.err
 
 
-# --- eval -------------------------------------------------------------------------------------------------
-
-
-def test_eval_prints_one_object_that_says_what_was_measured(rarefy_: Rarefy, shelf: Path) -> None:
-    arguments = ("eval", shelf / "model", "--text", shelf / "text.txt", "--sequence-length", 32, "--max-windows", 3)
-    facts = json.loads(rarefy_(*arguments, "--json").out)
-    assert facts["perplexity"] > 1
-    assert facts["text"] == str(shelf / "text.txt")
-    assert (facts["windows"], facts["length"], facts["tokens"], facts["bos"]) == (3, 32, 3 * 31, False)
-    done = rarefy_(*arguments)
-    assert done.out.startswith(f"perplexity {facts['perplexity']:.2f} on ")
-    assert done.out.endswith("3 windows of 32 tokens\n")
-    with_start = json.loads(rarefy_(*arguments, "--json", "--bos").out)
-    assert with_start["bos"] is True
-    assert with_start["perplexity"] != facts["perplexity"]
-
-
-def test_eval_reads_the_held_out_documentation_by_default_and_says_so(rarefy_: Rarefy, shelf: Path) -> None:
-    done = rarefy_("eval", shelf / "model", "--max-windows", 2)
-    assert done.status == 0, done.err
-    assert "last third of Python's own documentation" in done.err
-    assert f"2 windows of {CONTEXT} tokens" in done.out
-
-
-@pytest.mark.parametrize(
-    ("arguments", "sentence"),
-    [
-        (f"--sequence-length {CONTEXT + 1}", f"at most {CONTEXT}, the model's longest context"),
-        ("--text SHELF/short.txt", f"one window needs {CONTEXT}"),
-        ("--text SHELF/empty.txt", "empty.txt' is empty"),
-        ("--text SHELF/binary.txt", "binary.txt' is binary"),
-    ],
-)
-def test_every_mistake_in_an_evaluation_is_one_sentence(
-    rarefy_: Rarefy, shelf: Path, monkeypatch: pytest.MonkeyPatch, arguments: str, sentence: str
-) -> None:
-    monkeypatch.setattr("rarefy.models.checkpoint.load_model", lambda *_: pytest.fail("a model was loaded"))
-    done = rarefy_("eval", shelf / "model", *arguments.replace("SHELF", str(shelf)).split())
-    assert is_one_sentence(done.err), done.err
-    assert sentence in done.err
-    assert (done.status, done.out) == (2, "")
-
-
-def test_a_run_keeps_its_perplexities_in_run_json_and_card(rarefy_: Rarefy, shelf: Path) -> None:
-    assert rarefy_(*prune_arguments(shelf, "-o", "out")).status == 0
-    arguments = ("eval", "out", "--text", shelf / "text.txt", "--max-windows", 2, "--json", "--sequence-length")
-    facts = [json.loads(rarefy_(*arguments, length).out) for length in (16, 32, 32)]
-    assert facts[1]["perplexity"] == facts[2]["perplexity"]
-    kept = RunFolder("out").read_run()["perplexity"]
-    assert [(row["length"], row["value"]) for row in kept] == [
-        (16, facts[0]["perplexity"]),
-        (32, facts[1]["perplexity"]),
-    ]
-    card = Path("out/model/README.md").read_text()
-    assert f"| 16 | 2 | {facts[0]['perplexity']:.2f} |" in card
-    assert f"| 32 | 2 | {facts[1]['perplexity']:.2f} |" in card
-    assert json.loads(rarefy_("eval", "out/model", *arguments[2:], 16).out)["perplexity"] == facts[0]["perplexity"]
-
-
 # --- inspect, methods, help -------------------------------------------------------------------------------
 
 
@@ -518,6 +453,19 @@ def test_methods_are_listed_with_hyperparameters_defaults_and_papers(rarefy_: Ra
     assert "arXiv 2301.00774" in done.out
 
 
+def test_variants_of_a_method_are_told_apart_and_places_are_said(rarefy_: Rarefy) -> None:
+    lines = rarefy_("methods").out.splitlines()
+    shown = {line.partition(": ")[0]: line.partition(": ")[2] for line in lines if line[:1].isalpha()}
+    assert shown.keys() >= METHODS.keys()
+    assert len(set(shown.values())) == len(shown)
+    assert shown["admm-reselect"].startswith("admm with schedule=reselect;")
+    assert shown["admm1"].startswith("admm with schedule=fixed;")
+    assert shown["alps-paper"].startswith("alps with penalty=support;")
+    assert lines.count("    --set block_size=128    columns whose masks are chosen together") == 1
+    for name, method in METHODS.items():
+        assert (f"needs a start: wanda+{name}" in shown[name]) is method.needs_start
+
+
 def test_help_and_version(rarefy_: Rarefy) -> None:
     assert rarefy_("--version").out == f"rarefy {rarefy.__version__}\n"
     for arguments in ((), ("--help",), ("-h",)):
@@ -528,3 +476,14 @@ def test_help_and_version(rarefy_: Rarefy) -> None:
     text = rarefy_("prune", "--help").out
     for option in (*(name.replace("_", "-") for name in options), "set", "recipe", "dry-run", "output"):
         assert f"--{option}" in text
+
+
+def test_help_shows_what_a_run_needs_as_required(rarefy_: Rarefy, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
+    for command, needed in (("prune", ("MODEL", "--output")), ("compare", ("MODEL", "--output", "--methods"))):
+        text = rarefy_(command, "--help").out
+        assert "[MODEL]" not in text
+        required = [line for line in text.splitlines() if "[required]" in line]
+        assert len(required) == len(needed)
+        assert all(any(name in line and "*" in line for line in required) for name in needed)
+    assert "A --recipe may name it instead" in rarefy_("prune", "--help").out

@@ -90,7 +90,7 @@ CLAIMS: dict[str, Claims] = {
     "admm-reselect": Claims(ADMM(schedule="reselect")),
     "admm1": Claims(ADMM(schedule="fixed")),
     "alps": Claims(ALPS(), independent=()),
-    "alps-paper": Claims(ALPS(penalty="support", damping=0.01, refit_damping=0.01), independent=()),
+    "alps-paper": Claims(ALPS(penalty="support"), independent=()),
     # Mask finders that start from Wanda's, with one line search or one choice of the best for all rows.
     "sparsefw": Claims(SparseFW(), weights_kept=True, independent=(), not_above=Wanda()),
     "swaps": Claims(Then(Wanda(), Swaps()), weights_kept=True, not_above=Wanda()),

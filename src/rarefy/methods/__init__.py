@@ -31,7 +31,7 @@ METHODS: dict[str, Method] = {
     "admm-reselect": ADMM(schedule="reselect"),
     "admm1": ADMM(schedule="fixed"),
     "alps": ALPS(),
-    "alps-paper": ALPS(penalty="support", damping=0.01, refit_damping=0.01),
+    "alps-paper": ALPS(penalty="support"),
     "sparsefw": SparseFW(),
     "swaps": Swaps(),
     "dsnot": DSnoT(),

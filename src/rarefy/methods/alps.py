@@ -13,7 +13,7 @@ In scaled dual form (U = V / rho), from D = P(W0), U = 0, for t = 1, 2, ...
     rho <- next penalty, U <- U rho_old / rho                   (4)
 
 then M = the pattern's choice from |W|, and conjugate gradients on M from M W (see refit.py), with
-refit_damping in place of damping: by default on the problem as it is, undamped.
+refit_damping in place of damping.
 
 Penalty "support" (the paper): rho_0 = 0.1; every 3 steps, with s the number of positions of the support
 that changed since the last look and k the number of kept weights:
@@ -38,9 +38,9 @@ never kept. Since W0 A (A + rho I)^-1 = W0 - rho W0 (A + rho I)^-1, (1) is one p
 | inverse  | (X^T X + rho I)^-1 | (in, in) | rho (A + rho I)^-1, written anew at each rho |
 
 Source: Meng et al., "ALPS: Improved Optimization for Highly Sparse One-Shot Pruning for Large Language
-Models", arXiv 2406.07831, algorithms 1 and 2. As published it is ALPS(penalty="support", damping=0.01,
-refit_damping=0.01), ``alps-paper`` on the command line. Differences: Cholesky factorisations instead of one
-eigendecomposition (cheaper here, see docs/log.md); PCG with a step per row.
+Models", arXiv 2406.07831, algorithms 1 and 2. As published it is ALPS(penalty="support"), ``alps-paper``
+on the command line. Differences: Cholesky factorisations instead of one eigendecomposition (cheaper here,
+see docs/log.md); PCG with a step per row.
 Cost: one product W @ H a step, a factorisation and inverse for each distinct rho (about in^3 / 2
 multiplications), one product per conjugate-gradient step. Memory: three (out, in), masks of a byte a
 weight, and two (in, in) matrices; small layers a few (out, in) more (see refit.py and select.py).
@@ -105,8 +105,8 @@ class ALPS(IterativeMethod[_State]):
     rho_last: float = hyper(1.0, "last geometric penalty", low=1e-6)
     max_support_steps: int = hyper(300, "ADMM steps at most with the penalty by support change", low=1)
     rho_support: float = hyper(0.1, "first penalty by support change", low=1e-6)
-    damping: float = hyper(0.001, "added to the diagonal of H, as a fraction of its mean", low=0)
-    refit_damping: float = hyper(0.0, "the same in the conjugate gradients", low=0)
+    damping: float = hyper(0.01, "added to the diagonal of H, as a fraction of its mean", low=0)
+    refit_damping: float = hyper(0.01, "the same in the conjugate gradients", low=0)
     pcg_steps: int = hyper(10, "conjugate-gradient steps at the end", low=0)
     rtol: float = hyper(1e-4, "conjugate gradients stop where residuals have fallen by this factor", low=0)
 
