@@ -76,7 +76,7 @@ class StoredTensor:
         """Whether both are the same tensor, compared in pieces."""
         if (self.code, self.shape) != (other.code, other.shape):
             return False
-        piece, piece_of_other = bytearray(CHUNK), bytearray(CHUNK)
+        piece, piece_of_other = (bytearray(min(CHUNK, self.size)) for _ in range(2))
         for done in range(0, self.size, CHUNK):
             count = min(CHUNK, self.size - done)
             self._read_into(memoryview(piece)[:count], done)

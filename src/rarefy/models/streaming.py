@@ -193,7 +193,7 @@ class StreamedModel:
             found = [name for name in names if name in self._plan.groups]
             for name in names if found else ():
                 # transformers leaves weights untied that are tied by the settings, but differ in the files.
-                if name not in found or self._same_in_files(found[0], name):
+                if name not in found or (name != found[0] and self._same_in_files(found[0], name)):
                     origin[name] = found[0]
         missing = sorted(name for name, target in origin.items() if target not in self._plan.groups)
         if missing:
