@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -13,7 +15,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import transformers
 
-from models_for_tests import make_model, save_folder
+from cli_for_tests import Rarefy
+from models_for_tests import build, make_model, save_folder
+from rarefy.cli import main
 
 transformers.utils.logging.disable_progress_bar()
 
@@ -28,4 +32,44 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pa
             made[architecture] = save_folder(make_model(architecture), tmp_path_factory.mktemp(architecture))
         return made[architecture]
 
+    return folder
+
+
+@pytest.fixture
+def rarefy_(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Rarefy:
+    """Runs the command line within this process, in an empty folder: ``.status``, ``.out``, ``.err``."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path.parent / "cache"))
+    monkeypatch.setenv("TERM", "dumb")
+
+    def run(*arguments: object) -> SimpleNamespace:
+        capsys.readouterr()
+        status = main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return SimpleNamespace(status=status, out=captured.out, err=captured.err)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def shelf(tmp_path_factory: pytest.TempPathFactory, model_folder: Callable[[str], Path]) -> Path:
+    """A folder with a model, texts and recipes, good and bad; tests must not write into it."""
+    folder = tmp_path_factory.mktemp("shelf")
+    shutil.copytree(model_folder("llama"), folder / "model")
+    shutil.copytree(model_folder("llama"), folder / "truncated")
+    weights = folder / "truncated" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    shutil.copytree(model_folder("llama"), folder / "mute", ignore=shutil.ignore_patterns("*token*", "*.jinja"))
+    wide = make_model("llama").config
+    wide.vocab_size = 200
+    save_folder(build(wide), folder / "wide")
+    (folder / "no_model").mkdir()
+    (folder / "no_model" / "letter.txt").write_text("Dear reader")
+    (folder / "file").touch()
+    (folder / "text.txt").write_text("the quick brown fox jumps over the lazy dog; " * 200)
+    (folder / "short.txt").write_text("the end")
+    (folder / "empty.txt").touch()
+    (folder / "binary.txt").write_bytes(bytes(range(256)) * 20)
+    (folder / "unknown_key.yaml").write_text("sparsity: 0.5\nshots: 3\n")
+    (folder / "wrong.yaml").write_text("sparsity: 1.5\n")
     return folder

@@ -13,7 +13,9 @@ from transformers import PreTrainedModel
 from models_for_tests import VOCABULARY, build, make_model
 from rarefy.errors import CalibrationError, InputError
 from rarefy.evaluation import divergence as module
-from rarefy.evaluation.divergence import cut_windows, divergence, record_head_inputs
+from rarefy.evaluation import logits
+from rarefy.evaluation.divergence import divergence, record_head_inputs
+from rarefy.evaluation.logits import cut_windows
 from rarefy.evaluation.perplexity import perplexity
 
 LENGTH = 24
@@ -104,7 +106,7 @@ def test_slices_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     dense, model = make_model("llama"), make_model("llama")
     changed(model)
     whole = divergence(model, dense, tokens(), LENGTH)
-    monkeypatch.setattr(module, "_LOGIT_BYTES", 4 * VOCABULARY * 5)
+    monkeypatch.setattr(logits, "LOGIT_BYTES", 4 * VOCABULARY * 5)
     sliced = divergence(model, dense, tokens(), LENGTH)
     assert sliced.kl == pytest.approx(whole.kl, rel=RELATIVE)
     assert sliced.agreement == whole.agreement
@@ -123,11 +125,11 @@ def test_is_taken_from_the_dense_side() -> None:
 
 
 def test_a_token_that_cannot_come_adds_nothing() -> None:
-    logits = torch.tensor([[0.0, 1.0, float("-inf")]])
-    loss, kl, same = module._compare(logits, logits, torch.tensor([1]))
+    row = torch.tensor([[0.0, 1.0, float("-inf")]])
+    loss, kl, same = module._compare(row, row, torch.tensor([1]))
     assert kl == 0
     assert same == 1
-    assert loss == pytest.approx(float(-logits[0, :2].log_softmax(-1)[1]))
+    assert loss == pytest.approx(float(-row[0, :2].log_softmax(-1)[1]))
 
 
 def test_other_vocabulary_is_refused() -> None:

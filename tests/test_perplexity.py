@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,11 +10,10 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from models_for_tests import ARCHITECTURES, VOCABULARY, build, make_model, make_tokenizer
-from rarefy.calibration.sources import token_stream
+from models_for_tests import ARCHITECTURES, VOCABULARY, build, make_model
 from rarefy.errors import CalibrationError, InputError
-from rarefy.evaluation import perplexity as module
-from rarefy.evaluation.perplexity import perplexity, text_source
+from rarefy.evaluation import logits
+from rarefy.evaluation.perplexity import perplexity
 
 # float32 sums of 160 logits, in another order: some units in the last place.
 RELATIVE = 1e-6
@@ -67,22 +65,22 @@ def test_it_equals_the_plain_loop_where_the_model_changes_its_heads_output(confi
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_the_head_runs_in_slices_where_its_output_is_left_alone(architecture: str) -> None:
     model = make_model(architecture)
-    assert module._head_alone(model, some_tokens(8)[None])
+    assert logits.head_alone(model, some_tokens(8)[None])
 
 
 def test_slices_and_batches_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokens = make_model("llama"), some_tokens(7 * 24)
     loss = perplexity(model, tokens, 24).loss
     assert perplexity(model, tokens, 24, batch_size=3).loss == pytest.approx(loss, rel=RELATIVE)
-    monkeypatch.setattr(module, "_LOGIT_BYTES", 5 * 4 * VOCABULARY)
+    monkeypatch.setattr(logits, "LOGIT_BYTES", 5 * 4 * VOCABULARY)
     assert perplexity(model, tokens, 24).loss == pytest.approx(loss, rel=RELATIVE)
     assert perplexity(model, tokens, 24, batch_size=2).loss == pytest.approx(loss, rel=RELATIVE)
 
 
 def test_no_more_logits_than_a_slice_exist_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_LOGIT_BYTES", 10 * 4 * VOCABULARY)
+    monkeypatch.setattr(logits, "LOGIT_BYTES", 10 * 4 * VOCABULARY)
     model, rows = make_model("llama"), []
-    model.get_output_embeddings().register_forward_hook(lambda _, __, logits: rows.append(logits[..., 0].numel()))
+    model.get_output_embeddings().register_forward_hook(lambda _, __, found: rows.append(found[..., 0].numel()))
     perplexity(model, some_tokens(48), 24)
     # The first two are the probe's, which looks at 8 positions.
     assert rows == [8, 8, 10, 10, 3, 10, 10, 3]
@@ -147,28 +145,3 @@ def test_a_text_shorter_than_one_window_is_an_error_with_both_numbers() -> None:
         perplexity(make_model("llama"), some_tokens(8), 1)
     with pytest.raises(InputError, match="number of windows is 0"):
         perplexity(make_model("llama"), some_tokens(8), 4, max_windows=0)
-
-
-# --- The text -----------------------------------------------------------------------------------------------
-
-
-def test_without_a_name_the_text_is_the_held_out_third() -> None:
-    source = text_source(None)
-    assert source.name == "python-docs (held-out third)"
-    assert len(source.read_text()) > 50_000
-    assert text_source("python-docs") == source
-
-
-def test_a_file_is_read_as_it_stands(tmp_path: Path) -> None:
-    file, text = tmp_path / "test.raw", " = A =\r\n\n x  \n\n\n"
-    file.write_bytes(text.encode())
-    source, tokenizer = text_source(str(file)), make_tokenizer()
-    assert source.read_text() == text
-    assert source.name == str(file)
-    assert token_stream(source, tokenizer).tolist() == tokenizer(text, add_special_tokens=False)["input_ids"]
-
-
-@pytest.mark.parametrize("name", ["self", "c4", "wikitxt2", "no/such/file.txt"])
-def test_what_cannot_be_evaluated_on_is_refused(name: str) -> None:
-    with pytest.raises(CalibrationError, match=r"--text.*" + name):
-        text_source(name)

@@ -7,84 +7,26 @@ import json
 import math
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import transformers
 import yaml
 from transformers import PreTrainedModel
 
+from cli_for_tests import Rarefy
 from models_for_tests import VOCABULARY, build, make_tokenizer, save_folder
-from rarefy.errors import InputError, ModelError
-from rarefy.evaluation.tasks import KNOWN, check_tokenizer, evaluate_tasks, prepare
+from rarefy.errors import InputError
+from rarefy.evaluation.tasks import KNOWN, evaluate_tasks, prepare
+from task_files import ai2_rows, mmlu_rows, write_rows, write_task_files
 
 lm_eval = pytest.importorskip("lm_eval")
 pytestmark = pytest.mark.filterwarnings("ignore")  # lm-eval's and its libraries' own
 
-WORDS = ["stone", "river", "tree", "salt", "light", "wind", "iron", "snow"]
-
-
-def _ai2(count: int) -> list[dict[str, Any]]:
-    """Keys may be letters or numbers, choices three to five."""
-    rows = []
-    for i in range(count):
-        labels = "1234" if i % 2 else "ABCDE"[: 3 + i % 3]
-        choices = [{"text": WORDS[(i + j) % 8], "label": label} for j, label in enumerate(labels)]
-        question = {"stem": f"What is {WORDS[i % 8]}?", "choices": choices}
-        rows.append({"id": str(i), "question": question, "answerKey": labels[i % 3]})
-    return rows
-
-
-def _mmlu_rows() -> list[dict[str, Any]]:
-    files = (Path(lm_eval.__file__).parent / "tasks" / "mmlu" / "default").glob("mmlu_*.yaml")
-    rows: list[dict[str, Any]] = []
-    for i, subject in enumerate(sorted(path.stem.removeprefix("mmlu_") for path in files)):
-        rows += [
-            {"subject": subject, "split": split, "question": f"Is {j}?", "choices": WORDS[:4], "answer": (i + j) % 4}
-            for split, count in (("dev", 1), ("test", 2 + i % 2))
-            for j in range(count)
-        ]
-    return rows
-
-
-ROWS: dict[str, Callable[[], list[dict[str, Any]]]] = {
-    "arc_easy_test.jsonl": lambda: _ai2(7),
-    "arc_challenge_test.jsonl": lambda: _ai2(5),
-    "openbookqa_test.jsonl": lambda: _ai2(4),
-    "piqa_valid.jsonl": lambda: [{"goal": f"Get {w}", "sol1": "go out", "sol2": f"take the {w}"} for w in WORDS[:5]],
-    "lambada_openai.jsonl": lambda: [{"text": f"There was a {w} and no other {w}"} for w in WORDS[:4]],
-    "hellaswag_val.jsonl.gz": lambda: [
-        {
-            "ind": i, "activity_label": "Walking", "ctx_a": "A man walks. [title]", "ctx_b": "the man", "ctx": "",
-            "label": i % 4, "endings": [f"sees {w}." for w in WORDS[i : i + 4]],
-        }
-        for i in range(5)
-    ],
-    "winogrande_dev.jsonl": lambda: [
-        {"sentence": f"The {w} hit the tree and _ broke.", "option1": w, "option2": "tree", "answer": "12"[i % 2]}
-        for i, w in enumerate(WORDS[:6])
-    ],
-    "boolq_val.jsonl.gz": lambda: [
-        {"question": f"is {w} hot", "passage": f"On {w}.", "label": bool(i % 2)} for i, w in enumerate(WORDS[:5])
-    ],
-    "mmlu_dev_test.jsonl.gz": _mmlu_rows,
-}  # fmt: skip
-
-
-def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
-    data = "".join(json.dumps(row) + "\n" for row in rows).encode()
-    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
-
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("zeroshot")
-    for name, rows in ROWS.items():
-        write_rows(folder / name, rows())
-    (folder / "piqa_valid_labels.lst").write_text("0\n1\n1\n0\n1\n")
-    return folder
+    return write_task_files(tmp_path_factory.mktemp("zeroshot"))
 
 
 def long_model() -> PreTrainedModel:
@@ -191,19 +133,39 @@ def test_equals_lm_evals_own_evaluation(data: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_equals_lm_evals_command_line(data: Path, tmp_path: Path) -> None:
-    """The same through its command, in another process, which reads some 15,000 definitions first."""
+def test_the_command_line_equals_lm_evals_own(rarefy_: Rarefy, data: Path, tmp_path: Path) -> None:
+    """lm-eval in a process of its own, which reads some 15,000 definitions first."""
+    names = ("arc_easy", "openbookqa", "piqa", "boolq")
     folder = save_folder(long_model(), tmp_path / "model")
-    names = [_as_on_the_hub(name, data, tmp_path) for name in ("arc_easy", "piqa")]
+    local = [_as_on_the_hub(name, data, tmp_path) for name in names]
     command = [sys.executable, "-m", "lm_eval", "--model", "hf", "--model_args", f"pretrained={folder},dtype=float32"]
-    command += ["--tasks", ",".join(names), "--include_path", str(tmp_path), "--device", "cpu"]
-    command += ["--batch_size", "2", "--output_path", str(tmp_path / "out")]
+    command += ["--tasks", ",".join(local), "--include_path", str(tmp_path), "--device", "cpu"]
+    command += ["--batch_size", "2", "--limit", "4", "--output_path", str(tmp_path / "out")]
     subprocess.run(command, check=True, capture_output=True, cwd=tmp_path)
     (written,) = (tmp_path / "out").rglob("results*.json")
     theirs = json.loads(written.read_text())["results"]
-    ours = evaluate_tasks(long_model(), make_tokenizer(), prepare(["arc_easy", "piqa"], data), batch_size=2)
-    for name, result in ours.items():
-        assert result.accuracy == (theirs[f"local_{name}"]["acc,none"], theirs[f"local_{name}"]["acc_stderr,none"])
+    options = (
+        "--task-data",
+        data,
+        "--limit",
+        4,
+        "--batch-size",
+        2,
+        "--dtype",
+        "float32",
+        "--device",
+        "cpu",
+        "--json",
+    )
+    done = rarefy_("eval", folder, "--tasks", ",".join(names), *options)
+    assert done.status == 0, done.err
+    ours = json.loads(done.out)["tasks"]
+    assert list(ours) == list(names)
+    for name in names:
+        assert ours[name]["metrics"].keys() >= {"acc"}
+        for metric, score in ours[name]["metrics"].items():
+            found = theirs[f"local_{name}"]
+            assert score == {"value": found[f"{metric},none"], "stderr": found[f"{metric}_stderr,none"]}
 
 
 def test_a_tag_stands_for_its_tasks(data: Path) -> None:
@@ -282,23 +244,23 @@ def test_missing_folder(tmp_path: Path) -> None:
 
 
 def test_a_subject_that_the_file_lacks(data: Path, tmp_path: Path) -> None:
-    write_rows(tmp_path / "mmlu.jsonl", [row for row in _mmlu_rows() if row["subject"] != "anatomy"])
+    write_rows(tmp_path / "mmlu.jsonl", [row for row in mmlu_rows() if row["subject"] != "anatomy"])
     with pytest.raises(InputError, match="no test rows of the subject anatomy"):
         prepare(["mmlu"], tmp_path)
 
 
 def test_two_files_of_one_name(data: Path, tmp_path: Path) -> None:
     for name in ("arc_easy.jsonl", "arc_easy_2.jsonl"):
-        write_rows(tmp_path / name, _ai2(2))
+        write_rows(tmp_path / name, ai2_rows(2))
     with pytest.raises(InputError, match=r"several files, arc_easy.jsonl and arc_easy_2.jsonl,"):
         prepare(["arc_easy"], tmp_path)
 
 
 def test_the_digest_follows_the_files(data: Path, tmp_path: Path) -> None:
-    write_rows(tmp_path / "arc_easy.jsonl", _ai2(2))
+    write_rows(tmp_path / "arc_easy.jsonl", ai2_rows(2))
     before = prepare(["arc_easy"], tmp_path).digest
     assert prepare(["arc_easy"], tmp_path).digest == before
-    write_rows(tmp_path / "arc_easy.jsonl", _ai2(3))
+    write_rows(tmp_path / "arc_easy.jsonl", ai2_rows(3))
     assert prepare(["arc_easy"], tmp_path).digest != before
 
 
@@ -307,11 +269,6 @@ def test_too_long_an_answer(data: Path, tmp_path: Path) -> None:
     write_rows(tmp_path / "arc_easy.jsonl", [row])
     with pytest.raises(InputError, match="1,024 tokens"):
         evaluate_tasks(long_model(), make_tokenizer(), prepare(["arc_easy"], tmp_path))
-
-
-def test_no_tokenizer() -> None:
-    with pytest.raises(ModelError, match="no tokenizer"):
-        check_tokenizer(None, "a model")
 
 
 def test_without_lm_eval(monkeypatch: pytest.MonkeyPatch, data: Path) -> None:

@@ -15,14 +15,25 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from rarefy.errors import CalibrationError, InputError
-from rarefy.evaluation.perplexity import _LOGIT_BYTES, _PROBE, Perplexity, _head_alone
+from rarefy.errors import InputError
+from rarefy.evaluation.logits import (
+    Rows,
+    base_output,
+    cut_windows,
+    evaluating,
+    head_alone,
+    predicting,
+    rows_of,
+    slices,
+    vocabulary_size,
+)
+from rarefy.evaluation.perplexity import Perplexity, mean_perplexity
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -73,16 +84,15 @@ def divergence(
         raise InputError("dense", given, f"the head inputs of {tuple(ids.shape)} windows and tokens")
     total_loss = total_kl = 0.0
     equal = 0
-    with _evaluating(model), torch.inference_mode():
-        probe = ids[:1, :_PROBE].to(model.device)
-        sliced = _head_alone(model, probe)
-        dense_sliced = sliced if isinstance(dense, HeadInputs) else _head_alone(dense, probe.to(dense.device))
+    with evaluating(model, *([] if isinstance(dense, HeadInputs) else [dense])):
+        alone = head_alone(model, ids)
+        dense_alone = alone if isinstance(dense, HeadInputs) else head_alone(dense, ids)
         for first in range(0, len(ids), batch_size):
             batch = ids[first : first + batch_size].to(model.device)
             if isinstance(dense, HeadInputs):
-                pairs = _with_recorded(model, batch, dense.states[first : first + batch_size], sliced)
+                pairs = _with_recorded(model, batch, dense.states[first : first + batch_size], alone)
             else:
-                pairs = _side_by_side(model, dense, batch, sliced, dense_sliced)
+                pairs = _side_by_side(model, dense, batch, alone, dense_alone)
             targets = batch[:, 1:].flatten()
             row = 0
             for logits, dense_logits in pairs:
@@ -92,10 +102,8 @@ def divergence(
                 total_loss, total_kl, equal = total_loss + loss, total_kl + kl, equal + same
             if progress:
                 progress(min(first + batch_size, len(ids)), len(ids))
-    count = len(ids) * (length - 1)
-    loss = total_loss / count
-    value = float(torch.tensor(loss, dtype=torch.float64).exp())
-    return Divergence(total_kl / count, equal / count, Perplexity(value, loss, len(ids), length, count, source))
+    found = mean_perplexity(total_loss, ids, source)
+    return Divergence(total_kl / found.tokens, equal / found.tokens, found)
 
 
 def record_head_inputs(
@@ -111,11 +119,11 @@ def record_head_inputs(
     """Run the dense model over the windows once and keep what enters its head."""
     ids = cut_windows(tokens, length, max_windows, bos_id)
     states: Tensor | None = None
-    with _evaluating(model), torch.inference_mode():
-        sliced = _head_alone(model, ids[:1, :_PROBE].to(model.device))
+    with evaluating(model):
+        alone = head_alone(model, ids)
         for first in range(0, len(ids), batch_size):
             batch = ids[first : first + batch_size].to(model.device)
-            hidden = _base_output(model, batch) if sliced else _seen_by_head(model, batch)
+            hidden = base_output(model, batch) if alone else _seen_by_head(model, batch)
             if states is None:
                 states = torch.empty(*ids.shape, hidden.shape[-1], dtype=hidden.dtype)
             states[first : first + len(batch)] = hidden.to(states)
@@ -125,27 +133,13 @@ def record_head_inputs(
     return HeadInputs(states)
 
 
-def cut_windows(
-    tokens: Int64[Tensor, " tokens"], length: int, max_windows: int | None, bos_id: int | None
-) -> Int64[Tensor, "windows length"]:
-    """The windows of the perplexity protocol: one after the other, the partial one at the end dropped."""
-    if length < 2:
-        raise InputError("the window length", length, "at least 2")
-    body = length if bos_id is None else length - 1
-    windows = min(len(tokens) // body, max_windows or len(tokens))
-    if windows < 1:
-        raise CalibrationError.sentence(
-            f"The evaluation text has {len(tokens):,} tokens, but one window needs {body:,}."
-        )
-    ids = tokens[: windows * body].view(windows, body)
-    return ids if bos_id is None else torch.cat([ids.new_full((windows, 1), bos_id), ids], dim=1)
-
-
 def check_vocabularies(model: PreTrainedModel, dense: PreTrainedModel) -> None:
     """Raise InputError unless both models give a logit for the same number of tokens."""
-    size, dense_size = (_vocabulary_size(one) for one in (model, dense))
+    size, dense_size = (vocabulary_size(one) for one in (model, dense))
     if size != dense_size:
-        raise InputError("against", f"a model with {dense_size:,} tokens", f"one with {size:,}, as MODEL has")
+        raise InputError(
+            "the dense model", f"one with {dense_size:,} tokens", f"one with {size:,}, as the pruned one"
+        )
 
 
 # --- One batch --------------------------------------------------------------------------------------------
@@ -169,59 +163,33 @@ def _compare(
 Pairs = Iterator[tuple[Tensor, Tensor]]
 
 
-def _with_recorded(model: PreTrainedModel, ids: Tensor, states: Tensor, sliced: bool) -> Pairs:
-    """Logits of the model and of the dense one, (rows, vocabulary) each, from recorded states (b, length, hidden)."""
+def _with_recorded(model: PreTrainedModel, ids: Tensor, states: Tensor, alone: bool) -> Pairs:
+    """Logits of the model and of the dense one, (rows, vocabulary) each; ``states`` are (batch, length, hidden)."""
     states = states.to(model.device)
-    if sliced:
-        head: Any = model.get_output_embeddings()
-        rows, dense_rows = (hidden[:, :-1].flatten(0, 1) for hidden in (_base_output(model, ids), states))
-        for part in _slices(len(rows), model):
-            yield head(rows[part]), head(dense_rows[part])
+    if alone:
+        rows = rows_of(model, ids, alone)
+        dense_rows = Rows(predicting(states), rows.to_logits)
     else:
         # What the model does after its head is its own affair: both go through it in one batch.
         with _head_hook(model, lambda hidden: torch.cat([hidden, states.to(hidden)])):
-            logits, dense_logits = model(input_ids=ids, use_cache=False).logits.chunk(2)
-        yield from _sliced_pairs(model, logits, dense_logits)
+            both = model(input_ids=ids, use_cache=False).logits.chunk(2)
+        rows, dense_rows = (Rows(predicting(logits), lambda rows: rows) for logits in both)
+    yield from _pairs(model, rows, dense_rows)
 
 
 def _side_by_side(
-    model: PreTrainedModel, dense: PreTrainedModel, ids: Tensor, sliced: bool, dense_sliced: bool
+    model: PreTrainedModel, dense: PreTrainedModel, ids: Tensor, alone: bool, dense_alone: bool
 ) -> Pairs:
     """Logits of two models, (rows, vocabulary) each."""
-    rows, head = _rows(model, ids, sliced)
-    dense_rows, dense_head = _rows(dense, ids.to(dense.device), dense_sliced)
-    for part in _slices(len(rows), model):
-        yield head(rows[part]), dense_head(dense_rows[part]).to(model.device)
+    yield from _pairs(model, rows_of(model, ids, alone), rows_of(dense, ids.to(dense.device), dense_alone))
 
 
-def _rows(model: PreTrainedModel, ids: Tensor, sliced: bool) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """One row per predicted position, and what makes logits of rows."""
-    if sliced:
-        return _base_output(model, ids)[:, :-1].flatten(0, 1), model.get_output_embeddings()
-    return model(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1), lambda rows: rows
-
-
-def _sliced_pairs(model: PreTrainedModel, logits: Tensor, dense_logits: Tensor) -> Pairs:
-    rows, dense_rows = (both[:, :-1].flatten(0, 1) for both in (logits, dense_logits))
-    for part in _slices(len(rows), model):
-        yield rows[part], dense_rows[part]
-
-
-def _slices(num: int, model: PreTrainedModel) -> Iterator[slice]:
-    size = max(1, _LOGIT_BYTES // (4 * _vocabulary_size(model)))
-    for first in range(0, num, size):
-        yield slice(first, first + size)
+def _pairs(model: PreTrainedModel, rows: Rows, dense_rows: Rows) -> Pairs:
+    for part in slices(len(rows), model):
+        yield rows.logits(part), dense_rows.logits(part).to(model.device)
 
 
 # --- Models -----------------------------------------------------------------------------------------------
-
-
-def _vocabulary_size(model: PreTrainedModel) -> int:
-    return int(model.config.get_text_config(decoder=True).vocab_size)
-
-
-def _base_output(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    return model.base_model(input_ids=ids, use_cache=False)[0]
 
 
 def _seen_by_head(model: PreTrainedModel, ids: Tensor) -> Tensor:
@@ -247,13 +215,3 @@ def _head_hook(model: PreTrainedModel, change: Callable[[Tensor], Tensor]) -> It
         yield
     finally:
         handle.remove()
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)

@@ -49,3 +49,10 @@ def write_texts(
     finally:
         model.generation_config = own
     return texts
+
+
+def kept_texts(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> list[dict[str, str]]:
+    """Each prompt with what ``model`` writes after it, for run.json; nothing without a tokenizer."""
+    if tokenizer is None:
+        return []
+    return [{"prompt": prompt, "text": text} for prompt, text in zip(PROMPTS, write_texts(model, tokenizer))]
