@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,9 +19,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from cli_for_tests import Rarefy, is_one_sentence
 from models_for_tests import make_model, make_tokenizer, save_folder
 from rarefy.calibration.sources import draw_windows, parse_source, token_stream
-from rarefy.cli import main
 from rarefy.comparing import sweep as module
 from rarefy.comparing.folder import SweepFolder
 from rarefy.comparing.plan import Options, plan_sweep
@@ -34,6 +35,7 @@ from rarefy.methods import build
 from rarefy.methods.base import Method
 from rarefy.models.blocks import find_blocks
 from rarefy.pruning import prune
+from task_files import write_task_files
 
 Folders = Callable[[str], Path]
 
@@ -389,12 +391,75 @@ def test_a_damaged_folder_is_a_sentence(options: Options, tmp_path: Path) -> Non
 # --- The command ------------------------------------------------------------------------------------------
 
 
-def test_the_command(model_folder: Folders, tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command(rarefy_: Rarefy, model_folder: Folders, tmp_path: Path, text: Path) -> None:
     arguments = ["compare", str(model_folder("llama")), "-o", str(tmp_path / "out"), "--methods", "wanda, magnitude"]
     arguments += ["--sparsity", "0.5,0.6", "--pattern", "2:4", "--calibration", str(text), "--num-samples", "4"]
     arguments += ["--sequence-length", "16", "--text", str(text), "--eval-length", "32", "--max-windows", "2"]
-    assert main(arguments) == 0
-    printed = capsys.readouterr()
+    printed = rarefy_(*arguments)
+    assert printed.status == 0, printed.err
     assert len([line for line in printed.out.splitlines() if line.startswith(("wanda", "magnitude"))]) == 6
     assert "[6/6] magnitude, 2:4, seed 0: perplexity" in printed.err
     assert json.loads((tmp_path / "out" / "results.json").read_text())["command"].startswith("rarefy compare ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ("", "Missing option '--methods'"),
+        ("--methods wandaa", "--methods is 'wandaa', but must be"),
+        ("--methods pcg", "cannot come first: write for example wanda+pcg"),
+        ("--methods wanda --sparsity 0.5,1.5", "--sparsity is 1.5, but must be a number in [0, 1)"),
+        ("--methods wanda --sparsity 0.5,", "--sparsity is '', but must be"),
+        ("--methods wanda --pattern 4:2", "--pattern is '4:2', but must be N:M"),
+        ("--methods wanda --seeds 0", "'--seeds'"),
+        ("--methods wanda --set damping=1", "--set is 'damping', but must be METHOD.KEY=VALUE"),
+        ("--methods wanda --text SHELF/empty.txt", "empty.txt' is empty"),
+        ("--methods wanda --text a=SHELF/text.txt --text a=SHELF/text.txt", "two texts the label a"),
+        ("--methods wanda --text SHELF/short.txt", "one window needs 128"),
+        ("--methods wanda --calibration SHELF/missing.txt", "missing.txt' does not exist"),
+        ("--methods wanda --device abacus", "--device is 'abacus', but must be"),
+        ("--methods wanda --output SHELF/no_model", "this one is not empty"),
+        ("--methods wanda --limit 3", "--limit goes with --tasks"),
+        ("--methods wanda --task-data SHELF", "--task-data goes with --tasks"),
+    ],
+)
+def test_every_mistake_in_the_command_is_one_sentence(
+    rarefy_: Rarefy, shelf: Path, tmp_path: Path, arguments: str, sentence: str
+) -> None:
+    words = arguments.replace("SHELF", str(shelf)).split()
+    done = rarefy_("compare", shelf / "model", "-o", "out", *words)
+    assert is_one_sentence(done.err), done.err
+    assert sentence in done.err
+    assert (done.status, done.out) == (2, "")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_without_a_tokenizer_cannot_be_compared(rarefy_: Rarefy, shelf: Path, tmp_path: Path) -> None:
+    done = rarefy_("compare", shelf / "mute", "-o", "out", "--methods", "wanda")
+    assert is_one_sentence(done.err), done.err
+    assert "has no tokenizer" in done.err
+    assert (done.status, list(tmp_path.iterdir())) == (2, [])
+
+
+@pytest.mark.skipif(find_spec("lm_eval") is None, reason="needs pip install 'rarefy[tasks]'")
+@pytest.mark.filterwarnings("ignore")
+def test_tasks_of_a_sweep(rarefy_: Rarefy, shelf: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    data = write_task_files(tmp_path_factory.mktemp("tasks"))
+    text = shelf / "text.txt"
+    common = ("compare", shelf / "model", "--methods", "wanda", "--calibration", text, "--num-samples", 4)
+    common += ("--sequence-length", 16, "--text", text, "--eval-length", 32, "--max-windows", 2, "--task-data", data)
+    for name, sentence in (("arc_eazy", "did you mean arc_easy?"), ("piqa,piqa", "names piqa twice")):
+        done = rarefy_(*common, "-o", "out", "--tasks", name)
+        assert is_one_sentence(done.err), done.err
+        assert sentence in done.err
+        assert not Path("out").exists()
+    done = rarefy_(*common, "-o", "out", "--tasks", "piqa,arc_easy", "--limit", 3)
+    assert done.status == 0, done.err
+    (row,) = rows_of(Path("out"))
+    assert 0 <= float(row["piqa_acc"]) <= 1
+    assert 0 <= float(row["arc_easy_acc_stderr"]) < 1
+    assert "piqa accuracy" in Path("out/results.md").read_text()
+    (data / "piqa_valid_labels.lst").write_text("1\n1\n1\n0\n1\n")
+    done = rarefy_(*common, "-o", "out", "--tasks", "piqa,arc_easy", "--limit", 3)
+    assert "the files of --task-data changed" in done.err
+    assert done.status == 2

@@ -28,6 +28,7 @@ ALLOWED = {
     "rarefy.evaluation": ["errors", "models", "calibration"],
     "rarefy.evaluation.verify": ["errors", "models", "report.records", "run_folder"],
     "rarefy.run_folder": ["errors", "report.records"],
+    "rarefy.watching": ["report.records"],
     "rarefy.progress": ["errors", "disk", "calibration.spill", "report.records"],
     "rarefy.recipe": ["errors", "layer.pattern", "methods"],
     "rarefy.solve": ["errors", "layer", "methods"],
@@ -43,9 +44,11 @@ ALLOWED = {
     "rarefy.distributed": ["errors"],
     "rarefy.comparing": [
         *("__version__", "errors", "layer", "methods", "models", "calibration", "evaluation", "report"),
-        *("pruning", "recipe", "run_folder"),
+        *("pruning", "recipe", "run_folder", "watching"),
     ],
-    "rarefy.reporting": ["__version__", "errors", "models", "evaluation", "report", "comparing", "run_folder"],
+    "rarefy.reporting": [
+        *("__version__", "errors", "models", "evaluation", "report", "comparing.folder", "run_folder", "watching"),
+    ],
     "rarefy.cli": [""],
     "rarefy.__main__": ["cli"],
     "rarefy": ["errors", "layer", "methods", "pruning", "solve", "report.records"],
@@ -57,6 +60,7 @@ FORBIDDEN = {
     "rarefy.methods": {"transformers", "torch.distributed", "logging", "pathlib", "safetensors", "datasets"},
     "rarefy.report.records": {"torch", "rich", "pydantic", "jinja2"},
     "rarefy.run_folder": {"torch", "rich", "pydantic", "transformers"},
+    "rarefy.reporting": {"torch", "transformers"},
     "rarefy.recipe": {"transformers", "typer", "rich"},
 }
 

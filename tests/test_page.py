@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from cli_for_tests import Rarefy, is_one_sentence
 from rarefy.comparing.folder import SweepFolder
 from rarefy.comparing.plan import Options, plan_sweep
 from rarefy.comparing.sweep import run_sweep
@@ -278,6 +279,35 @@ def test_a_page_that_cannot_be_written(tmp_path: Path) -> None:
         write_report([tmp_path], tmp_path / "none" / "page.html")
     with pytest.raises(InputError, match="RUN is missing"):
         write_report([])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ("", "Missing argument 'RUN...'"),
+        ("SHELF/missing", "there is no such folder"),
+        ("SHELF/no_model", "it has no run.json"),
+        ("SHELF/model", "must be a folder that `rarefy prune` or `rarefy compare` wrote"),
+        ("SHELF/text.txt", "must be a folder that `rarefy prune` or `rarefy compare` wrote"),
+        ("SWEPT SHELF/missing", "there is no such folder"),
+        ("SWEPT -o none/page.html", "--output is 'none/page.html', but must be a file in a folder that exists"),
+    ],
+)
+def test_every_mistake_in_the_command_is_one_sentence(
+    rarefy_: Rarefy, shelf: Path, swept: Path, tmp_path: Path, arguments: str, sentence: str
+) -> None:
+    done = rarefy_("report", *arguments.replace("SHELF", str(shelf)).replace("SWEPT", str(swept)).split())
+    assert is_one_sentence(done.err), done.err
+    assert sentence in done.err
+    assert (done.status, done.out) == (2, "")
+    assert list(tmp_path.iterdir()) == []
+    assert not (swept / "report.html").exists()
+
+
+def test_the_command(rarefy_: Rarefy, swept: Path) -> None:
+    done = rarefy_("report", swept, swept / "cells" / "wanda_2of4_seed0", "-o", "page.html", "--no-texts")
+    assert (done.status, done.out) == (0, "page.html holds the report\n")
+    check(Path("page.html").read_text())
 
 
 # --- In a browser -----------------------------------------------------------------------------------------

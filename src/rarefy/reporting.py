@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,7 @@ from rarefy.errors import InputError, OutputError, RarefyError
 from rarefy.report.page import LayerProof, RunView, SweepView, render
 from rarefy.report.records import LayerRecord
 from rarefy.run_folder import RunFolder, write_atomically
-
-Watch = Callable[[str], AbstractContextManager[Callable[[int, int, str], None]]]
+from rarefy.watching import Watch, unwatched
 
 
 def write_report(
@@ -36,12 +34,14 @@ def write_report(
     runs: list[RunView] = []
     sweeps: list[SweepView] = []
     folders = [_folder(path) for path in paths]  # every mistake before any work
+    file = Path(output) if output is not None else folders[0].path / "report.html"
+    if file.is_dir() or not file.absolute().parent.is_dir():
+        raise OutputError("--output", str(file), "a file in a folder that exists")
     for folder in folders:
         if isinstance(folder, SweepFolder):
             sweeps.append(_sweep(folder))
         else:
-            runs.append(_run(folder, texts, device, watch or _unwatched))
-    file = Path(output) if output is not None else folders[0].path / "report.html"
+            runs.append(_run(folder, texts, device, watch or unwatched))
     page = render(runs, sweeps)
     try:
         write_atomically(file, page)
@@ -146,7 +146,3 @@ def _written_by(name: str, device: str) -> Texts:
     if tokenizer is None:
         raise ModelError.sentence(f"{name} has no tokenizer.")
     return list(zip(PROMPTS, write_texts(model, tokenizer)))
-
-
-def _unwatched(_: str) -> AbstractContextManager[Callable[[int, int, str], None]]:
-    return nullcontext(lambda done, total, note: None)

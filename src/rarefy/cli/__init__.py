@@ -93,7 +93,7 @@ def _options(
     pass
 
 
-app.command("prune")(prune.prune)
+app.command("prune", cls=prune.PruneCommand)(prune.prune)
 app.command("compare")(compare.compare)
 app.command("eval")(evaluate.evaluate)
 app.command("report")(report.report)

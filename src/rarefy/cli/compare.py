@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from rarefy.cli.options import Exclude, Include, Text
-from rarefy.cli.terminal import Watch, note
+from rarefy.cli.options import Exclude, Include, Limit, Log, Quiet, TaskData, TaskNames, Text, Texts, split
+from rarefy.cli.terminal import Terminal
 
 
 def compare(
@@ -43,7 +43,7 @@ def compare(
     num_samples: Annotated[Text, typer.Option(metavar="N", help="Calibration windows.")] = None,
     sequence_length: Annotated[Text, typer.Option(metavar="L", help="Tokens per calibration window.")] = None,
     batch_size: Annotated[
-        Text, typer.Option(metavar="N", help="Calibration windows that run at once (default: 8).")
+        Text, typer.Option(metavar="N", help="Calibration windows that run at once (default: 4).")
     ] = None,
     bos: Annotated[bool, typer.Option("--bos", help="Start every window with the model's start token.")] = False,
     device: Annotated[str, typer.Option(metavar="DEVICE", help="auto, cpu, cuda, cuda:N.")] = "auto",
@@ -52,13 +52,7 @@ def compare(
     ] = "auto",
     include: Include = None,
     exclude: Exclude = None,
-    text: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="[LABEL=]TEXT",
-            help="A text for perplexity and KL: a file, wikitext2 or python-docs (default); repeatable.",
-        ),
-    ] = None,
+    text: Texts = None,
     eval_length: Annotated[
         int | None,
         typer.Option(metavar="L", help="Context length of perplexity (default: 2048, or the model's)."),
@@ -69,17 +63,13 @@ def compare(
     eval_batch_size: Annotated[
         int, typer.Option(metavar="N", help="Windows, or items of tasks, that are measured at once.")
     ] = 1,
-    tasks: Annotated[
-        Text, typer.Option(metavar="A,B", help="Zero-shot tasks of lm-eval, by commas (default: none).")
-    ] = None,
-    task_data: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="Local files of the tasks, instead of the hub.")
-    ] = None,
-    limit: Annotated[
-        int | None, typer.Option(metavar="N", help="Only the first N items of each task (default: all).")
-    ] = None,
+    tasks: TaskNames = None,
+    task_data: TaskData = None,
+    limit: Limit = None,
     save: Annotated[bool, typer.Option("--save", help="Also write the model of every cell.")] = False,
     retry: Annotated[bool, typer.Option("--retry", help="Try cells again that failed before.")] = False,
+    quiet: Quiet = False,
+    log: Log = None,
 ) -> None:
     """Prune a model in several ways and measure each: a table of methods, sparsities and seeds.
 
@@ -93,42 +83,40 @@ def compare(
     from rarefy.report.results import table
 
     folder = SweepFolder(output)
-    sweep = plan_sweep(
-        Options(
-            model=model,
-            methods=_split(methods),
-            sparsities=_split(sparsity),
-            patterns=_split(pattern),
-            seeds=seeds,
-            scope=scope,
-            settings=parse_settings(settings or []),
-            calibration=calibration,
-            num_samples=num_samples,
-            sequence_length=sequence_length,
-            batch_size=batch_size,
-            bos=bos,
-            device=device,
-            dtype=dtype,
-            include=include or [],
-            exclude=exclude or [],
-            texts=text or [],
-            eval_length=eval_length,
-            max_windows=max_windows,
-            eval_batch_size=eval_batch_size,
-            tasks=_split(tasks),
-            task_data=task_data,
-            limit=limit,
-            save=save,
-            retry=retry,
-        ),
-        folder,
-    )
-    cells = run_sweep(sweep, folder, ["rarefy", *context.obj], watch=Watch, note=note)
+    with Terminal(quiet, log) as terminal:
+        sweep = plan_sweep(
+            Options(
+                model=model,
+                methods=split(methods),
+                sparsities=split(sparsity),
+                patterns=split(pattern),
+                seeds=seeds,
+                scope=scope,
+                settings=parse_settings(settings or []),
+                calibration=calibration,
+                num_samples=num_samples,
+                sequence_length=sequence_length,
+                batch_size=batch_size,
+                bos=bos,
+                device=device,
+                dtype=dtype,
+                include=include or [],
+                exclude=exclude or [],
+                texts=text or [],
+                eval_length=eval_length,
+                max_windows=max_windows,
+                eval_batch_size=eval_batch_size,
+                tasks=split(tasks),
+                task_data=task_data,
+                limit=limit,
+                save=save,
+                retry=retry,
+            ),
+            folder,
+        )
+        terminal.begin()
+        cells = run_sweep(sweep, folder, ["rarefy", *context.obj], watch=terminal.watch, note=terminal.note)
     print("\n".join(aligned(table(cells, folder.read_cell("dense")))))
     print(f"{folder.path} holds results.csv, results.md and results.json")
     if all(cell["status"] == "failed" for cell in cells):
         raise typer.Exit(1)
-
-
-def _split(text: str | None) -> list[str]:
-    return [part.strip() for part in text.split(",")] if text else []

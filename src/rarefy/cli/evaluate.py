@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
-import math
 import time
-from typing import Annotated, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rarefy.cli.options import Device, Dtype, Json, Text
-from rarefy.cli.plan import read_tokens
-from rarefy.cli.terminal import Watch, note
-from rarefy.errors import CalibrationError, InputError
+from rarefy.cli.options import Device, Dtype, Json, Limit, Log, Quiet, TaskData, TaskNames, Texts, split
+from rarefy.cli.terminal import Terminal
+from rarefy.errors import InputError, ModelError
+from rarefy.report.records import aligned, three_digits
 from rarefy.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from rarefy.evaluation.measure import Measures
+    from rarefy.models.source import ModelSource
 
 #: The papers' context length in tokens.
 _FULL_LENGTH = 2048
@@ -21,101 +25,183 @@ _FULL_LENGTH = 2048
 
 def evaluate(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="What `prune` takes, or a folder that it wrote.")],
-    text: Annotated[
-        Text,
+    text: Texts = None,
+    against: Annotated[
+        str | None,
         typer.Option(
-            metavar="TEXT", help="A text file as it stands, or wikitext2 (default: Python's documentation)."
+            metavar="DENSE",
+            help="Also load this model and measure the distance from its next-token distribution: mean KL divergence "
+            "in nats, and the share of equal top-1 tokens.",
         ),
     ] = None,
+    tasks: TaskNames = None,
+    task_data: TaskData = None,
+    limit: Limit = None,
     sequence_length: Annotated[
         int | None,
         typer.Option(metavar="L", min=2, help="Context length in tokens (default: 2048, or the model's)."),
     ] = None,
     max_windows: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="Only the first N windows (default: all).")
+        int | None, typer.Option(metavar="N", min=1, help="Only the first N windows of each text (default: all).")
     ] = None,
     batch_size: Annotated[
-        int, typer.Option(metavar="N", min=1, help="Windows that run through the model at once.")
+        int, typer.Option(metavar="N", min=1, help="Windows, or items of tasks, that run at once.")
     ] = 1,
     bos: Annotated[bool, typer.Option("--bos", help="Start every window with the model's start token.")] = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
     as_json: Json = False,
+    quiet: Quiet = False,
+    log: Log = None,
 ) -> None:
-    """Measure perplexity by the papers' protocol: windows without overlap, no special tokens."""
+    """Measure perplexity by the papers' protocol, distance from the dense model, and zero-shot tasks.
+
+    Windows do not overlap and have no special tokens. Tasks alone are measured where only --tasks is given.
+    What is measured of a folder that `prune` wrote is kept there, in run.json and in the model card.
+    """
+    from rarefy.evaluation.measure import parse_texts
+    from rarefy.models.checkpoint import load_model, resolve_device, resolve_dtype
+    from rarefy.models.source import resolve_model
+
     started = time.perf_counter()
-    facts = _evaluate(model, text, sequence_length, max_windows, batch_size, bos, device or "auto", dtype or "auto")
-    facts["seconds"] = round(time.perf_counter() - started, 3)
+    chosen_device, chosen_dtype = resolve_device(device or "auto"), dtype or "auto"
+    resolve_dtype(chosen_dtype)
+    for option, given in (("--task-data", task_data), ("--limit", limit)):
+        if given is not None and not tasks:
+            raise InputError.sentence(f"{option} goes with --tasks, which is not given.")
+    with Terminal(quiet, log) as terminal:
+        sources = parse_texts(text or []) if text or against or not tasks else {}
+        folder = RunFolder.find(model)
+        source = resolve_model(str(folder.model if folder else model))
+        dense_source = _dense(against, source) if against else None
+        measures = _measures(sources, source, dense_source, sequence_length, max_windows, batch_size, bos)
+        if tasks:
+            from rarefy.evaluation.tasks import prepare
+
+            measures = replace(measures, tasks=prepare(split(tasks), task_data), limit=limit)
+        terminal.begin()
+        if sources and not text:
+            terminal.note("text: the last third of Python's own documentation; --text names another")
+        loaded, tokenizer = load_model(source, chosen_device, chosen_dtype)
+        dense = load_model(dense_source, chosen_device, chosen_dtype)[0] if dense_source else None
+        with terminal.watch("measuring") as watch:
+            found = measures.of(loaded, tokenizer, dense, watch)
+        for one in found["divergence"]:
+            one["against"] = against
+        if folder and folder.run.is_file():
+            _keep(folder, found, terminal)
+        lines = _lines(found)
+        for line in lines:
+            terminal.log(line)
     if as_json:
-        print(json.dumps(facts))
+        shared = {"model": model, "device": str(chosen_device), "dtype": str(loaded.dtype).removeprefix("torch.")}
+        seconds = round(time.perf_counter() - started, 3)
+        print(json.dumps({**shared, "bos": bos, "length": measures.length, **_as_json(found), "seconds": seconds}))
     else:
-        value = facts["perplexity"]
-        print(
-            f"perplexity {'not finite' if value is None else format(value, '.2f')} on {facts['text']}, "
-            f"{facts['windows']} windows of {facts['length']:,} tokens"
+        print("\n".join(lines))
+
+
+def _dense(name: str, source: ModelSource) -> ModelSource:
+    """The model to compare with, which must know the same number of tokens."""
+    from rarefy.models.source import resolve_model
+
+    try:
+        dense = resolve_model(name)
+    except ModelError as error:
+        raise ModelError.sentence(f"--against: {error}") from None
+    size, dense_size = (one.config.get_text_config(decoder=True).vocab_size for one in (source, dense))
+    if size != dense_size:
+        raise InputError(
+            "--against", name, f"a model with {size:,} tokens in its vocabulary, as MODEL; it has {dense_size:,}"
         )
+    return dense
 
 
-def _evaluate(
-    model_name: str,
-    text_name: str | None,
+def _measures(
+    sources: dict[str, Any],
+    source: ModelSource,
+    dense: ModelSource | None,
     length: int | None,
     max_windows: int | None,
     batch_size: int,
     bos: bool,
-    device_name: str,
-    dtype: str,
-) -> dict[str, Any]:
-    """Perplexity and all that it depends on; a run folder keeps it in run.json and in its model card."""
-    from rarefy.evaluation.perplexity import perplexity, text_source
-    from rarefy.models.checkpoint import load_model, resolve_device, resolve_dtype
-    from rarefy.models.source import resolve_model
+) -> Measures:
+    from rarefy.evaluation.measure import Measures, corpora
+    from rarefy.models.checkpoint import load_tokenizer
 
-    device = resolve_device(device_name)
-    resolve_dtype(dtype)
-    text = text_source(text_name)
-    folder = RunFolder.find(model_name)
-    source = resolve_model(str(folder.model if folder else model_name))
+    tokenizer = load_tokenizer(source)
+    if tokenizer is None:
+        raise ModelError.sentence(f"{source.name} has no tokenizer, so nothing can be measured of it.")
+    if bos and tokenizer.bos_token_id is None:
+        raise InputError.sentence(f"--bos asks for a start token, but the tokenizer of {source.name} has none.")
+    contexts = [one.context for one in (source, dense) if one and one.context is not None]
     if length is None:
-        length = min(_FULL_LENGTH, source.context or _FULL_LENGTH)
-    elif source.context is not None and length > source.context:
-        raise InputError("--sequence-length", length, f"at most {source.context}, the model's longest context")
-    tokens, bos_id = read_tokens(source, text, bos)
-    if len(tokens) < length - (bos_id is not None):
-        raise CalibrationError.sentence(
-            f"The text of {text.name} has {len(tokens):,} tokens, but one window needs {length:,}."
-        )
-    if text_name is None:
-        note("text: the last third of Python's own documentation; --text names another")
-    model, _ = load_model(source, device, dtype)
-    with Watch("windows") as watch:
-        result = perplexity(
-            model, tokens, length, max_windows=max_windows, bos_id=bos_id, batch_size=batch_size, progress=watch
-        )
-    row = {
-        "text": text.name,
-        "value": result.perplexity if math.isfinite(result.perplexity) else None,
-        "length": result.length,
-        "windows": result.windows,
-        "tokens": result.tokens,
-        "bos": bos,
-        "dtype": str(model.dtype).removeprefix("torch."),
-    }
-    if folder and folder.run.is_file():
-        _keep_perplexity(folder, row)
-    return {"model": model_name, "perplexity": row.pop("value"), **row, "device": str(device)}
+        length = min(_FULL_LENGTH, *contexts)
+    elif contexts and length > min(contexts):
+        raise InputError("--sequence-length", length, f"at most {min(contexts)}, the model's longest context")
+    bos_id = tokenizer.bos_token_id if bos else None
+    return Measures(corpora(sources, tokenizer, length, bos), length, max_windows, bos_id, batch_size)
 
 
-def _keep_perplexity(folder: RunFolder, row: dict[str, Any]) -> None:
-    """Add a measurement to run.json and the model card, in place of the same one made before."""
+def _keep(folder: RunFolder, found: dict[str, Any], terminal: Terminal) -> None:
+    """Add measurements to run.json and the model card, in place of the same ones made before."""
     from rarefy.report.card import model_card
 
     facts = folder.read_run()
-    key = [name for name in row if name != "value"]
-    others = [old for old in facts["perplexity"] if any(old.get(name) != row[name] for name in key)]
-    facts["perplexity"] = [*others, row]
+    for kind, names in (("perplexity", _SAME), ("divergence", (*_SAME, "against"))):
+        new = found[kind]
+        same = [[one[name] for name in names] for one in new]
+        others = [old for old in facts.get(kind, []) if [old.get(name) for name in names] not in same]
+        facts[kind] = [*others, *new]
+    facts["tasks"] = {**facts.get("tasks", {}), **found["tasks"]}
     try:
         folder.write_run(facts)
         folder.write_card(model_card(facts))
     except OSError as error:
-        note(f"warning: {folder.run} could not be changed: {error.strerror or error}")
+        terminal.warn(f"{folder.run} could not be changed: {error.strerror or error}")
+
+
+#: Two measurements are of the same thing where these are equal.
+_SAME = ("text", "length", "windows", "tokens", "bos", "dtype")
+
+
+def _as_json(found: dict[str, Any]) -> dict[str, Any]:
+    """One object for each text; where there is one text, its numbers stand at the top as well."""
+    rows = []
+    for i, one in enumerate(found["perplexity"]):
+        row = {"text": one["text"], "label": one["label"], "perplexity": one["value"]}
+        row |= {name: one[name] for name in ("windows", "tokens")}
+        if found["divergence"]:
+            row |= {name: found["divergence"][i][name] for name in ("kl", "agreement", "against")}
+        rows.append(row)
+    return {**(rows[0] if len(rows) == 1 else {}), "texts": rows, "tasks": found["tasks"]}
+
+
+def _lines(found: dict[str, Any]) -> list[str]:
+    lines = []
+    for i, one in enumerate(found["perplexity"]):
+        value = "not finite" if one["value"] is None else format(one["value"], ".2f")
+        windows = f"{one['windows']} windows of {one['length']:,} tokens"
+        lines.append(f"perplexity {value} on {one['text']}, {windows}")
+        if found["divergence"]:
+            distance = found["divergence"][i]
+            lines.append(
+                f"KL divergence {three_digits(distance['kl'])} nats, same top-1 token {distance['agreement']:.1%}, "
+                f"on {one['text']} against {distance['against']}"
+            )
+    if found["tasks"]:
+        rows = [["task", "items", "metric", "value", "standard error"]]
+        for task, result in found["tasks"].items():
+            for metric, score in result["metrics"].items():
+                shown = [_score(metric, score[key]) for key in ("value", "stderr")]
+                rows.append([task, f"{result['samples']:,}", metric, *shown])
+        lines += aligned(rows)
+    return lines
+
+
+def _score(metric: str, value: float | None) -> str:
+    if value is None:
+        return "unknown"
+    if metric.startswith("acc"):
+        return f"{value:.1%}"
+    return f"{value:,.2f}" if metric == "perplexity" else three_digits(value)

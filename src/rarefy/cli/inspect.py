@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from rarefy.cli.options import Json, Text
-from rarefy.cli.terminal import note, print_table
+from rarefy.cli.terminal import print_table, say
 
 if TYPE_CHECKING:
     from rarefy.evaluation.verify import Inspection
@@ -33,7 +33,7 @@ def inspect(
         if inspection.ok and any(layer.pattern for layer in inspection.layers):
             print("every promise is kept")
     for problem in inspection.problems:
-        note(f"broken: {problem}")
+        say(f"broken: {problem}")
     if not inspection.ok:
         raise typer.Exit(1)
 

@@ -6,7 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from rarefy.cli.terminal import memory_words, print_table
+from rarefy.cli.terminal import print_table
+from rarefy.cli.words import memory_words
 from rarefy.errors import InputError, ModelError
 
 if TYPE_CHECKING:
@@ -34,6 +35,19 @@ class Plan:
     blocks: list[Block]
     #: Token ids (num, length); None where the model is to write its own text.
     windows: torch.Tensor | None
+
+    @property
+    def warnings(self) -> list[str]:
+        """What is no mistake, but hardly what was meant."""
+        num, length = self.recipe.window_shape
+        widest = max((site for block in self.blocks for site in block.sites), key=lambda site: site.shape[1])
+        if num * length >= widest.shape[1]:
+            return []
+        words = (
+            f"the calibration has {num * length:,} tokens, fewer than the {widest.shape[1]:,} inputs of "
+            f"{widest.name}: that says too little about its weights; more --num-samples say more"
+        )
+        return [words]
 
 
 def make_plan(recipe: Recipe) -> Plan:

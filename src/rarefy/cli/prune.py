@@ -3,23 +3,40 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
-from rarefy.cli.options import Device, Dtype, Exclude, Include, Text
+from rarefy.cli.options import Device, Dtype, Exclude, Include, Log, Quiet, Text
+from rarefy.cli.terminal import Terminal
 from rarefy.errors import InputError
 from rarefy.run_folder import RunFolder
+
+
+class PruneCommand(TyperCommand):
+    """Its help shows what a run needs as required, though a recipe or a dry run makes up for it."""
+
+    def format_help(self, *arguments: Any) -> None:
+        for parameter in self.params:
+            if parameter.name in ("model", "output"):
+                parameter.required = True  # for what is printed now: help ends the process
+        super().format_help(*arguments)
 
 
 def prune(
     context: typer.Context,
     model: Annotated[
-        Text, typer.Argument(metavar="MODEL", help="Hub id, local folder, .gguf file, or smollm2.")
+        Text,
+        typer.Argument(
+            metavar="MODEL", help="Hub id, local folder, .gguf file, or smollm2. A --recipe may name it instead."
+        ),
     ] = None,
     output: Annotated[
         Path | None,
-        typer.Option("-o", "--output", metavar="OUT", help="New or empty folder for all results."),
+        typer.Option(
+            "-o", "--output", metavar="OUT", help="New or empty folder for all results. Not needed with --dry-run."
+        ),
     ] = None,
     method: Annotated[
         Text,
@@ -82,8 +99,13 @@ def prune(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print layers, counts and an estimate of peak memory, and stop.")
     ] = False,
+    quiet: Quiet = False,
+    log: Log = None,
 ) -> None:
-    """Prune a model and write it, with all that was done, to a folder."""
+    """Prune a model and write it, with all that was done, to a folder.
+
+    MODEL and -o are required, but a --recipe may name MODEL instead, and --dry-run needs no -o.
+    """
     from rarefy.cli.plan import make_plan, print_plan
     from rarefy.cli.run import run
     from rarefy.recipe import Recipe, parse_settings
@@ -113,8 +135,12 @@ def prune(
     folder = RunFolder(output) if output is not None else None
     if folder:
         folder.check()
-    plan = make_plan(wanted)
-    if dry_run or folder is None:
-        print_plan(plan)
-    else:
-        run(plan, folder, ["rarefy", *context.obj], chosen=wanted.calibration is not None)
+    with Terminal(quiet, log) as terminal:
+        plan = make_plan(wanted)
+        for warning in plan.warnings:
+            terminal.warn(warning)
+        if dry_run or folder is None:
+            print_plan(plan)
+        else:
+            terminal.begin()
+            run(plan, folder, ["rarefy", *context.obj], terminal, chosen=wanted.calibration is not None)

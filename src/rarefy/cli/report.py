@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from rarefy.cli.terminal import Watch
+from rarefy.cli.options import Quiet
+from rarefy.cli.terminal import Terminal
 
 
 def report(
@@ -20,9 +21,11 @@ def report(
         typer.Option("--texts/--no-texts", help="Let dense and pruned model write, where the run did not keep it."),
     ] = True,
     device: Annotated[str, typer.Option(metavar="DEVICE", help="auto, cpu, cuda, cuda:N.")] = "auto",
+    quiet: Quiet = False,
 ) -> None:
     """Draw runs on one HTML page that needs no network."""
     from rarefy.reporting import write_report
 
-    file = write_report(runs, output, texts=texts, device=device, watch=Watch)
+    with Terminal(quiet) as terminal:
+        file = write_report(runs, output, texts=texts, device=device, watch=terminal.watch)
     print(f"{file} holds the report")

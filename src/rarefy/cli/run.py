@@ -14,20 +14,20 @@ from typing import TYPE_CHECKING, Any
 
 from rarefy import __version__
 from rarefy.cli.plan import Plan, calibration_words
-from rarefy.cli.terminal import Watch, note, print_table
+from rarefy.cli.terminal import Terminal, print_table
 from rarefy.errors import VerificationError
-from rarefy.report.records import Report
+from rarefy.report.records import Report, three_digits
 from rarefy.run_folder import RunFolder
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from rarefy.recipe import Recipe
 
 
-def run(plan: Plan, folder: RunFolder, command: list[str], chosen: bool) -> None:
-    """Load, prune, write, read again; nothing is left in the folder if any of it fails."""
+def run(plan: Plan, folder: RunFolder, command: list[str], terminal: Terminal, chosen: bool) -> None:
+    """Load, prune, write, read again; ``chosen`` says whether the user named the calibration."""
     from rarefy.models.checkpoint import load_model, save_model
     from rarefy.pruning import prune as prune_model
     from rarefy.report.card import model_card
@@ -37,10 +37,13 @@ def run(plan: Plan, folder: RunFolder, command: list[str], chosen: bool) -> None
     clock = _Clock()
     with clock.stage("load"):
         model, tokenizer = load_model(source, plan.device, recipe.dtype)
-    note(calibration_words(recipe) + ("" if chosen else " (the default)"))
+    terminal.note(calibration_words(recipe) + ("" if chosen else " (the default)"))
+    with clock.stage("texts"):
+        texts = {"dense_texts": _texts(model, tokenizer, terminal)}
     with clock.stage("calibrate"):
-        windows = plan.windows if plan.windows is not None else _own_text(model, recipe)
-    with clock.stage("prune"), Watch("pruning") as watch:
+        windows = plan.windows if plan.windows is not None else _own_text(model, recipe, terminal)
+    linears = [(block.index, site.name) for block in plan.blocks for site in block.sites]
+    with clock.stage("prune"), terminal.watch("pruning", linears) as watch:
         report = prune_model(
             model,
             windows,
@@ -51,31 +54,47 @@ def run(plan: Plan, folder: RunFolder, command: list[str], chosen: bool) -> None
             exclude=recipe.exclude,
             strict=recipe.strict,
             on_progress=watch,
+            on_layer=watch.layer,
         )
+    with clock.stage("texts"):
+        texts["texts"] = _texts(model, tokenizer, terminal)
     with folder.writing():
         with clock.stage("write"):
             folder.write_recipe(recipe.to_yaml())
             folder.write_layers(report.layers)
-            facts = _facts(plan, report, command, began, model.dtype)
+            facts = _facts(plan, report, command, began, model.dtype) | texts
 
             folder.write_model(lambda path: save_model(model, tokenizer, path, source))
             folder.write_card(model_card(facts))
         with clock.stage("verify"):
             _verify(folder)
         folder.write_run({**facts, "finished": _iso(datetime.now(UTC)), "seconds": clock.total()})
-    print_table(
-        report.rows(),
-        f"{report.method}, {report.pattern}: {report.pruned:,} of {report.size:,} weights are zero",
-    )
+    title = f"{report.method}, {report.pattern}: {report.pruned:,} of {report.size:,} weights are zero"
+    print_table(report.rows(), title)
     for layer in report.failed:
-        note(f"warning: {layer.name}: {layer.status}")
+        terminal.warn(f"{layer.name}: {layer.status}")
     print(f"{folder.model} holds the model; its files were read again and hold every promised zero")
+    terminal.log(f"{title}, relative error {three_digits(report.relative_error)}; {folder.model} holds the model")
 
 
-def _own_text(model: PreTrainedModel, recipe: Recipe) -> torch.Tensor:
+def _texts(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, terminal: Terminal
+) -> list[dict[str, str]]:
+    """What the model writes after three prompts, for the report; nothing where it cannot."""
+    from rarefy.evaluation.texts import kept_texts
+
+    try:
+        with terminal.watch("writing texts"):
+            return kept_texts(model, tokenizer)
+    except Exception as error:  # noqa: BLE001 (a picture in a report must not cost the run)
+        terminal.warn(f"the model writes no texts for the report: {' '.join(str(error).split())}")
+        return []
+
+
+def _own_text(model: PreTrainedModel, recipe: Recipe, terminal: Terminal) -> torch.Tensor:
     from rarefy.calibration.self_text import write_text
 
-    with Watch("writing tokens") as watch:
+    with terminal.watch("writing tokens") as watch:
         return write_text(model, *recipe.window_shape, recipe.seed, progress=watch)
 
 
@@ -138,12 +157,13 @@ class _Clock:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Count the time within as stage ``name``."""
+        """Count the time within as stage ``name``, or add it to that of the same stage before."""
         started = time.perf_counter()
         try:
             yield
         finally:
-            self.seconds[name] = round(time.perf_counter() - started, 3)
+            before = self.seconds.get(name, 0.0)
+            self.seconds[name] = round(before + time.perf_counter() - started, 3)
 
     def total(self) -> dict[str, float]:
         """All stages so far and the time since the beginning."""

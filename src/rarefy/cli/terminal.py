@@ -1,4 +1,4 @@
-"""What a command shows: tables of results, and on the way to them notes, warnings and progress.
+"""What a command shows: tables of results, and on the way to them notes, warnings, progress and a log.
 
 Results go to standard output, all else to standard error; where that is a terminal, progress is drawn in
 place, elsewhere it is a line now and then.
@@ -7,20 +7,109 @@ place, elsewhere it is a line now and then.
 from __future__ import annotations
 
 import sys
-import time
+import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+from types import TracebackType
 from typing import Self
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from rarefy.cli.watch import Watch
+from rarefy.errors import OutputError
 from rarefy.report.records import aligned
 
-#: Seconds between two progress lines where standard error is no terminal.
-_SECONDS_BETWEEN_LINES = 15.0
+
+class Terminal:
+    """Notes, warnings and progress of one command, from its ``with`` to the end of it.
+
+    ``quiet`` leaves out notes and progress. ``log`` is a file that gets a line, with the time, for each note,
+    warning and pruned layer, and for an error that ends the command. It is opened by ``begin``, which a command
+    calls once it has found no mistake: until then lines are kept, and a mistake leaves no file. Raises
+    OutputError where the file cannot be written.
+    """
+
+    def __init__(self, quiet: bool = False, log: Path | None = None) -> None:
+        self._quiet = quiet
+        self._path = log
+        self._begun = False
+        self._lines: list[str] = []
+        if log is not None:
+            _check_log(log)
+
+    def __enter__(self) -> Self:
+        self._warnings = _warnings_to(self.warn)
+        self._warnings.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._warnings.__exit__(kind, error, trace)
+        if error is not None:
+            self.log(f"ended: {' '.join(str(error).split()) or type(error).__name__}")
+
+    def begin(self) -> None:
+        """Write what was kept for the log, and from now on each line as it comes."""
+        self._begun = True
+        lines, self._lines = self._lines, []
+        for line in lines:
+            self._append(line)
+
+    def note(self, text: str) -> None:
+        """Say something that is no result."""
+        self.log(text)
+        if not self._quiet:
+            say(text)
+
+    def warn(self, text: object) -> None:
+        """Say something that is shown even if quiet."""
+        self.log(f"warning: {text}")
+        say(f"warning: {text}")
+
+    def log(self, text: str) -> None:
+        """A line of the log alone."""
+        if self._path is None:
+            return
+        line = f"{datetime.now().astimezone().isoformat(timespec='seconds')} {text}"
+        if self._begun:
+            self._append(line)
+        else:
+            self._lines.append(line)
+
+    def watch(self, what: str, linears: Sequence[tuple[int, str]] = ()) -> Watch:
+        """What shows how far stage ``what`` is; ``linears`` are block numbers and names of layers to prune."""
+        return Watch(what, self.note, self.log, quiet=self._quiet, linears=linears)
+
+    def _append(self, line: str) -> None:
+        # Opened for each line: they are few, and the file can be read, moved or cut while the run goes on.
+        assert self._path is not None
+        try:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
+        except OSError as error:
+            say(f"warning: {self._path} cannot be written any more ({error.strerror or error}); the run goes on")
+            self._path = None
+
+
+def _check_log(path: Path) -> None:
+    """Raise OutputError unless lines can be appended to ``path``; an existing file stays as it is."""
+    folder = path.absolute().parent
+    if not folder.is_dir():
+        raise OutputError("--log", str(path), f"a file in a folder that exists; there is no folder {folder}")
+    if path.is_dir():
+        raise OutputError("--log", str(path), "a file, not a folder")
+    try:
+        if path.exists():
+            path.open("a").close()
+        else:
+            Path(tempfile.mkdtemp(prefix=".rarefy-", dir=folder)).rmdir()
+    except OSError as error:
+        raise OutputError("--log", str(path), f"a file that can be written ({error.strerror or error})") from error
 
 
 def print_table(rows: list[list[str]], title: str = "") -> None:
@@ -37,62 +126,24 @@ def print_table(rows: list[list[str]], title: str = "") -> None:
         print("\n".join(filter(None, [title, *aligned(rows)])))
 
 
-class Watch:
-    """Shows how far a stage is: one bar on a terminal, a line now and then elsewhere, on standard error."""
-
-    def __init__(self, what: str) -> None:
-        self._what = what
-        self._started = self._last_line = time.monotonic()
-        console = Console(stderr=True)
-        self._bar = None
-        if console.is_terminal:
-            self._bar = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(),
-                TaskProgressColumn(),
-                TimeRemainingColumn(),
-                TextColumn("{task.fields[note]}"),
-                console=console,
-                transient=True,
-            )
-            self._task = self._bar.add_task(what, total=None, note="")
-
-    def __enter__(self) -> Self:
-        if self._bar:
-            self._bar.start()
-        return self
-
-    def __exit__(self, error: object, *_: object) -> None:
-        if self._bar:
-            self._bar.stop()
-        if error is None:
-            note(f"{self._what}: done in {time_words(time.monotonic() - self._started)}")
-
-    def __call__(self, done: int, total: int, words: str = "") -> None:
-        """Part ``done`` of ``total`` is finished; ``words`` is shown beside it."""
-        if self._bar:
-            self._bar.update(self._task, completed=done, total=total, note=words)
-            return
-        now = time.monotonic()
-        if now - self._last_line >= _SECONDS_BETWEEN_LINES:
-            self._last_line = now
-            left = time_words((now - self._started) * (total - done) / max(done, 1))
-            note(f"{self._what}: {done:,} of {total:,}, {left} left{', last ' + words if words else ''}")
-
-
 @contextmanager
 def plain_warnings() -> Iterator[None]:
     """Within the block, a warning is one line on standard error, without file and source line."""
+    with _warnings_to(lambda message: say(f"warning: {message}")):
+        yield
 
+
+@contextmanager
+def _warnings_to(take: Callable[[object], None]) -> Iterator[None]:
     def show(message: Warning | str, *_: object, **__: object) -> None:
-        note(f"warning: {message}")
+        take(message)
 
     with warnings.catch_warnings():
         warnings.showwarning = show
         yield
 
 
-def note(text: str) -> None:
+def say(text: str) -> None:
     """Print a line on standard error."""
     print(text, file=sys.stderr, flush=True)
 
@@ -100,17 +151,5 @@ def note(text: str) -> None:
 def complain(text: str, status: int) -> int:
     """Print one sentence about what went wrong and return the exit status."""
     sentence = " ".join(text.split())
-    note(f"error: {sentence}" + ("" if sentence.endswith((".", "?", "!")) else "."))
+    say(f"error: {sentence}" + ("" if sentence.endswith((".", "?", "!")) else "."))
     return status
-
-
-def time_words(seconds: float) -> str:
-    """Seconds as minutes:seconds, with hours before them where there are any."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
-
-
-def memory_words(num_bytes: float) -> str:
-    """Bytes in GiB or MiB."""
-    return f"{num_bytes / 2**30:.1f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.0f} MiB"

@@ -123,6 +123,8 @@ class Plan:
     bos_id: int | None
     tokenizer: PreTrainedTokenizerBase | None
     settings: Mapping[str, Any]
+    #: The number of its block and the name of every layer to prune.
+    linears: Sequence[tuple[int, str]]
     save: bool = False
     retry: bool = False
 
@@ -140,6 +142,9 @@ def plan_sweep(options: Options, folder: SweepFolder) -> Plan:
     ):
         if number is not None and number < 1:
             raise InputError(argument, number, "a whole number of at least 1")
+    for argument, given in (("--task-data", options.task_data), ("--limit", options.limit)):
+        if given is not None and not options.tasks:
+            raise InputError.sentence(f"{argument} goes with --tasks, which is not given.")
     device = resolve_device(options.device)
     texts = parse_texts(options.texts)
     calibration = parse_source(options.calibration or DEFAULT_CALIBRATION)
@@ -210,6 +215,7 @@ def plan_sweep(options: Options, folder: SweepFolder) -> Plan:
         bos_id,
         tokenizer,
         settings,
+        [(block.index, site.name) for block in blocks for site in block.sites],
         options.save,
         options.retry,
     )

@@ -6,7 +6,6 @@ import math
 import shlex
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from datetime import UTC, datetime
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
@@ -17,20 +16,17 @@ from torch import Tensor
 from rarefy.calibration.sources import draw_windows
 from rarefy.comparing.folder import SweepFolder, versions
 from rarefy.comparing.plan import Cell, Plan
-from rarefy.evaluation.texts import PROMPTS, write_texts
+from rarefy.evaluation.texts import kept_texts
 from rarefy.models.blocks import Block, find_blocks
 from rarefy.models.checkpoint import load_model, save_model
 from rarefy.pruning import prune
 from rarefy.report.card import base_model, model_card
-from rarefy.report.records import Report
+from rarefy.report.records import Report, three_digits
 from rarefy.run_folder import RunFolder
+from rarefy.watching import Watch, unwatched
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-Progress = Callable[[int, int, str], None]
-#: Makes what shows how far a stage is: ``with watch("pruning") as progress: progress(done, total, note)``.
-Watch = Callable[[str], AbstractContextManager[Progress]]
 
 
 class DenseWeights:
@@ -63,7 +59,7 @@ def run_sweep(
     A cell that fails is recorded with its reason, and the next one begins; it counts as finished unless
     ``sweep.retry``. ``watch`` shows how far a stage is, ``note`` what has been found.
     """
-    watch = watch or _unwatched
+    watch = watch or unwatched
     note = note or (lambda _: None)
     words = shlex.join(command)
     folder.begin({"settings": dict(sweep.settings), "command": words, "versions": versions()})
@@ -131,7 +127,7 @@ def _measure_dense(
     with watch("measuring the dense model") as progress:
         facts = sweep.measures.of(model, tokenizer, progress=progress)
     facts |= {"method": "dense", "pattern": "", "asked_sparsity": 0.0, "status": "done"}
-    facts |= _texts(model, tokenizer)
+    facts["texts"] = kept_texts(model, tokenizer)
     facts["seconds"] = {"evaluate": round(time.perf_counter() - started, 3)}
     folder.write_cell("dense", lambda cell: cell.write_run(facts))
     note(f"dense: {_in_words(facts)}")
@@ -162,7 +158,7 @@ def _run_cell(
     }
     report: Report | None = None
     try:
-        with watch(f"{label}: pruning") as progress:
+        with watch(f"{label}: pruning", sweep.linears) as progress:
             report = prune(
                 model,
                 windows,
@@ -173,11 +169,12 @@ def _run_cell(
                 exclude=recipe.exclude,
                 strict=recipe.strict,
                 on_progress=progress,
+                on_layer=progress.layer,
             )
         started = time.perf_counter()
         with watch(f"{label}: measuring") as progress:
             facts |= sweep.measures.of(model, tokenizer, states, progress)
-        facts |= _texts(model, tokenizer)
+        facts["texts"] = kept_texts(model, tokenizer)
         facts |= _pruned_facts(report, time.perf_counter() - started)
     except Exception as error:  # noqa: BLE001 (whatever it is, it must not cost the other cells)
         report = None
@@ -214,12 +211,6 @@ def _pruned_facts(report: Report, seconds: float) -> dict[str, Any]:
     }
 
 
-def _texts(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> dict[str, Any]:
-    if tokenizer is None:
-        return {}
-    return {"texts": [{"prompt": one, "text": text} for one, text in zip(PROMPTS, write_texts(model, tokenizer))]}
-
-
 def _in_words(facts: Mapping[str, Any]) -> str:
     if facts["status"] == "failed":
         return f"failed: {facts['reason']}"
@@ -227,12 +218,10 @@ def _in_words(facts: Mapping[str, Any]) -> str:
         f"perplexity {'not finite' if one['value'] is None else format(one['value'], '.2f')} on {one['label']}"
         for one in facts["perplexity"]
     ]
-    words += [f"KL {one['kl']:.4f} on {one['label']}" for one in facts["divergence"] if one["kl"] is not None]
+    words += [
+        f"KL {three_digits(one['kl'])} on {one['label']}" for one in facts["divergence"] if one["kl"] is not None
+    ]
     for task, result in facts["tasks"].items():
         if (accuracy := result["metrics"].get("acc")) and accuracy["value"] is not None:
             words.append(f"{task} {accuracy['value']:.1%}")
     return ", ".join(words)
-
-
-def _unwatched(_: str) -> AbstractContextManager[Progress]:
-    return nullcontext(lambda done, total, note: None)

@@ -79,10 +79,11 @@ class Measures:
         """``perplexity``, ``divergence`` (where ``dense`` is given) and ``tasks`` of a model, for JSON.
 
         ``perplexity`` is a list of text, label, value, length, windows, tokens, bos and dtype, in the order of
-        the texts; ``divergence`` of label, kl (nats) and agreement; ``tasks`` maps names to samples and
-        metrics. A value that is not finite is None.
+        the texts; ``divergence`` is the same with kl (nats) and agreement instead of the value; ``tasks`` maps
+        names to samples and metrics. A value that is not finite is None.
         """
-        rows, distances = [], []
+        rows: list[dict[str, Any]] = []
+        distances: list[dict[str, Any]] = []
         for i, corpus in enumerate(self.corpora):
             options: dict[str, Any] = {
                 "max_windows": self.max_windows,
@@ -91,25 +92,25 @@ class Measures:
                 "source": corpus.source,
                 "progress": _named(progress, corpus.label),
             }
+            distance = None
             if dense is None:
                 found = perplexity(model, corpus.tokens, self.length, **options)
             else:
                 reference = dense[i] if isinstance(dense, Sequence) else dense
                 distance = divergence(model, reference, corpus.tokens, self.length, **options)
                 found = distance.perplexity
-                distances.append({"label": corpus.label, "kl": finite(distance.kl), "agreement": distance.agreement})
-            rows.append(
-                {
-                    "text": corpus.source,
-                    "label": corpus.label,
-                    "value": finite(found.perplexity),
-                    "length": found.length,
-                    "windows": found.windows,
-                    "tokens": found.tokens,
-                    "bos": self.bos_id is not None,
-                    "dtype": str(model.dtype).removeprefix("torch."),
-                }
-            )
+            row = {
+                "text": corpus.source,
+                "label": corpus.label,
+                "length": found.length,
+                "windows": found.windows,
+                "tokens": found.tokens,
+                "bos": self.bos_id is not None,
+                "dtype": str(model.dtype).removeprefix("torch."),
+            }
+            rows.append({**row, "value": finite(found.perplexity)})
+            if distance is not None:
+                distances.append({**row, "kl": finite(distance.kl), "agreement": distance.agreement})
         return {"perplexity": rows, "divergence": distances, "tasks": self._tasks(model, tokenizer, progress)}
 
     def _tasks(

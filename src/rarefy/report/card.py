@@ -10,63 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined
 
-_TEMPLATE = """\
----
-{{ front_matter }}---
-
-# {{ title }}
-
-The weights of {{ layers }} linear layers of {{ base }} were pruned in one shot, without retraining,
-by Rarefy {{ versions.rarefy }}: {{ "{:.2%}".format(sparsity) }} of them are exactly zero.
-Embeddings, norms and the output head were not touched.
-
-| | |
-|---|---|
-| base model | {{ base }} |
-| method | {{ method }}{% if paper %} ({{ paper }}){% endif %} |
-| pattern | {{ pattern_words }} |
-| zeros, counted | {{ "{:,}".format(pruned) }} of {{ "{:,}".format(size) }} weights in {{ layers }} layers |
-{% if relative_error is not none %}
-| layers' relative output error, geometric mean | {{ "{:.5f}".format(relative_error) }} |
-{% endif %}
-| calibration | {{ calibration_words }}, seed {{ seed }} |
-{% if failed %}
-| layers on which the method failed | {{ failed | join(", ") }} |
-{% endif %}
-
-```
-{{ command }}
-```
-
-Python {{ versions.python }}, torch {{ versions.torch }}, transformers {{ versions.transformers }}.
-
-{% if perplexity %}
-## Perplexity
-
-| text | context length | windows | perplexity |
-|---|---|---|---|
-{% for row in perplexity -%}
-| {{ row.text }} | {{ "{:,}".format(row.length) }} | {{ row.windows }} | {{ row.value | rounded }} |
-{% endfor %}
-
-Windows do not overlap; every token but a window's first is predicted. Perplexities of other context
-lengths or other texts cannot be compared with these.
-
-{% endif %}
-## What the zeros gain, and what they do not
-
-This is a dense checkpoint that holds zeros. By itself it is **not smaller and not faster**: the files
-have the size of the dense model's, and ordinary kernels multiply by the zeros. What can help:
-
-- at rest and on the way: general compression of the files shrinks runs of zeros;
-- {{ speed }};
-- on CPUs: inference engines with kernels for unstructured sparsity.
-
-Pruning costs quality, and more for some tasks than perplexity shows: evaluate on your own. Fine-tuning,
-merging adapters and some quantisers fill the zeros again unless they keep the mask.
-"""
+from rarefy.report.records import three_digits
 
 #: Models that Rarefy knows by a name of its own.
 _KNOWN: dict[str, dict[str, str | None]] = {
@@ -83,8 +29,9 @@ _SPEED = {
 def model_card(run: Mapping[str, Any]) -> str:
     """The card of the run that ``run`` (the content of run.json) tells of.
 
-    Perplexities are shown where ``run["perplexity"]`` has any, each with its context length; the hub
-    links the base model where ``run["base_model"]["hub_id"]`` names it.
+    Perplexities are shown where ``run["perplexity"]`` has any, each with its context length, and so are
+    distances from the dense model and tasks; the hub links the base model where ``run["base_model"]["hub_id"]``
+    names it.
     """
     base = run["base_model"]
     front: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
@@ -95,8 +42,10 @@ def model_card(run: Mapping[str, Any]) -> str:
     front["tags"] = ["rarefy", "pruning", "sparse", str(run["method"])]
     name = str(base.get("hub_id") or base["name"]).rstrip("/")
     pattern = str(run["pattern"])
-    return _ENVIRONMENT.from_string(_TEMPLATE).render(
+    return _ENVIRONMENT.get_template("card.md.jinja").render(
         {
+            "divergence": [],
+            "tasks": {},
             **run,
             "front_matter": yaml.safe_dump(front, sort_keys=False),
             "base": f"`{name}`",
@@ -122,6 +71,10 @@ def base_model(name: str, kind: str, path: Path) -> dict[str, str | None]:
 
 def _rounded(value: float | None) -> str:
     return "not finite" if value is None else f"{value:.2f}"
+
+
+def _percent(value: float | None) -> str:
+    return "unknown" if value is None else f"{value:.1%}"
 
 
 def _front_matter(file: Path) -> dict[str, Any]:
@@ -150,10 +103,11 @@ def _pattern_words(pattern: str) -> str:
 
 
 _ENVIRONMENT = Environment(
+    loader=PackageLoader("rarefy.report"),
     undefined=StrictUndefined,
     trim_blocks=True,
     lstrip_blocks=True,
     keep_trailing_newline=True,
     autoescape=False,
 )
-_ENVIRONMENT.filters["rounded"] = _rounded
+_ENVIRONMENT.filters |= {"rounded": _rounded, "digits": three_digits, "percent": _percent}

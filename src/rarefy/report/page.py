@@ -25,7 +25,7 @@ from rarefy.report.plots import (
     times,
     traces,
 )
-from rarefy.report.records import LayerRecord, Report
+from rarefy.report.records import LayerRecord, Report, three_digits
 from rarefy.report.results import Facts, Summary, measurements, summarise, table
 
 
@@ -142,15 +142,15 @@ def _summary(view: RunView) -> Part:
         (str(facts["method"]), "method"),
         (str(facts["pattern"]), "pattern"),
         (f"{report.sparsity:.2%}", f"of {report.size:,} weights are zero"),
-        (_float(report.relative_error), "relative error, geometric mean of the layers"),
+        (three_digits(report.relative_error), "relative error, geometric mean of the layers"),
     ]
     for one in facts.get("perplexity", []):
         words = (
             f"perplexity on {one.get('label') or one['text']}, {one['windows']} windows of {one['length']:,} tokens"
         )
-        cards.append((_float(one["value"], 2), words))
+        cards.append((_perplexity(one["value"]), words))
     cards += [
-        (_float(one["kl"]), f"nats of KL divergence from the dense model on {one['label']}")
+        (three_digits(one["kl"]), f"nats of KL divergence from the dense model on {one['label']}")
         for one in facts.get("divergence", [])
     ]
     for task, result in facts.get("tasks", {}).items():
@@ -272,7 +272,7 @@ def _errors(runs: Sequence[RunView], cells: Sequence[RunView]) -> list[Part]:
                 " x ".join(map(str, layer.shape)),
                 f"{layer.kept:,}",
                 f"{layer.pruned:,}",
-                _float(layer.relative_error),
+                three_digits(layer.relative_error),
                 str(layer.steps),
                 f"{layer.seconds:.2f}",
                 layer.status,
@@ -452,8 +452,8 @@ def _plain(value: Any) -> str:
     return "" if value is None else str(value)
 
 
-def _float(value: float | None, digits: int = 5) -> str:
-    return f"{value:,.{digits}f}" if value is not None and math.isfinite(value) else "not finite"
+def _perplexity(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:,.2f}"
 
 
 def _percent(value: float | None) -> str:

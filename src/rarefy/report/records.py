@@ -155,6 +155,13 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     ]
 
 
+def three_digits(value: float | None) -> str:
+    """A number with three significant digits, however small it is; "not finite" for NaN, infinity and None."""
+    if value is None or not math.isfinite(value):
+        return "not finite"
+    return f"{value:#.3g}".rstrip(".") if value else "0"
+
+
 def geometric_mean(values: Iterable[float]) -> float:
     """The geometric mean of numbers >= 0; NaN of nothing or where one is NaN, 0 where one is 0."""
     numbers = list(values)
@@ -184,8 +191,8 @@ def _row(kind: str, part: Report, seconds: float) -> list[str]:
         str(len(part.layers)),
         shapes.pop() if len(shapes) == 1 else "",
         f"{part.sparsity:.2%}",
-        f"{part.relative_error:.5f}",
-        f"{worst:.5f}",
+        three_digits(part.relative_error),
+        three_digits(worst),
         f"{seconds:.1f}",
     ]
 

@@ -13,6 +13,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rarefy.report.records import three_digits
+
 Facts = Mapping[str, Any]
 Value = str | float | int | None
 
@@ -191,7 +193,7 @@ def _number(key: str, value: Value) -> str:
         return f"{value:,.2f}"
     if key == "seconds":
         return f"{value:,.1f}"
-    return f"{value:.4f}"
+    return three_digits(float(value))
 
 
 def _escaped(cell: str) -> str:
