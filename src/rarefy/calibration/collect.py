@@ -21,7 +21,8 @@ from rarefy.layer.gram import Gram
 from rarefy.models.experts import DOWN, Call, FusedExperts, ListedExperts
 from rarefy.models.sites import Expert, Mixture, Site
 
-#: Tokens of its own that an expert needs for each of its inputs, or else it is solved with all tokens.
+#: Tokens of its own that an expert needs for each of its inputs, or else it is solved with all tokens. With
+#: fewer its Gram is singular; in a trial (docs/architecture.md) own tokens were better from 0.5 to 3 on.
 TOKENS_PER_INPUT = 1.0
 # Experts' Grams that may be in memory together: this much, or as much as the experts' weights in float32.
 _GRAM_BYTES = 2 * 2**30
@@ -87,7 +88,7 @@ def collect(
     if on_batch:
         on_batch()
     # What is called once in every pass. Which experts of a list are called is known when the pass is over.
-    awaited = {id(mixture.module) for mixture in fused} | {id(site.module) for site in leaders}
+    awaited = {id(mixture.module) for mixture in fused} | {id(site.module) for site in leaders if not site.expert}
     open_end = any(site.expert for site in leaders)
     missing: set[int] = set()
 
