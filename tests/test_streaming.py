@@ -16,7 +16,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.core_model_loading import Chunk, Split, WeightConverter, WeightRenaming
+from transformers.core_model_loading import Chunk, Split, Transpose, WeightConverter, WeightRenaming
 
 from models_for_tests import _GROUPED, _SIZES, ARCHITECTURES, build, make_model, write_gguf
 from rarefy.calibration.stream import record
@@ -253,11 +253,15 @@ def test_the_memory_of_a_part_is_known_beforehand(folder_of: Callable[[str], Pat
 # --- Weights that are tied --------------------------------------------------------------------------------
 
 
-def test_tied_weights_are_one_while_any_of_them_is_loaded(folder_of: Callable[[str], Path]) -> None:
+def test_tied_weights_are_one_while_any_of_them_is_loaded(
+    folder_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     streamed = _open(folder_of("qwen3"))
     head, embedding = streamed.load("lm_head"), streamed.model.get_submodule("model.embed_tokens")
     assert embedding.weight.is_meta
-    streamed.load("model.embed_tokens")
+    with monkeypatch.context() as patch:
+        patch.setattr(StoredTensor, "read", lambda _: pytest.fail("what is loaded was read again"))
+        streamed.load("model.embed_tokens")
     assert head.weight is embedding.weight
     streamed.free("lm_head")
     assert head.weight.is_meta
@@ -516,20 +520,43 @@ def test_a_buffer_that_cannot_be_made_is_refused(
     streamed.load("model.layers.0")
 
 
-def test_a_conversion_without_a_way_back_is_refused(
-    folder_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    class Lossy(Chunk):
-        @property
-        def reverse_op(self) -> Lossy:
-            return self
+class _OneWay(Transpose):
+    @property
+    def reverse_op(self) -> Chunk:
+        return Chunk(0)  # in one piece: nothing happens
 
-    rules = [WeightConverter("o_proj.weight", "o_proj.weight", [Lossy(1)])]
+
+def test_a_conversion_without_a_way_back_is_refused(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "model.layers.0.mlp.up_proj.weight"
+    rules = [WeightConverter("0.mlp.up_proj", "0.mlp.up_proj", [Transpose()])]
     monkeypatch.setattr(conversion, "get_model_conversion_mapping", lambda _: rules)
-    assert _open(folder_of("llama")) is not None  # a single piece is the whole
-    rules[0] = WeightConverter(["q_proj.weight", "k_proj.weight"], "q_proj.weight", [Lossy(0)])
-    with pytest.raises(ModelError, match="cannot be loaded by itself"):
-        _open(folder_of("llama"))
+    _edit(llama, lambda tensors: tensors.update({name: tensors[name].T.contiguous()}))
+    assert _open(llama).load("model.layers.0.mlp").up_proj.weight.shape == (64, 32)
+    rules[0] = WeightConverter("0.mlp.up_proj", "0.mlp.up_proj", [_OneWay()])
+    with pytest.raises(ModelError, match=f"{name} cannot be written by itself: transformers has no way back"):
+        _open(llama)
+    both = ["0.self_attn.q_proj", "0.self_attn.o_proj"]
+    rules[:] = [
+        WeightConverter("0.mlp.up_proj", "0.mlp.up_proj", [Transpose()]),
+        WeightConverter(both, both[0], [Chunk(0)]),
+    ]
+    with pytest.raises(ModelError, match=r"q_proj\.weight cannot be loaded by itself"):
+        _open(llama)
+
+
+def test_experts_without_the_prefix_of_their_model_have_no_way_back(
+    folder_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(folder_of("mixtral"), tmp_path / "model"))
+
+    def strip(tensors: dict[str, Tensor]) -> None:
+        for name in list(tensors):
+            tensors[name.removeprefix("model.")] = tensors.pop(name)
+
+    _edit(folder, strip)
+    _whole(folder)
+    with pytest.raises(ModelError, match="experts.* cannot be written by itself"):
+        _open(folder)
 
 
 def test_two_tensors_for_one_parameter_are_refused(
