@@ -23,6 +23,7 @@ from rarefy.calibration.stream import record
 from rarefy.errors import ModelError
 from rarefy.models import conversion
 from rarefy.models.blocks import _block_list
+from rarefy.models.settings import copy_settings
 from rarefy.models.shards import ShardCopies, StoredTensor
 from rarefy.models.source import resolve_model
 from rarefy.models.streaming import StreamedModel
@@ -566,3 +567,38 @@ def test_two_tensors_for_one_parameter_are_refused(
     monkeypatch.setattr(conversion, "get_model_conversion_mapping", lambda _: rules)
     with pytest.raises(ModelError, match=r"gate_proj\.weight and .*up_proj\.weight are both for .*up_proj\.weight"):
         _open(folder_of("llama"))
+
+
+# --- Settings ---------------------------------------------------------------------------------------------
+
+
+def test_all_but_the_weights_is_copied_without_what_a_pruned_model_must_not_say(
+    model_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    source, target = Path(shutil.copytree(model_folder("llama"), tmp_path / "source")), tmp_path / "target"
+    settings = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**settings, "sparsity_config": {"a": 1}, "name": "é"}))
+    (source / "additional_chat_templates").mkdir()
+    others = {"additional_chat_templates/rag.jinja": "{{ x }}", "preprocessor_config.json": "{}", "merges.txt": "a b"}
+    left = {
+        "README.md": "",
+        "code.py": "",
+        "model.safetensors.index.json": "{}",
+        "pytorch_model.bin.index.json": "{}",
+    }
+    for name, text in {**others, **left}.items():
+        (source / name).write_text(text)
+    for _ in range(2):
+        copy_settings(source, target)
+    copied = {str(file.relative_to(target)) for file in target.rglob("*") if file.is_file()}
+    original = {str(file.relative_to(source)) for file in source.rglob("*") if file.is_file()}
+    assert original - copied == {*left, "model.safetensors"}
+    assert copied <= original
+    for name in copied - {"config.json", "tokenizer_config.json"}:
+        assert (target / name).read_bytes() == (source / name).read_bytes()
+    assert json.loads((target / "config.json").read_text()) == {**settings, "name": "é"}
+    shutil.copy(source / "model.safetensors", target)
+    _assert_same(_whole(target), make_model("llama"))
+    tokenizer, expected = (transformers.AutoTokenizer.from_pretrained(folder) for folder in (target, source))
+    assert tokenizer("The theatre").input_ids == expected("The theatre").input_ids
+    assert tokenizer.chat_template == expected.chat_template
