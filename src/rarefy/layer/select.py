@@ -25,8 +25,8 @@ def kth_largest(values: Float[Tensor, "*rows n"], k: int) -> Float[Tensor, "*row
         return found.reshape(values.shape[:-1])
     if values.device.type == "cpu" and values.dtype in (torch.float32, torch.float64):
         # numpy's partition is vectorised; torch.kthvalue took about ten times as long (docs/log.md).
-        found = np.partition(values.detach().numpy(), n - k, axis=-1)[..., n - k]
-        return torch.from_numpy(np.ascontiguousarray(found)).reshape(values.shape[:-1])
+        ordered = np.partition(values.detach().numpy(), n - k, axis=-1)[..., n - k]
+        return torch.from_numpy(np.ascontiguousarray(ordered)).reshape(values.shape[:-1])
     return values.kthvalue(n - k + 1, dim=-1).values
 
 
