@@ -19,8 +19,9 @@ from rarefy.comparing.folder import SweepFolder
 from rarefy.comparing.plan import Options, plan_sweep
 from rarefy.comparing.sweep import run_sweep
 from rarefy.errors import InputError
-from rarefy.report.page import LayerProof, RunView, render
+from rarefy.report.page import render
 from rarefy.report.records import LayerRecord
+from rarefy.report.views import LayerProof, RunView
 from rarefy.reporting import write_report
 from rarefy.run_folder import RunFolder
 
@@ -375,7 +376,7 @@ def test_in_a_browser(swept: Path, tmp_path: Path) -> None:
     text = write_report([swept, swept / "cells" / "alps_2of4_seed0"], tmp_path / "page.html").read_text()
     figures = len(pictures(check(text)))
     colours = set()
-    for width, flags in ((1200, []), (390, []), (1200, ["--blink-settings=preferredColorScheme=0"])):
+    for width, flags in ((1280, []), (390, []), (1280, ["--blink-settings=preferredColorScheme=0"])):
         folder = tmp_path / f"{width}-{len(flags)}"
         folder.mkdir()
         found = in_browser(text, width, folder, *flags)
@@ -385,7 +386,7 @@ def test_in_a_browser(swept: Path, tmp_path: Path) -> None:
         assert found["sticking"] == []
         assert found["figures"] == found["drawn"] == figures
         assert found["empty"] == found["images"] == 0
-        assert found["smallest"] >= 8  # pixels of a line of text in a picture
+        assert found["smallest"] >= 9  # pixels of a line of text in a picture
         colours.add((found["ink"], found["page"]))
     assert len(colours) == 2  # light, and dark
 

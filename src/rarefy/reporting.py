@@ -10,8 +10,9 @@ import yaml
 
 from rarefy.comparing.folder import SweepFolder
 from rarefy.errors import InputError, OutputError, RarefyError
-from rarefy.report.page import LayerProof, RunView, SweepView, render
+from rarefy.report.page import render
 from rarefy.report.records import LayerRecord
+from rarefy.report.views import LayerProof, RunView, SweepView
 from rarefy.run_folder import RunFolder, write_atomically
 from rarefy.watching import Watch, unwatched
 

@@ -1,6 +1,6 @@
 """The pictures of the report, as SVG that stands inside the page: text is text, and takes the page's colour.
 
-Each is drawn 360 units wide, so that at the width of a phone a unit is a pixel and 9-point labels stay
+Each is drawn 324 units wide, so that at the width of a phone a unit is at least a pixel and 9-point labels stay
 readable; wider screens show several beside each other. Every picture comes with the sentence that replaces it
 for those who cannot see it.
 """
@@ -21,6 +21,7 @@ from rarefy.report.records import LayerRecord, geometric_mean
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 #: Stands for the page's text colour until the SVG is part of the page.
@@ -28,7 +29,7 @@ _INK = "#010203"
 #: Colours of Okabe and Ito that differ for all kinds of sight, and stand out on white and on near-black.
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6bb1", "#7f7f7f")
 _MARKERS = "osD^vP*X"
-_WIDTH = 5.0  # inches of 72 units
+_WIDTH = 4.5  # inches of 72 units
 _STYLE: Any = {  # matplotlib's type lists every key
     "svg.fonttype": "none",
     "font.size": 9,
@@ -97,6 +98,7 @@ def error_map(layers: Sequence[LayerRecord], title: str, limits: tuple[float, fl
         axes.invert_yaxis()
         axes.set_xlabel("block")
         bar = figure.colorbar(mesh, ax=axes, pad=0.02, aspect=12)
+        _plain_numbers(bar.ax.yaxis, *limits)
         if bar.solids is not None:
             bar.solids.set_rasterized(True)  # 256 steps of colour are one small image
         bar.outline.set_visible(False)
@@ -152,7 +154,7 @@ def traces(layers: Sequence[LayerRecord], key: str, title: str) -> Picture | Non
         axes.fill_between(steps, low, high, color=_COLOURS[0], alpha=0.25, linewidth=0, label="80% of the layers")
         axes.plot(steps, middle, color=_COLOURS[0], label="median")
         if min(low) > 0 and max(high) > 20 * min(low):
-            axes.set_yscale("log")
+            _logarithmic(axes)
         axes.set_xlabel("step")
         axes.set_ylabel(key)
         axes.legend()
@@ -236,7 +238,7 @@ def _lines(
             )
         values = [value for _, y in lines.values() for value in y if value > 0]
         if values and max(values) > 4 * min(values):
-            axes.set_yscale("log")
+            _logarithmic(axes)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel(x_name)
         axes.set_ylabel(y_name)
@@ -249,7 +251,25 @@ def _scale(axes: Axes, values: Sequence[float], share: bool) -> None:
     if share:
         axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g}%")
     elif values and min(values) > 0 and max(values) > 8 * min(values):
-        axes.set_yscale("log")
+        _logarithmic(axes)
+
+
+def _logarithmic(axes: Axes) -> None:
+    """A logarithmic y axis whose numbers are plain: 0.02, 0.05, 0.1; over many decades only 0.01, 0.1, 1."""
+    axes.set_yscale("log")
+    _plain_numbers(axes.yaxis, *axes.get_ylim())
+
+
+def _plain_numbers(axis: Axis, low: float, high: float) -> None:
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    plain = FuncFormatter(lambda value, _: f"{value:,.10g}" if 1e-5 <= value < 1e7 else f"{value:.0e}")
+    axis.set_major_formatter(plain)
+    if high < 50 * low:
+        axis.set_minor_locator(LogLocator(subs=(2, 5)))
+        axis.set_minor_formatter(plain)
+    else:
+        axis.set_minor_formatter(NullFormatter())
 
 
 def _legend_below(figure: Figure) -> None:
@@ -259,7 +279,7 @@ def _legend_below(figure: Figure) -> None:
         for handle, label in zip(*axes.get_legend_handles_labels()):
             found.setdefault(label, handle)
     longest = max(map(len, found), default=0)
-    columns = max(1, min(4, 60 // (longest + 6)))
+    columns = max(1, min(4, 54 // (longest + 6)))
     figure.legend(list(found.values()), list(found), loc="outside lower center", ncols=columns)
 
 

@@ -178,8 +178,18 @@ def _spread(key: str, summary: Summary) -> str:
         return ""
     text = _number(key, summary.mean[key])
     if key in summary.deviation and key not in ("seconds", "measured_sparsity"):
-        text += f" ± {_number(key, summary.deviation[key])}"
+        text += f" ± {_deviation(summary.deviation[key], text)}"
     return text
+
+
+def _deviation(value: float, mean: str) -> str:
+    """A deviation with as many decimals as its mean, or with one digit where these would all be 0."""
+    if mean.endswith("%"):
+        return f"{value:.1%}"
+    if "e" in mean:
+        return three_digits(value)
+    decimals = len(mean.partition(".")[2])
+    return f"{value:,.{decimals}f}" if value == 0 or value >= 0.5 * 10**-decimals else f"{value:.1g}"
 
 
 def _number(key: str, value: Value) -> str:
@@ -190,10 +200,15 @@ def _number(key: str, value: Value) -> str:
     if key.startswith("agreement_") or key.endswith("_acc"):
         return f"{value:.1%}"
     if key.startswith("perplexity_"):
-        return f"{value:,.2f}"
+        return perplexity_words(float(value))
     if key == "seconds":
         return f"{value:,.1f}"
     return three_digits(float(value))
+
+
+def perplexity_words(value: float) -> str:
+    """A perplexity with two decimals, or none where it is so large that they say nothing."""
+    return f"{value:,.2f}" if value < 1000 else f"{value:,.0f}"
 
 
 def _escaped(cell: str) -> str:
