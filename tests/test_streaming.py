@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import threading
 import weakref
@@ -519,6 +520,15 @@ def test_a_buffer_that_cannot_be_made_is_refused(
     with pytest.raises(ModelError, match=r"model\.rotary_emb\.(original_)?inv_freq is in no file"):
         streamed.load("model.rotary_emb")
     streamed.load("model.layers.0")
+
+
+def test_another_transformers_that_does_it_in_another_way_is_one_sentence(
+    folder_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(transformers.core_model_loading.WeightTransform, "was_used")
+    version = re.escape(transformers.__version__)
+    with pytest.raises(ModelError, match=f"llama.* cannot be read in parts with transformers {version}: .*was_used"):
+        _open(folder_of("llama"))
 
 
 class _OneWay(Transpose):

@@ -22,6 +22,7 @@ from typing import TypeVar
 from weakref import WeakValueDictionary
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
@@ -29,7 +30,7 @@ from transformers import initialization as init
 from rarefy.errors import ModelError
 from rarefy.models.conversion import plan_conversion
 from rarefy.models.shards import ShardCopies, Shards, StoredTensor
-from rarefy.models.source import ModelSource, quiet
+from rarefy.models.source import ModelSource, cannot, quiet
 
 _T = TypeVar("_T", bound=Tensor)
 
@@ -56,8 +57,15 @@ class StreamedModel:
         self.model: PreTrainedModel = replace(source, config=config).skeleton().requires_grad_(False)
         self._empty: dict[str, Tensor] = dict(self.model.named_parameters(remove_duplicate=False))
         self._empty |= dict(self.model.named_buffers(remove_duplicate=False))
-        with quiet():
-            self._plan = plan_conversion(self.model, {name: item.meta() for name, item in self._readable()})
+        try:
+            with quiet():
+                self._plan = plan_conversion(self.model, {name: item.meta() for name, item in self._readable()})
+        except ModelError:
+            raise
+        except Exception as error:  # transformers' functions for this are its own, and differ between releases
+            raise cannot(
+                f"be read in parts with transformers {transformers.__version__}", source.name, error
+            ) from error
         self._origin = self._origins(source.name)
         # Names that share a parameter share it while any of them is loaded, and are freed with the last of them.
         self._live: WeakValueDictionary[str, nn.Parameter] = WeakValueDictionary()
