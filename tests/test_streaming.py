@@ -493,11 +493,17 @@ def test_the_dtype_is_that_of_the_files_where_the_settings_do_not_say_it(llama: 
 
 
 def test_another_dtype_than_that_of_the_files(llama: Path) -> None:
+    with StreamedModel(resolve_model(str(llama)), torch.float32).loaded() as module:
+        assert module.dtype == torch.float32
+        _assert_same(module, AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32))
     settings = json.loads((llama / "config.json").read_text())
     (llama / "config.json").write_text(json.dumps({**settings, "dtype": "float32"}))
-    with _open(llama).loaded() as module:
+    streamed = _open(llama)
+    with streamed.loaded() as module:
         assert module.dtype == torch.float32
         _assert_same(module, _whole(llama))
+    with pytest.raises(ModelError, match="is used as float32, but .* holds it as bfloat16, in which it cannot"):
+        streamed.check_storable(["model.layers.0.mlp.up_proj.weight"])
 
 
 def test_weights_that_stay_in_float32_stay_in_float32(folder_of: Callable[[str], Path]) -> None:

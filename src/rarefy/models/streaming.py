@@ -39,11 +39,12 @@ class StreamedModel:
     """A model of safetensors files, of which nothing is in memory but what was asked for.
 
     ``model`` is complete in its modules and shapes; what is not loaded is on the meta device. Names are
-    full module names, "" for the whole model; what is below a name in ``without`` is left alone. Raises
-    ModelError where the model cannot be had in parts: load it as a whole then.
+    full module names, "" for the whole model; what is below a name in ``without`` is left alone.
+    ``dtype`` is what the checkpoint says unless it is given. Raises ModelError where the model cannot be
+    had in parts: load it as a whole then.
     """
 
-    def __init__(self, source: ModelSource) -> None:
+    def __init__(self, source: ModelSource, dtype: torch.dtype | None = None) -> None:
         if source.kind == "gguf":
             raise ModelError.sentence(f"{source.name} is a GGUF file, which cannot be read in parts.")
         self.shards = Shards.open(source.fetch())
@@ -52,6 +53,7 @@ class StreamedModel:
             raise ModelError.sentence(
                 f"{source.name} names its files of weights itself, and cannot be read in parts."
             )
+        config.dtype = dtype or config.dtype
         if config.dtype is None:
             config.dtype = self._dtype_of_files(source.name)
         self.model: PreTrainedModel = replace(source, config=config).skeleton().requires_grad_(False)
