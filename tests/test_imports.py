@@ -41,6 +41,7 @@ ALLOWED = {
         "distributed",
         "report.records",
     ],
+    "rarefy.homes": ["errors", "disk", "models", "calibration", "progress", "pruning", "report.records"],
     "rarefy.distributed": ["errors"],
     "rarefy.comparing": [
         *("__version__", "errors", "layer", "methods", "models", "calibration", "evaluation", "report"),

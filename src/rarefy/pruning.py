@@ -1,8 +1,9 @@
-"""The loop over blocks: collect, solve, write, propagate.
+"""The loop over blocks: load, collect, solve, write, propagate, keep.
 
 For each block in order, the hidden states of all windows are replayed through the still dense block
 while hooks feed its Gram matrices, every linear is solved, the sparse weights are written, and the
-hidden states are replayed through the pruned block to enter the next one.
+hidden states are replayed through the pruned block to enter the next one. Where blocks come from and go
+to is a ``Home``'s affair: the loop is the same for a model in memory and for one that stays on disk.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import zip_longest
 
 import torch
 from jaxtyping import Int64
@@ -70,28 +72,99 @@ def prune(
     where the pattern does not fit a layer, NumericalError for NaN or infinity, and, if ``strict``,
     for a layer whose status is a failure.
     """
-    started = time.perf_counter()
-    blocks = select_sites(find_blocks(model), include, exclude)
-    check_pattern(blocks, pattern)
     training = model.training
     model.eval()
     try:
-        stream = record(model, [block.module for block in blocks], windows, batch_size)
-        convert_calls(stream, compute_dtype(stream.states.dtype, stream.device))
-        records: list[LayerRecord] = []
-        last = max(block.index for block in blocks if block.sites)
-        ticks = _Ticks(on_progress, _num_parts(blocks[: last + 1], stream.num_batches))
-        for block in blocks[: last + 1]:
-            stored = {site.name: site.dtype for site in block.sites}
-            with computing_in(block.module, stream.compute_dtype):
-                for done in _prune_block(block, stream, pattern, method, strict, stored, ticks):
-                    records.append(done)
-                    if on_layer:
-                        on_layer(done)
-                if block.index < last:
-                    stream.advance(block.module, block.index, ticks.one)
+        return prune_blocks(
+            Home(model),
+            windows,
+            pattern=pattern,
+            method=method,
+            batch_size=batch_size,
+            include=include,
+            exclude=exclude,
+            strict=strict,
+            on_progress=on_progress,
+            on_layer=on_layer,
+        )
     finally:
         model.train(training)
+
+
+class Home:
+    """Where the blocks of a model are before their turn and after it: here, in memory all the time.
+
+    The loop calls ``record`` once, and for each block in order ``loaded``, within it ``store``, and then
+    ``finish``. Blocks before ``finished`` were done by an earlier run, whose ``records`` are these.
+    """
+
+    finished = 0
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def records(self) -> list[LayerRecord]:
+        """The records of the finished blocks."""
+        return []
+
+    def record(self, blocks: Sequence[Block], windows: Int64[Tensor, "num length"], batch_size: int) -> HiddenStates:
+        """How every block is called, and the hidden states that enter the first unfinished one."""
+        return record(self.model, [block.module for block in blocks], windows, batch_size)
+
+    @contextmanager
+    def loaded(self, block: Block, following: Block | None) -> Iterator[None]:
+        """Within the scope, ``block`` is in memory; ``following`` is the one that will be loaded next."""
+        yield
+
+    def store(self, block: Block) -> None:
+        """Keep the weights of ``block``, which were pruned."""
+
+    def finish(self, block: Block, records: Sequence[LayerRecord], entering: HiddenStates | None) -> None:
+        """``block`` is done; ``entering`` are the states for the next one, None after the last."""
+
+
+def prune_blocks(
+    home: Home,
+    windows: Int64[Tensor, "num length"],
+    *,
+    pattern: Pattern,
+    method: Method,
+    batch_size: int = 4,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    strict: bool = False,
+    on_progress: Progress | None = None,
+    on_layer: Callable[[LayerRecord], None] | None = None,
+) -> Report:
+    """Prune the linears in all unfinished blocks of the model that ``home`` keeps, which is in inference mode.
+
+    Arguments and errors are those of ``prune``; ``on_progress`` and ``on_layer`` hear of what is done now.
+    The report is of the whole run.
+    """
+    started = time.perf_counter()
+    blocks = select_sites(find_blocks(home.model), include, exclude)
+    check_pattern(blocks, pattern)
+    last = max(block.index for block in blocks if block.sites)
+    records = home.records()
+    todo = blocks[home.finished : last + 1]
+    if todo:
+        stream = home.record(blocks, windows, batch_size)
+        convert_calls(stream, compute_dtype(stream.states.dtype, stream.device))
+        ticks = _Ticks(on_progress, _num_parts(todo, stream.num_batches))
+    for block, following in zip_longest(todo, todo[1:]):
+        done = []
+        with home.loaded(block, following):
+            stored = {site.name: site.dtype for site in block.sites}
+            with computing_in(block.module, stream.compute_dtype):
+                for record_ in _prune_block(block, stream, pattern, method, strict, stored, ticks):
+                    done.append(record_)
+                    if on_layer:
+                        on_layer(record_)
+                if following is not None:
+                    stream.advance(block.module, block.index, ticks.one)
+            home.store(block)
+        home.finish(block, done, stream if following is not None else None)
+        records += done
     _warn_of_starved(records)
     return Report(records, seconds=time.perf_counter() - started, method=str(method), pattern=str(pattern))
 
@@ -147,7 +220,7 @@ def _warn_of_starved(records: Sequence[LayerRecord]) -> None:
         warnings.warn(
             f"{len(names)} weights of experts were solved with all tokens of their block, because the router sent "
             f"fewer tokens to them than they have inputs: {', '.join(names[:_NAMED])}{more}. Their records say so.",
-            stacklevel=3,
+            stacklevel=4,
         )
 
 

@@ -10,13 +10,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
+from rarefy.calibration.spill import MappedStates
 from rarefy.errors import CalibrationError, ModelError
+
+
+def _keep() -> None:
+    """Memory is not given back."""
 
 
 @dataclass
@@ -31,7 +37,8 @@ class BlockCall:
 class HiddenStates:
     """The hidden states (num, length, hidden) that enter the next block, in the model's dtype.
 
-    ``calls[b][i]`` is how block b is called for batch i; equal tensors are stored once.
+    ``calls[b][i]`` is how block b is called for batch i; equal tensors are stored once. ``release`` gives
+    back the memory of states that are in a file; it may be called whenever no batch is being read.
     """
 
     states: Float[Tensor, "num length hidden"]
@@ -39,6 +46,7 @@ class HiddenStates:
     device: torch.device
     calls: list[list[BlockCall]] = field(default_factory=list)
     compute_dtype: torch.dtype = torch.float32
+    release: Callable[[], None] = _keep
 
     @property
     def num_batches(self) -> int:
@@ -54,7 +62,10 @@ class HiddenStates:
         """The output of one block for one batch, in the dtype of computation."""
         call = self.calls[block][batch]
         hidden = self.states[windows].to(self.device, self.compute_dtype)
-        output = module(hidden, *call.args, **call.kwargs)
+        try:
+            output = module(hidden, *call.args, **call.kwargs)
+        finally:
+            self.release()
         return output[0] if isinstance(output, (tuple, list)) else output
 
     def advance(self, module: nn.Module, block: int, on_batch: Callable[[], None] | None = None) -> None:
@@ -64,15 +75,21 @@ class HiddenStates:
                 self.states[windows] = self.run(module, block, batch, windows).to(self.states)
                 if on_batch:
                     on_batch()
+            self.release()
 
 
 def record(
-    model: nn.Module, blocks: Sequence[nn.Module], windows: Int64[Tensor, "num length"], batch_size: int
+    model: nn.Module,
+    blocks: Sequence[nn.Module],
+    windows: Int64[Tensor, "num length"],
+    batch_size: int,
+    offload: Path | None = None,
 ) -> HiddenStates:
     """Hidden states at the entry of the first block and every block's arguments, in one pass.
 
-    ``windows`` are token ids. The head is never run. Raises CalibrationError for windows that are no
-    token ids of the model, ModelError where a model does not run its blocks one after the other.
+    ``windows`` are token ids. The head is never run. The states are in memory, or in a file of the folder
+    ``offload``. Raises CalibrationError for windows that are no token ids of the model, ModelError where a
+    model does not run its blocks one after the other, OutputError where the folder cannot take the states.
     """
     check_windows(model, windows)
     device = next(model.parameters()).device
@@ -92,15 +109,26 @@ def record(
             entry = recorder.entry
             assert entry is not None
             if stream is None:
-                states = torch.empty(windows.shape[0], *entry.shape[1:], dtype=entry.dtype)
-                stream = HiddenStates(states, batch_size, device, calls, entry.dtype)
+                stream = _allocate((len(windows), *entry.shape[1:]), entry.dtype, offload, batch_size, device)
+                stream.calls = calls
             stream.states[start : start + len(batch)] = entry
+            stream.release()
             for block, call in enumerate(recorder.calls):
                 calls[block].append(call)
             _share_equal(calls)
     if stream is None:
         raise CalibrationError.sentence("windows holds no window.")
     return stream
+
+
+def _allocate(
+    shape: tuple[int, ...], dtype: torch.dtype, offload: Path | None, batch_size: int, device: torch.device
+) -> HiddenStates:
+    """Hidden states with any content, in memory or in a file of ``offload``."""
+    if offload is None:
+        return HiddenStates(torch.empty(shape, dtype=dtype), batch_size, device, compute_dtype=dtype)
+    mapped = MappedStates(offload, shape, dtype)
+    return HiddenStates(mapped.tensor, batch_size, device, compute_dtype=dtype, release=mapped.release)
 
 
 def check_windows(model: nn.Module, windows: Int64[Tensor, "num length"]) -> None:

@@ -1,0 +1,131 @@
+"""Homes of models whose pruning is written down block by block, so that a killed run can go on.
+
+``KeptHome`` is for a model in memory: what it keeps of a block are its pruned weights, which the next run
+puts back. ``StreamedHome`` is for a model that stays on disk: blocks are loaded when their turn comes, and
+their pruned weights go into the copy of the checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from jaxtyping import Int64
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor, nn
+
+from rarefy.calibration.spill import load_states, save_states
+from rarefy.calibration.stream import HiddenStates, record
+from rarefy.disk import refusals, replace_file
+from rarefy.errors import OutputError
+from rarefy.models.blocks import Block
+from rarefy.models.shards import ShardCopies
+from rarefy.models.streaming import StreamedModel
+from rarefy.progress import Progress
+from rarefy.pruning import Home
+from rarefy.report.records import LayerRecord
+
+
+class KeptHome(Home):
+    """A model in memory, of which every pruned block is kept in the folder of an open ``progress``.
+
+    ``offload`` is a folder for the hidden states, which are in memory without it.
+    """
+
+    def __init__(self, model: nn.Module, progress: Progress, offload: Path | None = None) -> None:
+        super().__init__(model)
+        self.progress = progress
+        self.offload = offload
+        self.finished = progress.finished
+        for index in range(self.finished):
+            self._restore(self._weights_of(index))
+
+    def records(self) -> list[LayerRecord]:
+        """The records of the finished blocks. Raises OutputError where a file is missing or damaged."""
+        return self.progress.records()
+
+    def record(self, blocks: Sequence[Block], windows: Int64[Tensor, "num length"], batch_size: int) -> HiddenStates:
+        """How every block is called, and the states that were saved last, if any."""
+        modules = [block.module for block in blocks]
+        stream = record(self.model, modules, windows, batch_size, self.offload)
+        if self.progress.states:
+            load_states(self.progress.folder, self.progress.states, stream.states, on_window=stream.release)
+        return stream
+
+    def store(self, block: Block) -> None:
+        """Write the pruned parameters into a file beside the journal. Raises OutputError."""
+        if block.sites:
+            parameters = {site.parameter_name: site.parameter for site in block.sites}
+            tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in parameters.items()}
+            replace_file(self._weights_of(block.index), save(tensors))
+
+    def finish(self, block: Block, records: Sequence[LayerRecord], entering: HiddenStates | None) -> None:
+        """Save the states for the next block, and note in the journal that this one is done. Raises OutputError."""
+        parts = []
+        if entering is not None:
+            folder = self.progress.folder
+            parts.append(save_states(folder, block.index + 1, entering.states, on_window=entering.release))
+        self.progress.finish_block(block.index, records, parts)
+
+    def _weights_of(self, index: int) -> Path:
+        return self.progress.folder / f"weights-{index:05d}.safetensors"
+
+    def _restore(self, file: Path) -> None:
+        """Put the pruned parameters of a finished block back; a block without pruned linears has no file."""
+        if not file.exists():
+            return
+        with refusals(file), torch.no_grad():
+            try:
+                for name, tensor in load(file.read_bytes()).items():
+                    self.model.get_parameter(name).copy_(tensor)
+            except (SafetensorError, AttributeError, RuntimeError) as error:
+                raise OutputError.sentence(
+                    f"{file} is damaged, so the unfinished run cannot go on: remove {file.parent} to begin anew."
+                ) from error
+
+
+class StreamedHome(KeptHome):
+    """A model on disk: one block of it is in memory at a time, on ``device``.
+
+    The copies of the checkpoint's files are made here, in the model folder of ``progress``. Raises
+    OutputError where they cannot be.
+    """
+
+    def __init__(
+        self, streamed: StreamedModel, progress: Progress, device: torch.device, offload: Path | None = None
+    ) -> None:
+        super().__init__(streamed.model, progress, offload)
+        self.streamed = streamed
+        self.device = device
+        self.copies = ShardCopies(streamed.shards, progress.model)
+
+    def prepare(self, num_blocks: int) -> None:
+        """Make the copies, or check those of an earlier run unless it got through all ``num_blocks``."""
+        if not self.finished:
+            self.copies.make()
+        elif self.finished < num_blocks:
+            self.copies.check()
+
+    def record(self, blocks: Sequence[Block], windows: Int64[Tensor, "num length"], batch_size: int) -> HiddenStates:
+        """As of a model in memory, with nothing loaded but what comes before the blocks, and the first of them."""
+        rest = [block.name for block in blocks[1:]]
+        with self.streamed.loaded(self.streamed.base, without=rest, device=self.device):
+            return super().record(blocks, windows, batch_size)
+
+    @contextmanager
+    def loaded(self, block: Block, following: Block | None) -> Iterator[None]:
+        """Within the scope, ``block`` is on the device. Behind a GPU's back, the next one is read ahead."""
+        with self.streamed.loaded(block.name, device=self.device):
+            if following is not None and self.device.type != "cpu":
+                self.streamed.prefetch(following.name)
+            yield
+
+    def store(self, block: Block) -> None:
+        """Write the pruned parameters into the copy of the checkpoint. Raises OutputError."""
+        self.streamed.store({site.parameter_name for site in block.sites}, self.copies)
+
+    def _restore(self, file: Path) -> None:
+        """The copy of the checkpoint holds the finished blocks."""

@@ -1,0 +1,164 @@
+"""One loop for models in memory and on disk: the same bits whichever way, and after any interruption."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig
+
+import rarefy
+from models_for_tests import _EXPERTS, _GROUPED, VOCABULARY, build
+from rarefy.errors import OutputError
+from rarefy.homes import KeptHome, StreamedHome
+from rarefy.models.source import resolve_model
+from rarefy.models.streaming import StreamedModel
+from rarefy.progress import Fingerprint, Progress
+from rarefy.pruning import Home, prune_blocks
+from rarefy.report.records import LayerRecord, Report
+
+_WINDOWS = torch.randint(3, VOCABULARY, (5, 20), generator=torch.Generator().manual_seed(0))
+_CONFIGS = {
+    "llama": lambda: LlamaConfig(**{**_GROUPED, "num_hidden_layers": 3}),
+    "mixtral": lambda: MixtralConfig(**{**_EXPERTS, "num_hidden_layers": 3}, num_local_experts=4),
+}
+
+
+@pytest.fixture(scope="module", params=_CONFIGS)
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of three blocks in bfloat16, in several files."""
+    folder = tmp_path_factory.mktemp(request.param)
+    model = build(_CONFIGS[request.param]()).to(torch.bfloat16)
+    model.save_pretrained(folder, max_shard_size="30KB")
+    assert len(list(folder.glob("*.safetensors"))) > 1
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test here pulls the plug."""
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+
+
+def _in_memory(folder: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval().requires_grad_(False)
+
+
+def _prune(home: Home, **more: Any) -> Report:
+    settings: dict[str, Any] = {"pattern": rarefy.PerRow(0.5), "method": rarefy.SparseGPT(), "batch_size": 2}
+    return prune_blocks(home, _WINDOWS, **settings | more)
+
+
+def _progress(output: Path, folder: Path) -> Progress:
+    return Progress(output).open(Fingerprint.of({"method": "sparsegpt"}, folder, _WINDOWS))
+
+
+def _kept(folder: Path, output: Path, offload: Path | None = None, **more: Any) -> tuple[Report, dict[str, Tensor]]:
+    with _progress(output, folder) as progress:
+        home = KeptHome(_in_memory(folder), progress, offload)
+        return _prune(home, **more), home.model.state_dict()
+
+
+def _streamed(
+    folder: Path, output: Path, offload: Path | None = None, **more: Any
+) -> tuple[Report, dict[str, Tensor]]:
+    streamed = StreamedModel(resolve_model(str(folder)))
+    with _progress(output, folder) as progress:
+        home = StreamedHome(streamed, progress, torch.device("cpu"), offload)
+        home.prepare(3)
+        report = _prune(home, **more)
+        assert all(parameter.is_meta for parameter in streamed.model.parameters())
+        for file in folder.glob("config.json"):
+            (progress.model / file.name).write_bytes(file.read_bytes())
+        return report, _in_memory(progress.model).state_dict()
+
+
+each_way = pytest.mark.parametrize("way", [_kept, _streamed])
+Way = Callable[..., tuple[Report, dict[str, Tensor]]]
+
+
+def _facts(records: list[LayerRecord]) -> list[tuple[object, ...]]:
+    return [(one.name, one.block, one.kept, one.relative_error, one.status, one.details) for one in records]
+
+
+def _assert_equal(found: tuple[Report, dict[str, Tensor]], expected: tuple[Report, dict[str, Tensor]]) -> None:
+    assert _facts(found[0].layers) == _facts(expected[0].layers)
+    assert found[1].keys() == expected[1].keys()
+    for name, tensor in expected[1].items():
+        assert tensor.dtype == found[1][name].dtype
+        assert torch.equal(tensor, found[1][name]), name
+
+
+@pytest.fixture(scope="module")
+def expected(folder: Path) -> tuple[Report, dict[str, Tensor]]:
+    """What pruning in memory makes of the model."""
+    model = _in_memory(folder)
+    return _prune(Home(model)), model.state_dict()
+
+
+@pytest.mark.filterwarnings("ignore:.*weights of experts were solved with all tokens")
+@each_way
+@pytest.mark.parametrize("offload", [False, True])
+def test_the_same_bits_as_in_memory(
+    folder: Path, tmp_path: Path, expected: tuple[Report, dict[str, Tensor]], way: Way, offload: bool
+) -> None:
+    found = way(folder, tmp_path / "out", tmp_path / "offload" if offload else None)
+    _assert_equal(found, expected)
+    dense = _in_memory(folder).state_dict()
+    pruned = [name for name, tensor in expected[1].items() if not torch.equal(tensor, dense[name])]
+    assert len(pruned) >= 12  # it was not the dense model
+    assert not offload or not list((tmp_path / "offload").iterdir())
+
+
+@pytest.mark.filterwarnings("ignore:.*weights of experts were solved with all tokens")
+@each_way
+def test_an_interrupted_run_ends_with_the_same_bits(
+    folder: Path, tmp_path: Path, expected: tuple[Report, dict[str, Tensor]], way: Way
+) -> None:
+    total = len(expected[0].layers)
+
+    def interrupt_at(layer: int) -> Callable[[LayerRecord], None]:
+        left = [layer]
+
+        def on_layer(_: LayerRecord) -> None:
+            left[0] -= 1
+            if not left[0]:
+                raise KeyboardInterrupt
+
+        return on_layer
+
+    # in the first block; in the second; in the last; and each of them starts where the one before ended
+    for layer in (1, total // 3 + 2, total // 3 + 1):
+        with pytest.raises(KeyboardInterrupt):
+            way(folder, tmp_path / "out", on_layer=interrupt_at(layer))
+    seen: list[LayerRecord] = []
+    found = way(folder, tmp_path / "out", on_layer=seen.append)
+    assert {record.block for record in seen} == {2}
+    _assert_equal(found, expected)
+    seen.clear()
+    _assert_equal(way(folder, tmp_path / "out", on_layer=seen.append), expected)  # killed before it was published
+    assert not seen
+
+
+@each_way
+def test_blocks_without_a_layer_to_prune_are_finished_too(folder: Path, tmp_path: Path, way: Way) -> None:
+    include = ["model.layers.1.*.o_proj"]
+    model = _in_memory(folder)
+    expected = _prune(Home(model), include=include), model.state_dict()
+    _assert_equal(way(folder, tmp_path / "out", include=include), expected)
+    with _progress(tmp_path / "out", folder) as progress:
+        assert progress.finished == 2
+    _assert_equal(way(folder, tmp_path / "out", include=include), expected)
+
+
+def test_damaged_kept_weights_are_one_sentence(folder: Path, tmp_path: Path) -> None:
+    _kept(folder, tmp_path / "out", include=["model.layers.0.*.o_proj"])
+    (file,) = (tmp_path / "out" / "unfinished").glob("weights-*")
+    file.write_bytes(file.read_bytes()[:-5])
+    with pytest.raises(OutputError, match=r"weights-00000.safetensors is damaged, .* begin anew\.$"):
+        _kept(folder, tmp_path / "out")
