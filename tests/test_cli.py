@@ -342,7 +342,7 @@ def test_a_start_token_comes_before_every_window(
         seen.append(windows)
         raise rarefy.NumericalError("enough seen.")
 
-    monkeypatch.setattr("rarefy.pruning.prune", stop)
+    monkeypatch.setattr("rarefy.pruning.prune_blocks", stop)
     for more in ((), ("--bos",)):
         assert rarefy_(*prune_arguments(shelf, "-o", "out", *more)).status == 1
     without, with_start = seen
@@ -369,7 +369,7 @@ def test_a_failing_run_leaves_nothing(
     def broken(*_: object, **__: object) -> None:
         raise rarefy.NumericalError("model.layers.0.mlp.up_proj: its weight holds NaN.")
 
-    monkeypatch.setattr("rarefy.pruning.prune", broken)
+    monkeypatch.setattr("rarefy.pruning.prune_blocks", broken)
     done = rarefy_(*prune_arguments(shelf, "-o", "deep/out"))
     assert done.status == 1
     assert done.err.endswith("error: model.layers.0.mlp.up_proj: its weight holds NaN.\n")
@@ -382,7 +382,7 @@ def test_an_interrupted_run_leaves_nothing_and_says_so_in_a_line(
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("rarefy.pruning.prune", interrupted)
+    monkeypatch.setattr("rarefy.pruning.prune_blocks", interrupted)
     done = rarefy_(*prune_arguments(shelf, "-o", "out"))
     assert done.status == 130
     assert done.err.endswith("\nerror: interrupted.\n")
@@ -392,12 +392,7 @@ def test_an_interrupted_run_leaves_nothing_and_says_so_in_a_line(
 def test_files_that_break_the_promise_are_not_left(
     rarefy_: Rarefy, shelf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from rarefy.models import checkpoint
-
-    def save_dense(model: object, tokenizer: object, folder: Path, source: object) -> None:
-        shutil.copytree(shelf / "model", folder, dirs_exist_ok=True)
-
-    monkeypatch.setattr(checkpoint, "save_model", save_dense)
+    monkeypatch.setattr("rarefy.models.streaming.StreamedModel.store", lambda *_: None)
     done = rarefy_(*prune_arguments(shelf, "-o", "out"))
     assert done.status == 1
     assert "do not hold what was promised" in done.err
@@ -408,7 +403,7 @@ def test_running_out_of_memory_is_one_sentence(rarefy_: Rarefy, shelf: Path, mon
     def greedy(*_: object, **__: object) -> None:
         raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
 
-    monkeypatch.setattr("rarefy.pruning.prune", greedy)
+    monkeypatch.setattr("rarefy.pruning.prune_blocks", greedy)
     done = rarefy_(*prune_arguments(shelf, "-o", "out"))
     assert done.status == 1
     assert "error: Out of memory" in done.err

@@ -28,6 +28,8 @@ from rarefy.progress import Progress
 from rarefy.pruning import Home
 from rarefy.report.records import LayerRecord
 
+_WINDOWS = "windows.safetensors"
+
 
 class KeptHome(Home):
     """A model in memory, of which every pruned block is kept in the folder of an open ``progress``.
@@ -85,6 +87,19 @@ class KeptHome(Home):
                 raise OutputError.sentence(
                     f"{file} is damaged, so the unfinished run cannot go on: remove {file.parent} to begin anew."
                 ) from error
+
+
+def keep_windows(output: Path, windows: Int64[Tensor, "num length"]) -> None:
+    """Keep calibration text that the model wrote beside the journal of a run. Raises OutputError."""
+    replace_file(output / "unfinished" / _WINDOWS, save({"windows": windows}))
+
+
+def kept_windows(output: Path) -> Int64[Tensor, "num length"] | None:
+    """The text that ``keep_windows`` kept; None where there is none, or it is damaged."""
+    try:
+        return load((output / "unfinished" / _WINDOWS).read_bytes())["windows"]
+    except (OSError, SafetensorError, KeyError):
+        return None
 
 
 class StreamedHome(KeptHome):

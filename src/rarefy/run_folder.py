@@ -4,6 +4,7 @@ OUT/recipe.yaml    what was asked for, with every default said
 OUT/layers.jsonl   one line per pruned layer (report/records.py)
 OUT/model/         an ordinary Hugging Face folder
 OUT/run.json       command, versions, times, results; written last: a folder without it is unfinished
+OUT/unfinished/    while a run is under way, what is finished of it (progress.py)
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ class RunFolder:
         self.layers = self.path / "layers.jsonl"
         self.model = self.path / "model"
         self.run = self.path / "run.json"
+        self.unfinished = self.path / "unfinished"
 
     @classmethod
     def find(cls, path: str | Path) -> Self | None:
@@ -43,14 +45,15 @@ class RunFolder:
     def check(self) -> None:
         """Make sure that a run can be written here, and leave no trace of it.
 
-        Raises OutputError where the folder is not empty, is no folder, or nothing can be written.
+        A folder that holds an unfinished run and nothing else will do. Raises OutputError where the folder
+        is otherwise not empty, is no folder, or nothing can be written.
         """
         if self.path.is_symlink() and not self.path.exists():
             raise OutputError("--output", str(self.path), "a folder, not a link to nothing")
         try:
             if self.path.exists() and not self.path.is_dir():
                 raise OutputError("--output", str(self.path), "a folder, not a file")
-            if self.path.is_dir() and any(self.path.iterdir()):
+            if self.path.is_dir() and self._has_others():
                 raise OutputError("--output", str(self.path), "a new or empty folder; this one is not empty")
             existing = self.path
             while not existing.exists():
@@ -61,17 +64,38 @@ class RunFolder:
             reason = error.strerror or str(error)
             raise OutputError("--output", str(self.path), f"a folder that can be written ({reason})") from error
 
+    def _has_others(self) -> bool:
+        """Whether something is in the folder that is not of an unfinished run."""
+        if not self.unfinished.is_dir():
+            return any(self.path.iterdir())
+        own = (self.recipe, self.layers, self.model, self.run)
+        known = {self.unfinished.name, *(file.name for file in own)}
+        partial = tuple(f".{file.name}." for file in own)
+        return any(file.name not in known and not file.name.startswith(partial) for file in self.path.iterdir())
+
+    def remove_partial_files(self) -> None:
+        """Remove what a killed process left half written here."""
+        for file in (self.recipe, self.layers, self.model, self.run):
+            for partial in self.path.glob(f".{file.name}.*"):
+                if partial.is_dir():
+                    shutil.rmtree(partial, ignore_errors=True)
+                else:
+                    partial.unlink(missing_ok=True)
+
     @contextmanager
-    def writing(self) -> Iterator[None]:
+    def writing(self, keep: Callable[[BaseException], bool] = lambda _: False) -> Iterator[None]:
         """Make the folder, and take back all that was written if the block inside fails.
 
-        Raises OutputError where the disk refuses.
+        Nothing is taken back after an error for which ``keep`` is true, and ``unfinished`` never is. Raises
+        OutputError where the disk refuses.
         """
         made = [folder for folder in (self.path, *self.path.absolute().parents) if not folder.exists()]
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             yield
         except BaseException as error:
+            if keep(error):
+                raise
             for file in (self.run, self.layers, self.recipe):
                 file.unlink(missing_ok=True)
             shutil.rmtree(self.model, ignore_errors=True)
@@ -97,11 +121,13 @@ class RunFolder:
         write_atomically(self.run, json.dumps(facts, indent=2) + "\n")
 
     def write_model(self, save: Callable[[Path], None]) -> None:
-        """Let ``save`` fill a folder, which becomes ``model`` once it has returned."""
+        """Let ``save`` fill a folder, which becomes ``model`` once it has returned, in place of one that was it."""
         partial = self.path / f".model.{os.getpid()}"
         try:
             partial.mkdir()
             save(partial)
+            if self.model.exists():
+                shutil.rmtree(self.model)
             partial.replace(self.model)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)

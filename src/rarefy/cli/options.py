@@ -35,6 +35,10 @@ Include = Annotated[
 Exclude = Annotated[
     list[str] | None, typer.Option(metavar="GLOB", help="No linears whose full name matches; repeatable.")
 ]
+OffloadDir = Annotated[
+    Path | None,
+    typer.Option(metavar="FOLDER", help="Keep hidden states in a file of this folder instead of in memory."),
+]
 Texts = Annotated[
     list[str] | None,
     typer.Option(

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import math
+import importlib.metadata
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rarefy import __version__
+from rarefy.cli.memory import check_own_text_fits, estimated_bytes
 from rarefy.cli.terminal import print_table
 from rarefy.cli.words import memory_words
-from rarefy.errors import InputError, ModelError
+from rarefy.errors import InputError, ModelError, OutputError
 
 if TYPE_CHECKING:
     import torch
@@ -19,6 +22,7 @@ if TYPE_CHECKING:
     from rarefy.methods.base import Method
     from rarefy.models.blocks import Block
     from rarefy.models.source import ModelSource
+    from rarefy.progress import Fingerprint
     from rarefy.recipe import Recipe
 
 
@@ -35,6 +39,18 @@ class Plan:
     blocks: list[Block]
     #: Token ids (num, length); None where the model is to write its own text.
     windows: torch.Tensor | None
+    #: Whether the model is to stay on disk, as far as that is known.
+    streams: bool
+    #: A folder for the hidden states; None where they are to be in memory.
+    offload: Path | None = None
+
+    def fingerprint(self, windows: torch.Tensor) -> Fingerprint:
+        """All that the result depends on; ``windows`` is the calibration text."""
+        from rarefy.progress import Fingerprint
+
+        versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
+        settings = self.recipe.model_dump() | {"device": str(self.device), "rarefy": __version__, **versions}
+        return Fingerprint.of(settings, self.source.path, windows)
 
     @property
     def warnings(self) -> list[str]:
@@ -50,15 +66,22 @@ class Plan:
         return [words]
 
 
-def make_plan(recipe: Recipe) -> Plan:
-    """Find every mistake that can be found before the weights are loaded, the cheapest first."""
+def make_plan(recipe: Recipe, output: Path | None = None, offload: Path | None = None) -> Plan:
+    """Find every mistake that can be found before the weights are loaded, the cheapest first.
+
+    ``output`` may hold an unfinished run, which must be this one. ``offload`` is where hidden states go.
+    """
     from rarefy.calibration.sources import DRAW_FROM, SELF, draw_windows, parse_source
+    from rarefy.homes import kept_windows
     from rarefy.models.blocks import find_blocks, select_sites
     from rarefy.models.checkpoint import resolve_device
     from rarefy.models.source import resolve_model
+    from rarefy.progress import Progress
     from rarefy.pruning import check_pattern
     from rarefy.recipe import DEFAULT_CALIBRATION
 
+    if offload is not None and not offload.is_dir():
+        raise OutputError("--offload-dir", str(offload), "a folder that exists")
     method, pattern = recipe.build_method(), recipe.build_pattern()
     device = resolve_device(recipe.device)
     text = parse_source(recipe.calibration or DEFAULT_CALIBRATION)
@@ -72,9 +95,25 @@ def make_plan(recipe: Recipe) -> Plan:
         num, length = recipe.window_shape
         tokens, bos_id = read_tokens(source, text, recipe.bos, enough=DRAW_FROM * num * length)
         windows = draw_windows(tokens, num, length, recipe.seed, bos_id, name=f"the text of {text.name}")
-    elif recipe.bos:
+    else:
+        windows = kept_windows(output) if output else None
         recipe = recipe.model_copy(update={"bos": False})  # what the model writes begins with it anyway
-    return Plan(recipe, method, pattern, device, source, skeleton, blocks, windows)
+    plan = Plan(recipe, method, pattern, device, source, skeleton, blocks, windows, _streams(source, recipe), offload)
+    if output and (progress := Progress.find(output)) and windows is not None and source.kind != "hub":
+        progress.check(plan.fingerprint(windows))
+    if windows is None and plan.streams:
+        check_own_text_fits(plan)
+    return plan
+
+
+def _streams(source: ModelSource, recipe: Recipe) -> bool:
+    """Whether the model has files of which parts can be read, and is to be used in their dtype."""
+    from rarefy.models.checkpoint import resolve_dtype
+
+    if source.kind == "gguf" or (recipe.dtype != "auto" and resolve_dtype(recipe.dtype) != source.config.dtype):
+        return False
+    files = ("model.safetensors", "model.safetensors.index.json")
+    return source.kind == "hub" or any((source.path / file).is_file() for file in files)
 
 
 def read_tokens(
@@ -107,34 +146,10 @@ def print_plan(plan: Plan) -> None:
     print_table(rows)
     print(f"{plan.method}, {plan.pattern}: {total:,} of {size:,} weights would be pruned")
     print(calibration_words(plan.recipe))
-    print(f"peak memory, estimated: {memory_words(_estimated_bytes(plan))} on {plan.device}")
+    print(f"peak memory, estimated: {memory_words(estimated_bytes(plan))} on {plan.device}")
 
 
 def calibration_words(recipe: Recipe) -> str:
     """How many windows of how many tokens from where."""
     num, length = recipe.window_shape
     return f"calibration: {num:,} windows of {length:,} tokens from {recipe.calibration}"
-
-
-def _estimated_bytes(plan: Plan) -> int:
-    """About the most memory that the run needs at once: weights, hidden states, and one block's work."""
-    from rarefy.models.checkpoint import resolve_dtype
-
-    num, length = plan.recipe.window_shape
-    dtype = resolve_dtype(plan.recipe.dtype)
-    parameters = list(plan.skeleton.parameters())
-    item = dtype.itemsize if dtype else parameters[0].dtype.itemsize
-    weights = sum(parameter.numel() for parameter in parameters) * item
-    hidden = num * length * plan.source.config.get_text_config().hidden_size * item
-    sites = [site for block in plan.blocks for site in block.sites]
-    largest = max(plan.blocks, key=lambda block: sum(math.prod(site.shape) for site in block.sites))
-    inputs = {site.shape[1] for site in largest.sites}
-    # In float32: the block itself, one Gram per input width, and what a solve holds beside them.
-    block = 4 * sum(math.prod(site.shape) for site in largest.sites)
-    grams = 4 * sum(width**2 for width in inputs)
-    solve = 4 * max(4 * site.shape[1] ** 2 + 6 * math.prod(site.shape) for site in sites)
-    # Activations of one batch: what goes into and out of the widest linears, twice.
-    widest = sum(sorted(max(site.shape) for site in largest.sites)[-3:])
-    batch = 4 * 2 * min(plan.recipe.batch_size, num) * length * widest
-    libraries = 0 if plan.device.type == "cuda" else 600 * 2**20
-    return weights + hidden + block + grams + max(solve, batch) + libraries

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from rarefy.cli.options import Device, Dtype, Exclude, Include, Log, Quiet, Text
+from rarefy.cli.options import Device, Dtype, Exclude, Include, Log, OffloadDir, Quiet, Text
 from rarefy.cli.terminal import Terminal
 from rarefy.errors import InputError
 from rarefy.run_folder import RunFolder
@@ -35,7 +35,7 @@ def prune(
     output: Annotated[
         Path | None,
         typer.Option(
-            "-o", "--output", metavar="OUT", help="New or empty folder for all results. Not needed with --dry-run."
+            "-o", "--output", metavar="OUT", help="New or empty folder, or a killed run's. Not needed with --dry-run."
         ),
     ] = None,
     method: Annotated[
@@ -96,6 +96,7 @@ def prune(
     strict: Annotated[
         bool | None, typer.Option("--strict/--no-strict", help="Stop where the method fails on a layer.")
     ] = None,
+    offload_dir: OffloadDir = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print layers, counts and an estimate of peak memory, and stop.")
     ] = False,
@@ -136,7 +137,7 @@ def prune(
     if folder:
         folder.check()
     with Terminal(quiet, log) as terminal:
-        plan = make_plan(wanted)
+        plan = make_plan(wanted, output, offload_dir)
         for warning in plan.warnings:
             terminal.warn(warning)
         if dry_run or folder is None:

@@ -1,4 +1,7 @@
-"""One pruning run: load, calibrate, prune, write, read again; nothing is left of a run that fails."""
+"""One pruning run: load, calibrate, prune, write, read again.
+
+Nothing is left of a run that fails, but what it takes to go on after a kill, an interrupt or a full disk.
+"""
 
 from __future__ import annotations
 
@@ -13,39 +16,76 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from rarefy import __version__
+from rarefy.cli.held import OnDisk, Whole
 from rarefy.cli.plan import Plan, calibration_words
 from rarefy.cli.terminal import Terminal, print_table
-from rarefy.errors import VerificationError
+from rarefy.cli.words import memory_words
+from rarefy.errors import ModelError, OutputError, RarefyError, VerificationError
 from rarefy.report.records import Report, three_digits
 from rarefy.run_folder import RunFolder
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from rarefy.recipe import Recipe
+    from rarefy.progress import Progress
+    from rarefy.pruning import Home
 
 
 def run(plan: Plan, folder: RunFolder, command: list[str], terminal: Terminal, chosen: bool) -> None:
-    """Load, prune, write, read again; ``chosen`` says whether the user named the calibration."""
-    from rarefy.models.checkpoint import load_model, save_model
-    from rarefy.pruning import prune as prune_model
+    """Load, prune, write, read again; ``chosen`` says whether the user named the calibration.
+
+    What is finished of a run that was killed is taken over from ``folder``.
+    """
+    from rarefy.pruning import peak_bytes
     from rarefy.report.card import model_card
 
-    recipe, source = plan.recipe, plan.source
+    if folder.run.is_file():
+        _end_finished(plan, folder)
+        return
     began = datetime.now(UTC)
     clock = _Clock()
     with clock.stage("load"):
-        model, tokenizer = load_model(source, plan.device, recipe.dtype)
-    terminal.note(calibration_words(recipe) + ("" if chosen else " (the default)"))
+        model = OnDisk.where_possible(plan, terminal) or Whole(plan, terminal)
+    terminal.note(calibration_words(plan.recipe) + ("" if chosen else " (the default)"))
     with clock.stage("texts"):
-        texts = {"dense_texts": _texts(model, tokenizer, terminal)}
+        model.write_dense_texts()
     with clock.stage("calibrate"):
-        windows = plan.windows if plan.windows is not None else _own_text(model, recipe, terminal)
+        windows = plan.windows if plan.windows is not None else model.own_text()
+    with _journal(plan, folder, windows, terminal) as progress:
+        with clock.stage("prune"):
+            report = _prune(plan, model.home(progress), windows, terminal)
+        with clock.stage("write"):
+            folder.remove_partial_files()
+            folder.write_recipe(plan.recipe.to_yaml())
+            folder.write_layers(report.layers)
+            model.write(folder, progress)
+        with clock.stage("verify"):
+            _verify(folder)
+        with clock.stage("texts"):
+            model.write_texts(folder)
+        facts = _facts(plan, report, command, began, model.dtype) | model.texts
+        folder.write_card(model_card(facts))
+        folder.write_run({**facts, "finished": _iso(datetime.now(UTC)), "seconds": clock.total()})
+        progress.remove()
+    title = f"{report.method}, {report.pattern}: {report.pruned:,} of {report.size:,} weights are zero"
+    print_table(report.rows(), title)
+    for layer in report.failed:
+        terminal.warn(f"{layer.name}: {layer.status}")
+    print(f"{folder.model} holds the model; its files were read again and hold every promised zero")
+    terminal.note(f"peak memory: {memory_words(peak_bytes(plan.device))} on {plan.device}")
+    terminal.log(f"{title}, relative error {three_digits(report.relative_error)}; {folder.model} holds the model")
+
+
+def _prune(plan: Plan, home: Home, windows: torch.Tensor, terminal: Terminal) -> Report:
+    from rarefy.pruning import prune_blocks
+
+    recipe = plan.recipe
+    if home.finished:
+        terminal.note(f"{_blocks(home.finished)} finished before; the run goes on from there")
     linears = [(block.index, site.name) for block in plan.blocks for site in block.sites]
-    with clock.stage("prune"), terminal.watch("pruning", linears) as watch:
-        report = prune_model(
-            model,
+    with terminal.watch("pruning", [each for each in linears if each[0] >= home.finished]) as watch:
+        return prune_blocks(
+            home,
             windows,
             pattern=plan.pattern,
             method=plan.method,
@@ -56,46 +96,55 @@ def run(plan: Plan, folder: RunFolder, command: list[str], terminal: Terminal, c
             on_progress=watch,
             on_layer=watch.layer,
         )
-    with clock.stage("texts"):
-        texts["texts"] = _texts(model, tokenizer, terminal)
-    with folder.writing():
-        with clock.stage("write"):
-            folder.write_recipe(recipe.to_yaml())
-            folder.write_layers(report.layers)
-            facts = _facts(plan, report, command, began, model.dtype) | texts
-
-            folder.write_model(lambda path: save_model(model, tokenizer, path, source))
-            folder.write_card(model_card(facts))
-        with clock.stage("verify"):
-            _verify(folder)
-        folder.write_run({**facts, "finished": _iso(datetime.now(UTC)), "seconds": clock.total()})
-    title = f"{report.method}, {report.pattern}: {report.pruned:,} of {report.size:,} weights are zero"
-    print_table(report.rows(), title)
-    for layer in report.failed:
-        terminal.warn(f"{layer.name}: {layer.status}")
-    print(f"{folder.model} holds the model; its files were read again and hold every promised zero")
-    terminal.log(f"{title}, relative error {three_digits(report.relative_error)}; {folder.model} holds the model")
 
 
-def _texts(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, terminal: Terminal
-) -> list[dict[str, str]]:
-    """What the model writes after three prompts, for the report; nothing where it cannot."""
-    from rarefy.evaluation.texts import kept_texts
+@contextmanager
+def _journal(plan: Plan, folder: RunFolder, windows: torch.Tensor, terminal: Terminal) -> Iterator[Progress]:
+    """The open journal of the run, which stays after an error where it is worth going on from, and only then."""
+    from rarefy.homes import keep_windows
+    from rarefy.progress import Progress
 
-    try:
-        with terminal.watch("writing texts"):
-            return kept_texts(model, tokenizer)
-    except Exception as error:  # noqa: BLE001 (a picture in a report must not cost the run)
-        terminal.warn(f"the model writes no texts for the report: {' '.join(str(error).split())}")
-        return []
+    progress = Progress(folder.path)
+    opened = False
+
+    def keep(error: BaseException) -> bool:
+        # Again the same command would end in the same way where it is not the machine that fails.
+        again = isinstance(error, RarefyError) and not isinstance(error, OutputError | ModelError)
+        return not opened or (progress.finished > 0 and not again)
+
+    with folder.writing(keep):
+        progress.open(plan.fingerprint(windows))
+        opened = True
+        try:
+            with progress.keeping():
+                if plan.windows is None:
+                    keep_windows(folder.path, windows)
+                yield progress
+        except BaseException as error:
+            if not keep(error):
+                progress.remove()
+            elif not isinstance(error, OutputError):  # which says it
+                terminal.note(f"{_blocks(progress.finished)} kept, and the same command goes on from there")
+            raise
+        finally:
+            progress.close()
 
 
-def _own_text(model: PreTrainedModel, recipe: Recipe, terminal: Terminal) -> torch.Tensor:
-    from rarefy.calibration.self_text import write_text
+def _blocks(number: int) -> str:
+    return "1 finished block is" if number == 1 else f"{number:,} finished blocks are"
 
-    with terminal.watch("writing tokens") as watch:
-        return write_text(model, *recipe.window_shape, recipe.seed, progress=watch)
+
+def _end_finished(plan: Plan, folder: RunFolder) -> None:
+    """End a run that was killed when there was nothing left to do but to remove its journal.
+
+    Raises OutputError where it was another run.
+    """
+    from rarefy.progress import Progress
+
+    if not folder.recipe.is_file() or folder.recipe.read_text(encoding="utf-8") != plan.recipe.to_yaml():
+        raise OutputError("--output", str(folder.path), "a new or empty folder; this one holds another run")
+    Progress(folder.path).remove()
+    print(f"{folder.model} holds the model; the run had been finished")
 
 
 def _verify(folder: RunFolder) -> None:
