@@ -10,7 +10,7 @@ import ctypes
 import gc
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,11 +23,31 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from rarefy.cli.plan import Plan
+    from rarefy.models.sites import Site
 
 # A model that stays on disk is loaded for the texts of the report only up to this size (larger ones write
 # them too slowly on a CPU to be worth the wait), and up to this share of the free memory.
 _TEXTS_BYTES = 4 * 2**30
 _TEXTS_SHARE = 0.25
+
+# What methods hold beside weight and Gram, in matrices of float32: (out, in) and (in, in). From their own
+# accounts of their memory; benchmarks/memory.py measures them.
+_BUFFERS = {
+    "magnitude": (2.0, 0.0),
+    "wanda": (2.0, 0.0),
+    "ria": (3.0, 0.0),
+    "sparsegpt": (3.0, 2.0),
+    "alps": (4.0, 2.0),
+    "alps-paper": (4.0, 3.0),
+    "admm": (5.0, 3.0),
+    "admm-reselect": (5.0, 3.0),
+    "admm1": (5.0, 3.0),
+    "pcg": (4.0, 0.0),
+    "sparsefw": (6.0, 1.0),
+    "swaps": (3.0, 1.0),
+    "dsnot": (10.0, 0.0),
+}
+_OTHER_BUFFERS = (8.0, 4.0)
 
 
 def weights_bytes(plan: Plan) -> int:
@@ -111,9 +131,79 @@ def _nbytes(tensors: Iterable[Tensor], item: int) -> int:
 
 def _own_text_bytes(plan: Plan) -> int:
     """Of the whole model while it writes: small ones do it in float32, and keys and values come on top."""
+    from rarefy.calibration.self_text import _CACHE_BYTES, _FLOAT32_PARAMETERS
+
     weights = weights_bytes(plan)
-    return weights
+    numbers = weights // _dtype(plan).itemsize
+    keys_and_values = min(_CACHE_BYTES, weights) // 4
+    if plan.device.type == "cpu" and _dtype(plan).itemsize == 2 and numbers <= _FLOAT32_PARAMETERS:
+        return weights + 4 * numbers + keys_and_values  # the weights in 16 bits are kept beside those
+    return weights + keys_and_values
 
 
 def _pruning_bytes(plan: Plan) -> int:
-    return 0
+    """Of the blocks' turns: what comes before the blocks at first, then one block with all that it takes."""
+    from rarefy.pruning import compute_dtype
+
+    num, length = plan.recipe.window_shape
+    hidden = plan.source.config.get_text_config().hidden_size
+    stored = _dtype(plan).itemsize
+    item = compute_dtype(_dtype(plan), plan.device).itemsize
+    on_host = plan.offload is not None or plan.device.type == "cuda"
+    states = 0 if on_host else num * length * hidden * stored
+    tokens = min(plan.recipe.batch_size, num) * length
+    sizes = {block.index: _nbytes(block.module.parameters(), 1) for block in plan.blocks}
+    last = max(block.index for block in plan.blocks if block.sites)
+    entry = 0
+    if plan.streams:
+        base = plan.skeleton.base_model
+        entry = stored * (_nbytes(base.parameters(), 1) - sum(sizes.values()) + sizes[0])
+    turns = []
+    for block in plan.blocks[: last + 1]:
+        # In memory, the block is there already in the dtype in which it is stored.
+        weights = sizes[block.index] * (item if plan.streams else item - stored)
+        inner = max((max(site.shape) for site in block.sites), default=hidden)
+        batch = item * tokens * (6 * hidden + 3 * inner)
+        turns.append(weights + max(batch, _block_bytes(block.sites, plan.recipe.method, batch)))
+    whole = 0 if plan.streams else weights_bytes(plan)
+    return whole + states + max(entry, *turns)
+
+
+def _block_bytes(sites: Sequence[Site], method: str, batch: int) -> int:
+    """Of the Grams of one block, and of the layer whose solution takes the most beside those not yet solved."""
+    from rarefy.calibration.collect import turns
+
+    largest = 0
+    for group in turns(sites):
+        keys = _gram_keys(group)
+        sizes = {key: 4 * site.shape[1] ** 2 for key, site in zip(keys, group)}
+        largest = max(largest, sum(sizes.values()) + batch)
+        for i, site in enumerate(group):
+            waiting = sum(sizes[key] for key in set(keys[i:]))
+            largest = max(largest, waiting + _solve_bytes(site.shape, method))
+    return largest
+
+
+def _gram_keys(sites: Sequence[Site]) -> list[tuple[str, int, int]]:
+    """What tells the Grams of sites apart, as far as that can be told without running the block.
+
+    In a module, two linears of one shape (gate and up) read the same input; of three and more of one width the
+    last (the output of attention) reads another one; and so does the last of two that differ in shape.
+    """
+    together: dict[tuple[str, int], list[Site]] = {}
+    for site in sites:
+        together.setdefault((site.name.rpartition(".")[0], site.shape[1]), []).append(site)
+    keys = []
+    for site in sites:
+        place = (site.name.rpartition(".")[0], site.shape[1])
+        members = together[place]
+        alike = len(members) == 2 and members[0].shape == members[1].shape
+        keys.append((*place, int(len(members) > 1 and not alike and site is members[-1])))
+    return keys
+
+
+def _solve_bytes(shape: tuple[int, int], method: str) -> int:
+    """Of one layer's dense weight, its solution as it is written, and the method's own matrices."""
+    parts = [_BUFFERS.get(part, _OTHER_BUFFERS) for part in method.split("+")]
+    rows, inputs = shape
+    return 4 * max(int((2 + a) * rows * inputs + b * inputs**2) for a, b in parts)

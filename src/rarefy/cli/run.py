@@ -81,7 +81,7 @@ def _prune(plan: Plan, home: Home, windows: torch.Tensor, terminal: Terminal) ->
 
     recipe = plan.recipe
     if home.finished:
-        terminal.note(f"{_blocks(home.finished)} finished before; the run goes on from there")
+        terminal.note(f"{_blocks(home.finished)} there; the run goes on with the next")
     linears = [(block.index, site.name) for block in plan.blocks for site in block.sites]
     with terminal.watch("pruning", [each for each in linears if each[0] >= home.finished]) as watch:
         return prune_blocks(
