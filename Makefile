@@ -1,5 +1,5 @@
 # Everything that is run by hand or by CI. Each target sets up what it needs in $(VENV), once.
-#   make demo        prune SmolLM2-135M to 50 % and print dense and pruned perplexity
+#   make demo        prune SmolLM2-135M to 60 % and print dense and pruned perplexity
 #   make test        lint, types and the quick tests        make test-slow   the ones that take minutes
 #   make test-gpu    the ones that need CUDA                make bench       the benchmarks of README.md
 #   make docs        check the links and file names in the documentation
@@ -12,7 +12,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 SMOLLM2_VERSION := 0.1.2
 
 DEMO_OUT ?= demo-out
-DEMO_SPARSITY ?= 0.5
+DEMO_SPARSITY ?= 0.6
 DEMO_OPTIONS ?= --num-samples 24 --sequence-length 256
 DEMO_WINDOWS ?= 3
 

@@ -1,6 +1,7 @@
 """Each method on real layers: relative error, and time in units of one product W0 @ H.
 
-    python benchmarks/solvers.py [--methods a,b] [--patterns 0.5,0.7,2:4] [--kinds down_proj] [--speed]
+    python benchmarks/solvers.py [--methods a,b] [--patterns 0.5,0.7,2:4] [--kinds 09.q_proj,down_proj]
+        [--set steps=2000] [--threads 1]
 
 Reads the layers that benchmarks/layers.py saved. Errors are geometric means over layers of the square root
 of the relative error; costs are medians over layers of a solve's seconds in products W0 @ H timed right
@@ -53,7 +54,7 @@ def measure(method: Method, layer: Layer, pattern: Pattern) -> tuple[float, floa
     return solution.relative_error, solution.seconds / unit, solution.steps
 
 
-def main(methods: list[str], patterns: list[str], layers: list[Layer]) -> None:
+def main(methods: list[str], patterns: list[str], layers: list[Layer], settings: dict[str, str]) -> None:
     """Print one table of errors and one of costs, methods down, patterns across."""
     print(f"{len(layers)} layers, {torch.get_num_threads()} threads; sqrt(relative error) | products per solve")
     print("| method | " + " | ".join(patterns) + " | " + " | ".join(f"cost {text}" for text in patterns) + " |")
@@ -61,7 +62,7 @@ def main(methods: list[str], patterns: list[str], layers: list[Layer]) -> None:
     for name in methods:
         errors, costs = [], []
         for text in patterns:
-            method = build(name)
+            method = build(name, settings)
             pattern = parse_pattern(text, method.default_scope)
             results = [measure(method, layer, pattern) for layer in layers]
             logs = [math.log(max(error, 1e-30)) for error, _, _ in results]
@@ -74,10 +75,12 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", default=",".join(_FIRST))
     parser.add_argument("--patterns", default="0.5,0.7,2:4")
-    parser.add_argument("--kinds", default="", help="such as down_proj,gate_proj; all by default")
+    parser.add_argument("--kinds", default="", help="ends of names, such as down_proj,09.q_proj; all by default")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a hyperparameter")
     parser.add_argument("--threads", type=int, default=0, help="torch threads; torch's own choice by default")
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
     kinds = tuple(kind for kind in options.kinds.split(",") if kind)
-    main(options.methods.split(","), options.patterns.split(","), saved_layers(*kinds))
+    settings = dict(setting.split("=", 1) for setting in options.set)
+    main(options.methods.split(","), options.patterns.split(","), saved_layers(*kinds), settings)

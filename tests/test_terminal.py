@@ -145,10 +145,19 @@ def test_lines_now_and_then_where_there_is_no_terminal(
         watch.layer(record(0, "up_proj"))
         watch(2, 4, "a note")
     assert capsys.readouterr().err.splitlines() == [
-        "pruning: 1 of 4, 0:00 left, last a note",
+        "pruning: 1 of 4, 0:00 left, a note",
         "pruning: 2 of 4, 0:00 left, last model.layers.0.up_proj, relative error 0.0123",
         "pruning: done in 0:00",
     ]
+
+
+def test_time_left_is_that_of_the_part_at_hand() -> None:
+    part = module._Part(100)
+    assert part.seconds_left(1, 2, 110) == 10  # a text of two windows
+    assert part.seconds_left(2, 2, 120) == 0
+    assert part.seconds_left(1, 5, 123) == 12  # then five items that take three seconds each
+    assert part.seconds_left(2, 5, 126) == 9
+    assert part.seconds_left(1, 5, 130) == 16  # another part of as many
 
 
 def test_the_table_follows_the_blocks() -> None:

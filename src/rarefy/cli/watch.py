@@ -42,6 +42,7 @@ class Watch:
     ) -> None:
         self._what, self._tell, self._log, self._quiet = what, tell, log, quiet
         self._started = self._last_line = time.monotonic()
+        self._part = _Part(self._started)
         self._last = ""
         self._bar = self._live = None
         self._table = LayerTable(linears) if linears else None
@@ -73,14 +74,14 @@ class Watch:
     def __call__(self, done: int, total: int, note: str = "") -> None:
         """Part ``done`` of ``total`` is finished; ``note`` is shown beside it unless layers are."""
         now = time.monotonic()
-        left = time_words((now - self._started) * (total - done) / max(done, 1)) + " left"
+        left = time_words(self._part.seconds_left(done, total, now)) + " left"
         if self._bar:
             note = "" if self._table else note
             self._bar.update(self._task, completed=done, total=total, left=left, note=note)
         elif not self._quiet and now - self._last_line >= _SECONDS_BETWEEN_LINES:
             self._last_line = now
-            last = self._last or note
-            self._tell(f"{self._what}: {done:,} of {total:,}, {left}{', last ' + last if last else ''}")
+            note = self._last or note
+            self._tell(f"{self._what}: {done:,} of {total:,}, {left}{', ' + note if note else ''}")
 
     def layer(self, record: LayerRecord) -> None:
         """A layer is done."""
@@ -89,9 +90,23 @@ class Watch:
             f"{self._what}: {record.name}, {record.pattern}, relative error {three_digits(record.relative_error)}, "
             f"{record.steps} steps, {record.seconds:.2f} s, {record.status}{memory}"
         )
-        self._last = f"{record.name}, relative error {three_digits(record.relative_error)}"
+        self._last = f"last {record.name}, relative error {three_digits(record.relative_error)}"
         if self._table:
             self._table.done(record)
+
+
+class _Part:
+    """The time that is left; a stage may have several parts, each counted from 0 (texts, then tasks)."""
+
+    def __init__(self, now: float) -> None:
+        self._began = self._last_call = now
+        self._done = self._total = 0
+
+    def seconds_left(self, done: int, total: int, now: float) -> float:
+        if total != self._total or done < self._done:
+            self._began = self._last_call
+        self._done, self._total, self._last_call = done, total, now
+        return (now - self._began) * (total - done) / max(done, 1)
 
 
 class LayerTable:

@@ -75,7 +75,7 @@ def run_sweep(
             _measure_dense(sweep, folder, model, tokenizer, watch, note)
         states = None
         if todo:
-            with watch("dense model") as progress:
+            with watch("recording the dense model") as progress:
                 states = sweep.measures.record(model, progress)
         done = len(sweep.cells) - len(todo)
         for seed, cells in groupby(todo, key=lambda cell: cell.recipe.seed):

@@ -43,7 +43,7 @@ from rarefy.layer.problem import LayerProblem, Scaled
 from rarefy.layer.solution import Solution, Status
 from rarefy.methods.base import Method, cannot_come_first, hyper
 
-_STRIP = 2**22  # weights treated at a time, in whole rows
+_STRIP = 2**21  # weights treated at a time, in whole rows
 _BATCH_BYTES = 256 * 2**20  # of float64 systems solved at a time
 
 
