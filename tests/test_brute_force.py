@@ -61,9 +61,9 @@ METHODS: dict[str, Distance] = {
     "admm-reselect": Distance(ADMM(schedule="reselect"), 4.05),
     "admm": Distance(ADMM(), 4.05),
     "admm+backsolve": Distance(Then(ADMM(), Backsolve()), 2.3),
-    "alps": Distance(ALPS(), 2.2),
-    "alps by support": Distance(ALPS(penalty="support"), 2.2),
-    "best of": Distance(BestOf(Then(SparseGPT(), Backsolve()), ALPS()), 2.2),
+    "alps": Distance(ALPS(), 2.8),
+    "alps by support": Distance(ALPS(penalty="support"), 2.8),
+    "best of": Distance(BestOf(Then(SparseGPT(), Backsolve()), ALPS()), 2.5),
 }
 MASK_ONLY = ("magnitude", "ria", "wanda")
 

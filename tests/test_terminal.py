@@ -253,6 +253,6 @@ def test_a_failure_is_the_last_line_of_the_log(rarefy_: Rarefy, shelf: Path, mon
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("rarefy.pruning.prune", interrupted)
+    monkeypatch.setattr("rarefy.pruning.prune_blocks", interrupted)
     assert rarefy_(*prune_arguments(shelf, "-o", "out", "--log", "run.log")).status == 130
     assert Path("run.log").read_text().endswith(" ended: KeyboardInterrupt\n")

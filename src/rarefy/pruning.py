@@ -29,7 +29,7 @@ from rarefy.layer.problem import LayerProblem
 from rarefy.layer.solution import Solution
 from rarefy.methods.base import Method, run
 from rarefy.models.blocks import Block, Site, find_blocks, select_sites
-from rarefy.report.records import LayerRecord, Report
+from rarefy.report.records import LayerRecord, Report, three_digits
 
 Progress = Callable[[int, int, str], None]
 
@@ -204,7 +204,7 @@ def _prune_block(
             with torch.no_grad():
                 record_ = _prune_site(site, block.index, gram, pattern, method, strict, stored[site.name])
             record_.details |= notes[site.name]
-            ticks.one(f"{site.name} {record_.relative_error:.4f}")
+            ticks.one(f"{site.name} {three_digits(record_.relative_error)}")
             yield record_
 
 
