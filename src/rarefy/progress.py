@@ -184,10 +184,9 @@ class Progress:
             with refusals(self.folder):
                 yield
         except OutputError as error:
-            blocks = "1 finished block is" if self.finished == 1 else f"{self.finished} finished blocks are"
             reason = str(error).rstrip(".")
             raise OutputError.sentence(
-                f"{reason}; {blocks} kept, and the same command goes on from there."
+                f"{reason}; {finished_blocks(self.finished)} kept, and the same command goes on from there."
             ) from error
 
     def publish(self, target: Path) -> None:
@@ -276,6 +275,11 @@ class Progress:
                 for file in self.folder.glob(pattern):
                     if file.name not in known:
                         file.unlink()
+
+
+def finished_blocks(number: int) -> str:
+    """The subject and verb of a sentence about finished blocks."""
+    return "1 finished block is" if number == 1 else f"{number:,} finished blocks are"
 
 
 def _checksum(content: Mapping[str, Any]) -> int:

@@ -77,11 +77,12 @@ def run(plan: Plan, folder: RunFolder, command: list[str], terminal: Terminal, c
 
 
 def _prune(plan: Plan, home: Home, windows: torch.Tensor, terminal: Terminal) -> Report:
+    from rarefy.progress import finished_blocks
     from rarefy.pruning import prune_blocks
 
     recipe = plan.recipe
     if home.finished:
-        terminal.note(f"{_blocks(home.finished)} there; the run goes on with the next")
+        terminal.note(f"{finished_blocks(home.finished)} there; the run goes on with the next")
     linears = [(block.index, site.name) for block in plan.blocks for site in block.sites]
     with terminal.watch("pruning", [each for each in linears if each[0] >= home.finished]) as watch:
         return prune_blocks(
@@ -102,7 +103,7 @@ def _prune(plan: Plan, home: Home, windows: torch.Tensor, terminal: Terminal) ->
 def _journal(plan: Plan, folder: RunFolder, windows: torch.Tensor, terminal: Terminal) -> Iterator[Progress]:
     """The open journal of the run, which stays after an error where it is worth going on from, and only then."""
     from rarefy.homes import keep_windows
-    from rarefy.progress import Progress
+    from rarefy.progress import Progress, finished_blocks
 
     progress = Progress(folder.path)
     opened = False
@@ -124,14 +125,10 @@ def _journal(plan: Plan, folder: RunFolder, windows: torch.Tensor, terminal: Ter
             if not keep(error):
                 progress.remove()
             elif not isinstance(error, OutputError):  # which says it
-                terminal.note(f"{_blocks(progress.finished)} kept, and the same command goes on from there")
+                terminal.note(f"{finished_blocks(progress.finished)} kept, and the same command goes on from there")
             raise
         finally:
             progress.close()
-
-
-def _blocks(number: int) -> str:
-    return "1 finished block is" if number == 1 else f"{number:,} finished blocks are"
 
 
 def _end_finished(plan: Plan, folder: RunFolder) -> None:
