@@ -135,8 +135,7 @@ def save_model(
             generation_config.to_json_file(folder / "generation_config.json", keys_to_pop=["compile_config"])
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
-    _drop_keys(folder / "config.json", _NOT_IN_CONFIG)
-    _drop_keys(folder / "tokenizer_config.json", _NOT_IN_TOKENIZER_CONFIG)
+    forget_origin(folder)
     for name in _PROCESSORS:
         if source.kind != "gguf" and (source.path / name).is_file():
             shutil.copyfile(source.path / name, folder / name)
@@ -193,6 +192,12 @@ def _make_ordinary(model: Any) -> None:
     model.is_quantized = False
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
+
+
+def forget_origin(folder: Path) -> None:
+    """Remove from a model's settings every word of quantisation, sparsity and the places it came from."""
+    _drop_keys(folder / "config.json", _NOT_IN_CONFIG)
+    _drop_keys(folder / "tokenizer_config.json", _NOT_IN_TOKENIZER_CONFIG)
 
 
 def _drop_keys(file: Path, keys: set[str]) -> None:

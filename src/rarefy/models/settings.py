@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from rarefy.disk import copy_file, refusals
-from rarefy.models.checkpoint import _NOT_IN_CONFIG, _NOT_IN_TOKENIZER_CONFIG, _drop_keys
+from rarefy.models.checkpoint import forget_origin
 
 _KINDS = ("*.json", "*.jinja", "*.txt", "*.model", "additional_chat_templates/*.jinja")
 _WEIGHTS_INDEX = ".index.json"
@@ -28,5 +28,4 @@ def copy_settings(source: Path, folder: Path) -> None:
                     target.parent.mkdir(parents=True, exist_ok=True)
                 copy_file(file, target)
     with refusals(folder):
-        _drop_keys(folder / "config.json", _NOT_IN_CONFIG)
-        _drop_keys(folder / "tokenizer_config.json", _NOT_IN_TOKENIZER_CONFIG)
+        forget_origin(folder)
