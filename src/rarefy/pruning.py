@@ -228,7 +228,7 @@ def _prune_site(
     site: Site, block: int, gram: Gram, pattern: Pattern, method: Method, strict: bool, dtype: torch.dtype
 ) -> LayerRecord:
     problem = LayerProblem(site.read(), gram)
-    solution = run(method, problem, pattern, name=site.name)
+    solution = run(method, problem, pattern, name=site.name, graded=False)  # but as it is written, below
     if strict and solution.status.failed:
         reason = solution.details.get("failure", solution.status.value)
         raise NumericalError(f"{site.name}: {reason} (strict)")
