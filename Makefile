@@ -54,6 +54,7 @@ test: lint $(VENV)/.tasks
 
 test-slow: $(VENV)/.smollm2-$(SMOLLM2_VERSION) $(VENV)/.tasks
 	$(BIN)/pytest -m slow
+	CHECK_SHAPES=1 $(BIN)/pytest tests/test_against_reference.py tests/test_brute_force.py
 
 test-gpu: $(VENV)/.installed
 	$(BIN)/pytest -m gpu

@@ -13,6 +13,9 @@ import pytest
 # Before huggingface_hub is imported, which reads this once: no test may depend on a network.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+if os.environ.get("CHECK_SHAPES"):
+    import shape_checks  # noqa: F401 (before what it checks is imported)
+
 import transformers
 
 from cli_for_tests import Rarefy

@@ -7,7 +7,7 @@ functions of W0 and H. Layers that see the same input share one Gram and its fac
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from typing import Self, TypeVar, cast
+from typing import TypeVar, cast
 
 import torch
 from jaxtyping import Float
@@ -46,7 +46,7 @@ class Gram:
     @classmethod
     def from_matrix(
         cls, H: Float[Tensor, "in in"], num_tokens: int = 0, sum_x: Float[Tensor, "in"] | None = None
-    ) -> Self:
+    ) -> Gram:
         """A Gram from a finished symmetric matrix; its dtype (float32 or float64) is kept."""
         if H.ndim != 2 or H.shape[0] != H.shape[1]:
             raise InputError("gram", f"a tensor of shape {tuple(H.shape)}", "a square matrix (in, in)")
