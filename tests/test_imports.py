@@ -30,7 +30,8 @@ ALLOWED = {
     "rarefy.run_folder": ["errors", "report.records"],
     "rarefy.watching": ["report.records"],
     "rarefy.progress": ["errors", "disk", "calibration.spill", "report.records"],
-    "rarefy.recipe": ["errors", "layer.pattern", "methods"],
+    "rarefy.prune_settings": ["layer.pattern", "methods.base"],
+    "rarefy.recipe": ["errors", "layer.pattern", "methods", "prune_settings"],
     "rarefy.solve": ["errors", "layer", "methods"],
     "rarefy.pruning": [
         "errors",
@@ -39,6 +40,7 @@ ALLOWED = {
         "models",
         "calibration",
         "distributed",
+        "prune_settings",
         "report.records",
     ],
     "rarefy.homes": ["errors", "disk", "models", "calibration", "progress", "pruning", "report.records"],

@@ -29,6 +29,7 @@ from rarefy.layer.problem import LayerProblem
 from rarefy.layer.solution import Solution
 from rarefy.methods.base import Method, run
 from rarefy.models.blocks import Block, Site, find_blocks, select_sites
+from rarefy.prune_settings import PruneSettings
 from rarefy.report.records import LayerRecord, Report, three_digits
 
 Progress = Callable[[int, int, str], None]
@@ -72,21 +73,22 @@ def prune(
     where the pattern does not fit a layer, NumericalError for NaN or infinity, and, if ``strict``,
     for a layer whose status is a failure.
     """
+    settings = PruneSettings(pattern, method, batch_size, include, exclude, strict)
+    return prune_model(model, windows, settings, on_progress, on_layer)
+
+
+def prune_model(
+    model: nn.Module,
+    windows: Int64[Tensor, "num length"],
+    settings: PruneSettings,
+    on_progress: Progress | None = None,
+    on_layer: Callable[[LayerRecord], None] | None = None,
+) -> Report:
+    """What ``prune`` does, with the settings in one piece."""
     training = model.training
     model.eval()
     try:
-        return prune_blocks(
-            Home(model),
-            windows,
-            pattern=pattern,
-            method=method,
-            batch_size=batch_size,
-            include=include,
-            exclude=exclude,
-            strict=strict,
-            on_progress=on_progress,
-            on_layer=on_layer,
-        )
+        return prune_blocks(Home(model), windows, settings, on_progress, on_layer)
     finally:
         model.train(training)
 
@@ -126,13 +128,7 @@ class Home:
 def prune_blocks(
     home: Home,
     windows: Int64[Tensor, "num length"],
-    *,
-    pattern: Pattern,
-    method: Method,
-    batch_size: int = 4,
-    include: Sequence[str] = (),
-    exclude: Sequence[str] = (),
-    strict: bool = False,
+    settings: PruneSettings,
     on_progress: Progress | None = None,
     on_layer: Callable[[LayerRecord], None] | None = None,
 ) -> Report:
@@ -142,13 +138,13 @@ def prune_blocks(
     The report is of the whole run.
     """
     started = time.perf_counter()
-    blocks = select_sites(find_blocks(home.model), include, exclude)
-    check_pattern(blocks, pattern)
+    blocks = select_sites(find_blocks(home.model), settings.include, settings.exclude)
+    check_pattern(blocks, settings.pattern)
     last = max(block.index for block in blocks if block.sites)
     records = home.records()
     todo = blocks[home.finished : last + 1]
     if todo:
-        stream = home.record(blocks, windows, batch_size)
+        stream = home.record(blocks, windows, settings.batch_size)
         convert_calls(stream, compute_dtype(stream.states.dtype, stream.device))
         ticks = _Ticks(on_progress, _num_parts(todo, stream.num_batches))
     for block, following in zip_longest(todo, todo[1:]):
@@ -156,7 +152,7 @@ def prune_blocks(
         with home.loaded(block, following):
             stored = {site.name: site.dtype for site in block.sites}
             with computing_in(block.module, stream.compute_dtype):
-                for record_ in _prune_block(block, stream, pattern, method, strict, stored, ticks):
+                for record_ in _prune_block(block, stream, settings, stored, ticks):
                     done.append(record_)
                     if on_layer:
                         on_layer(record_)
@@ -166,7 +162,8 @@ def prune_blocks(
         home.finish(block, done, stream if following is not None else None)
         records += done
     _warn_of_starved(records)
-    return Report(records, seconds=time.perf_counter() - started, method=str(method), pattern=str(pattern))
+    seconds = time.perf_counter() - started
+    return Report(records, seconds=seconds, method=str(settings.method), pattern=str(settings.pattern))
 
 
 def _num_parts(blocks: Sequence[Block], num_batches: int) -> int:
@@ -186,23 +183,22 @@ def check_pattern(blocks: Sequence[Block], pattern: Pattern) -> None:
 def _prune_block(
     block: Block,
     stream: HiddenStates,
-    pattern: Pattern,
-    method: Method,
-    strict: bool,
+    settings: PruneSettings,
     stored: dict[str, torch.dtype],
     ticks: _Ticks,
 ) -> Iterator[LayerRecord]:
+    means = settings.method.needs_means
     for sites in turns(block.sites):
-        grams = collect(stream, block.module, block.index, sites, means=method.needs_means, on_batch=ticks.one)
+        grams = collect(stream, block.module, block.index, sites, means=means, on_batch=ticks.one)
         notes = _routed_tokens(sites, grams)
         if short := starved(sites, grams):
-            grams |= collect_all_tokens(stream, block.module, block.index, short, means=method.needs_means)
+            grams |= collect_all_tokens(stream, block.module, block.index, short, means=means)
             for site in short:
                 notes[site.name][_STARVED] = f"solved with {grams[site.name].num_tokens} tokens, all of the block's"
         for site in sites:
             gram = grams.pop(site.name)  # freed, with its factorisations, after the last layer that shares it
             with torch.no_grad():
-                record_ = _prune_site(site, block.index, gram, pattern, method, strict, stored[site.name])
+                record_ = _prune_site(site, block.index, gram, settings, stored[site.name])
             record_.details |= notes[site.name]
             ticks.one(f"{site.name} {three_digits(record_.relative_error)}")
             yield record_
@@ -224,12 +220,10 @@ def _warn_of_starved(records: Sequence[LayerRecord]) -> None:
         )
 
 
-def _prune_site(
-    site: Site, block: int, gram: Gram, pattern: Pattern, method: Method, strict: bool, dtype: torch.dtype
-) -> LayerRecord:
+def _prune_site(site: Site, block: int, gram: Gram, settings: PruneSettings, dtype: torch.dtype) -> LayerRecord:
     problem = LayerProblem(site.read(), gram)
-    solution = run(method, problem, pattern, name=site.name)
-    if strict and solution.status.failed:
+    solution = run(settings.method, problem, settings.pattern, name=site.name)
+    if settings.strict and solution.status.failed:
         reason = solution.details.get("failure", solution.status.value)
         raise NumericalError(f"{site.name}: {reason} (strict)")
     # Rounded to the dtype it is stored in; the mask is applied again, with +0 for zeros.
@@ -238,7 +232,7 @@ def _prune_site(
         name=site.name,
         block=block,
         shape=list(problem.shape),
-        pattern=str(pattern),
+        pattern=str(settings.pattern),
         kept=int(solution.mask.sum()),
         relative_error=problem.relative_error(site.read()),
         status=solution.status.value,

@@ -80,23 +80,11 @@ def _prune(plan: Plan, home: Home, windows: torch.Tensor, terminal: Terminal) ->
     from rarefy.progress import finished_blocks
     from rarefy.pruning import prune_blocks
 
-    recipe = plan.recipe
     if home.finished:
         terminal.note(f"{finished_blocks(home.finished)} there; the run goes on with the next")
     linears = [(block.index, site.name) for block in plan.blocks for site in block.sites]
     with terminal.watch("pruning", [each for each in linears if each[0] >= home.finished]) as watch:
-        return prune_blocks(
-            home,
-            windows,
-            pattern=plan.pattern,
-            method=plan.method,
-            batch_size=recipe.batch_size,
-            include=recipe.include,
-            exclude=recipe.exclude,
-            strict=recipe.strict,
-            on_progress=watch,
-            on_layer=watch.layer,
-        )
+        return prune_blocks(home, windows, plan.recipe.prune_settings(), watch, watch.layer)
 
 
 @contextmanager
