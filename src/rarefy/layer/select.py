@@ -78,11 +78,15 @@ def keep_largest(scores: Float[Tensor, "*rows n"], k: int) -> Bool[Tensor, "*row
     mask = _compare(scores, threshold)
     if count(mask) == k * (scores.numel() // n):  # every row has at least k: equal sums, equal counts
         return mask
-    # Ties at the threshold: all that are larger stay, then equals in the order of their index.
-    mask = scores > threshold
-    equal = scores == threshold
-    missing = k - mask.sum(dim=-1, keepdim=True)
-    return mask | (equal & (equal.cumsum(dim=-1) <= missing))
+    # Ties at the threshold: all that are larger stay, and of the equals, which are few, the first ones.
+    mask = mask.contiguous()
+    rows = mask.view(-1, n)
+    row, column = (scores == threshold).reshape(-1, n).nonzero(as_tuple=True)
+    equals = torch.bincount(row, minlength=len(rows))
+    place = torch.arange(len(row), device=row.device) - (equals.cumsum(0) - equals)[row]  # among those of its row
+    late = place >= (k - _count_rows(rows) + equals)[row]
+    rows[row[late], column[late]] = False
+    return mask
 
 
 def count(mask: Bool[Tensor, "*shape"]) -> int:
@@ -90,23 +94,41 @@ def count(mask: Bool[Tensor, "*shape"]) -> int:
     return int(np.count_nonzero(mask.numpy())) if mask.device.type == "cpu" else int(mask.sum())
 
 
+def _count_rows(mask: Bool[Tensor, "rows n"]) -> Int[Tensor, " rows"]:
+    """How many entries of each row are True, without a copy of eight bytes an entry."""
+    if mask.device.type == "cpu":
+        return torch.from_numpy(np.count_nonzero(mask.numpy(), axis=-1))
+    return mask.sum(dim=-1)
+
+
 def keep_largest_in_groups(scores: Float[Tensor, "out inputs"], keep: int, of: int) -> Bool[Tensor, "out inputs"]:
     """True at the ``keep`` largest of every ``of`` consecutive entries of a row, the lowest index first."""
-    groups = scores.reshape(*scores.shape[:-1], -1, of)
+    groups = scores.reshape(-1, of)
     if of > 8:
         order = groups.argsort(dim=-1, descending=True, stable=True)
         kept = torch.zeros_like(groups, dtype=torch.bool)
-        return kept.scatter_(-1, order[..., :keep], True).flatten(-2)
-    # rank = number of entries that go before this one; pairwise comparisons of the few columns of a
-    # group cost a few passes over the matrix where sorting tiny rows costs many.
-    columns = [groups[..., i].contiguous() for i in range(of)]
+        return kept.scatter_(-1, order[:, :keep], True).view(scores.shape)
+    kept = torch.empty(groups.shape, dtype=torch.bool, device=groups.device)
+    step = _CHUNK // of if groups.device.type == "cpu" else len(groups)  # bounds the memory
+    for start in range(0, len(groups), step):
+        kept[start : start + step] = _keep_largest_in_few(groups[start : start + step], keep)
+    return kept.view(scores.shape)
+
+
+def _keep_largest_in_few(groups: Float[Tensor, "groups of"], keep: int) -> Bool[Tensor, "groups of"]:
+    """Rank = number of entries that go before this one.
+
+    Pairwise comparisons of the few columns of a group cost a few passes over the matrix where sorting tiny
+    rows costs many.
+    """
+    columns = [column.contiguous() for column in groups.unbind(-1)]
     ranks = [torch.zeros_like(columns[0], dtype=torch.int8) for _ in columns]
-    for i in range(of):
-        for j in range(i + 1, of):
-            later_wins = columns[j] > columns[i]
+    for i, column in enumerate(columns):
+        for j in range(i + 1, len(columns)):
+            later_wins = columns[j] > column
             ranks[i] += later_wins
             ranks[j] += ~later_wins
-    return torch.stack([rank < keep for rank in ranks], dim=-1).flatten(-2)
+    return torch.stack([rank < keep for rank in ranks], dim=-1)
 
 
 def positions_first(inputs: int, group: int, device: torch.device | str = "cpu") -> Int[Tensor, " inputs"]:

@@ -63,13 +63,15 @@ def shifted_inverse(
 
     Raises NumericalError where A + rho I is not positive definite.
     """
-    shifted = A.clone() if out is None else out.copy_(A)
-    shifted.diagonal().add_(rho)
-    info = torch.empty((), dtype=torch.int32, device=A.device)
-    torch.linalg.cholesky_ex(shifted, out=(shifted, info))  # one (in, in) buffer for all of it
+    inverse = A.clone() if out is None else out.copy_(A)
+    inverse.diagonal().add_(rho)
+    # A symmetric matrix is its transpose, which LAPACK takes by columns as it is: one buffer for all of it.
+    factor, info = inverse.mT, torch.empty((), dtype=torch.int32, device=A.device)
+    torch.linalg.cholesky_ex(factor, out=(factor, info))
     if int(info) != 0:
         raise NumericalError("The damped Gram matrix is not positive definite.")
-    return torch.cholesky_inverse(shifted, out=shifted)
+    torch.cholesky_inverse(factor, out=factor)
+    return inverse
 
 
 def scaled_inverse(problem: LayerProblem, scaled: Scaled, rho: float) -> Float[Tensor, "in in"]:

@@ -154,8 +154,8 @@ class ALPS(IterativeMethod[_State]):
 
     def finish(self, state: _State) -> Solution:
         mask = state.pattern.project(torch.abs(state.W, out=state.Y))
-        W, W0, scaled = state.W.mul_(mask), state.problem.W0, state.scaled
         state.X = state.Y = state.inverse = torch.empty(0)  # their memory is for the conjugate gradients
+        W, W0, scaled = state.W.mul_(mask), state.problem.W0, state.scaled
         less = None
         if self.refit_damping != self.damping:
             mean = state.problem.H.diagonal().mean()
