@@ -59,21 +59,29 @@ class Part:
 def share_out(shapes: Sequence[tuple[int, int]], size: int, can_be_cut: bool) -> list[Piece]:
     """All rows of layers of these ``shapes`` (out, in), shared out among ``size`` processes.
 
-    Where layers ``can_be_cut``, one that costs more than a process's fair share is cut into equal parts that
-    do not. The most expensive piece goes to the process that has least, and so on. In the order of rows.
+    The most expensive goes to the process that has least, and so on. Where layers ``can_be_cut``, one that
+    costs more than a process's fair share is cut into equal parts, if the last process is done sooner then:
+    every part costs factorisations. In the order of rows.
     """
     fair = sum(_cost(*shape) for shape in shapes) / size
-    pieces = []
+    whole = [Piece(layer, 0, out) for layer, (out, _) in enumerate(shapes)]
+    cut = []
     for layer, (out, inputs) in enumerate(shapes):
-        parts = min(out, size, math.ceil(_cost(out, inputs) / fair)) if can_be_cut else 1
-        pieces += [Piece(layer, out * i // parts, out * (i + 1) // parts) for i in range(parts)]
+        parts = min(out, size, math.ceil(_cost(out, inputs) / fair))
+        cut += [Piece(layer, out * i // parts, out * (i + 1) // parts) for i in range(parts)]
+    plans = [_dealt(pieces, shapes, size) for pieces in ([whole, cut] if can_be_cut else [whole])]
+    return min(plans, key=lambda plan: plan[0])[1]
+
+
+def _dealt(pieces: Sequence[Piece], shapes: Sequence[tuple[int, int]], size: int) -> tuple[float, list[Piece]]:
+    """Pieces with their ranks, and what those of the process that has most cost."""
     loads = [0.0] * size
     ranks = [0] * len(pieces)
     costs = [_cost(piece.stop - piece.start, shapes[piece.layer][1]) for piece in pieces]
     for i in sorted(range(len(pieces)), key=lambda i: -costs[i]):  # of equals the first: sorting is stable
         ranks[i] = loads.index(min(loads))
         loads[ranks[i]] += costs[i]
-    return [replace(piece, rank=rank) for piece, rank in zip(pieces, ranks)]
+    return max(loads), [replace(piece, rank=rank) for piece, rank in zip(pieces, ranks)]
 
 
 def _cost(rows: int, inputs: int) -> float:

@@ -41,6 +41,8 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     _keep_freed_memory()
     if _several_started():
+        # Where the process is gone through which they meet, torch warns with a page of C++ frames.
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
         from rarefy.cli.ranks import answer_together
 
         return answer_together(lambda: _answer(arguments))
