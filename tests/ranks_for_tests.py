@@ -18,9 +18,12 @@ import rarefy
 _RUNNER = """
 import importlib, json, os, sys, traceback
 import transformers.models.llama.modeling_llama, transformers.models.mixtral.modeling_mixtral
-import rarefy.cli.run, rarefy.cli.ranks, rarefy.homes, rarefy.evaluation.verify, rarefy.evaluation.texts, rarefy.report.card
+import rarefy.cli.run, rarefy.cli.ranks, rarefy.homes, rarefy.report.card
+import rarefy.evaluation.verify, rarefy.evaluation.texts
 from rarefy.cli import main
-rarefy.evaluation.texts.kept_texts = lambda *_: []  # nobody reads what a random model writes
+# Nobody reads what a random model writes, and to write it takes most of a run's time.
+rarefy.evaluation.texts.kept_texts = lambda *_: []
+rarefy.cli.held.writes_texts = lambda _: False
 for line in sys.stdin:
     arguments, port, size, more = json.loads(line)
     children = []
