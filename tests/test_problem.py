@@ -67,6 +67,20 @@ def test_grades_are_summed_in_float64() -> None:
     assert problem.relative_error(torch.tensor([[1.0, 0.0, 1.0, 1.0]])) == pytest.approx(1 / (1e8 + 3), rel=1e-12)
 
 
+@pytest.mark.parametrize("away", [0.0, 1e-6, 1.0])  # from the kernel of H
+def test_float32_grades_as_float64_does_however_little_is_lost(away: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    X = torch.randn(40, 60, generator=generator, dtype=torch.float64)
+    X[:, 0] *= 1e3  # an outlier
+    H = (X.T @ X).float()
+    kernel = torch.linalg.eigh(H.double()).eigenvectors[:, :10].T
+    W0 = torch.randn(10, 60, generator=generator)
+    D = kernel + away * torch.randn(10, 60, generator=generator, dtype=torch.float64)
+    W = (W0 + D).float()
+    exact = LayerProblem(W0.double(), Gram.from_matrix(H.double()))
+    assert LayerProblem(W0, Gram.from_matrix(H)).objective(W) == pytest.approx(exact.objective(W.double()), rel=1e-4)
+
+
 def test_grades_in_strips(monkeypatch: pytest.MonkeyPatch) -> None:
     problem = draw("correlated")
     W = other_weight(problem)

@@ -71,6 +71,11 @@ class Gram:
         return self._sum
 
     @property
+    def norm(self) -> float:
+        """The Frobenius norm of H."""
+        return self.cached("norm", lambda: float(torch.linalg.vector_norm(self.H)))
+
+    @property
     def mean(self) -> Float[Tensor, "in"]:
         """Mean input over tokens, float64; raises where means were not collected."""
         if self._sum_x is None or not self.num_tokens:

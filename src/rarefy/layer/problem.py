@@ -17,7 +17,8 @@ from torch import Tensor
 from rarefy.errors import InputError, NumericalError
 from rarefy.layer.gram import Gram
 
-_STRIP = 512  # rows and columns graded at a time in float64, to bound the memory of a grade
+_STRIP = 512  # rows and columns graded at a time, to bound the memory of a grade
+_CLEAR = 100.0  # what a grade must be, in units of what rounding in float32 may have added to it
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,7 +81,7 @@ class LayerProblem:
         self.gram.check(name)
 
     def objective(self, W: Float[Tensor, "out inputs"]) -> float:
-        """tr((W - W0) H (W - W0)^T), in float64."""
+        """tr((W - W0) H (W - W0)^T), summed in float64."""
         return self._energy(W, self.W0)
 
     def gradient(self, W: Float[Tensor, "out inputs"]) -> Float[Tensor, "out inputs"]:
@@ -90,7 +91,7 @@ class LayerProblem:
     def relative_error(self, W: Float[Tensor, "out inputs"]) -> float:
         """Output energy lost: tr((W - W0) H (W - W0)^T) / tr(W0 H W0^T).
 
-        Unitless; 0 is exact, 1 is as bad as the zero matrix, 0/0 = 0, x/0 = inf. In float64.
+        Unitless; 0 is exact, 1 is as bad as the zero matrix, 0/0 = 0, x/0 = inf. Summed in float64.
         """
         return error_ratio(self.objective(W), self.dense_energy)
 
@@ -100,18 +101,15 @@ class LayerProblem:
         return self._energy(self.W0, None)
 
     def _energy(self, W: Tensor, W0: Tensor | None) -> float:
-        """tr(D H D^T) for D = W - W0 (or W), product and sum in float64, a strip of D and H at a time."""
+        """tr(D H D^T) for D = W - W0 (or W), summed in float64; its products are in float64 if they must be."""
         if tuple(W.shape) != self.shape:  # a single row would be broadcast over all
             raise InputError("weight", f"a tensor of shape {tuple(W.shape)}", f"{self.shape}, as W0")
-        total = 0.0
-        for a in range(0, W.shape[0], _STRIP):
-            D = W[a : a + _STRIP].to(self.W0.device, torch.float64)
-            if W0 is not None:
-                D = D - W0[a : a + _STRIP].double()
-            for b in range(0, D.shape[1], _STRIP):
-                DH = D @ self.H[:, b : b + _STRIP].double()
-                total += float(DH.mul_(D[:, b : b + _STRIP]).sum())
-        return max(total, 0.0)
+        if self.dtype == torch.float32:
+            total, size = _quadratic(W, W0, self.H, torch.float32)
+            # An entry of D H is wrong by about eps |d| |H|: far less than this, unless D is close to H's kernel.
+            if total > _CLEAR * torch.finfo(torch.float32).eps * size * self.gram.norm:
+                return total
+        return max(_quadratic(W, W0, self.H, torch.float64)[0], 0.0)
 
     def scaled(self, damping: float, *, damp_first: bool) -> Scaled:
         """H + damping * mean(diag H) * I at unit diagonal, shared by all layers with this Gram.
@@ -139,6 +137,20 @@ def error_ratio(lost: float, dense: float) -> float:
     if dense == 0:
         return 0.0 if lost == 0 else math.inf
     return lost / dense
+
+
+def _quadratic(W: Tensor, W0: Tensor | None, H: Tensor, dtype: torch.dtype) -> tuple[float, float]:
+    """tr(D H D^T) and |D|^2 for D = W - W0 (or W), products in ``dtype``, sums in float64, strip by strip."""
+    total = size = 0.0
+    for a in range(0, W.shape[0], _STRIP):
+        D = W[a : a + _STRIP].to(H.device, dtype)
+        if W0 is not None:
+            D = D - W0[a : a + _STRIP].to(dtype)
+        size += float(torch.linalg.vecdot(D, D).sum(dtype=torch.float64))
+        for b in range(0, D.shape[1], _STRIP):
+            DH = D @ H[:, b : b + _STRIP].to(dtype)
+            total += float(DH.double().mul_(D[:, b : b + _STRIP]).sum())
+    return total, size
 
 
 def _scale(H: Tensor, damping: float, damp_first: bool) -> Scaled:

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-_MANY = 2**22  # values in a row from which on only some of them are copied and put in order
+_MANY = 2**21  # values in a row from which on only some of them are copied and put in order
 _SAMPLE = 2**16
 _CHUNK = 2**20
 
@@ -36,7 +36,7 @@ def _between(values: Float[Tensor, " n"], k: int) -> Float[Tensor, " one"] | Non
     What must be copied is a few per cent of the values instead of all.
     """
     n = len(values)
-    sample = values[:: n // _SAMPLE | 1].sort().values  # an odd stride meets all columns
+    sample = _sorted(values[:: n // _SAMPLE | 1])  # an odd stride meets all columns
     place, slack = len(sample) * (n - k) // n, 4 * math.isqrt(len(sample))
     low, high = float(sample[max(place - slack, 0)]), float(sample[min(place + slack, len(sample) - 1)])
     above, candidates = 0, []
@@ -48,7 +48,14 @@ def _between(values: Float[Tensor, " n"], k: int) -> Float[Tensor, " one"] | Non
     found = torch.cat(candidates)
     if not 1 <= k - above <= len(found) or len(found) > n // 4:  # many equals: as well all values
         return None
-    return found.sort().values[len(found) - (k - above)].view(1)
+    return kth_largest(found, k - above).view(1)
+
+
+def _sorted(values: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
+    """In ascending order, on the CPU by numpy, which takes a tenth of torch's time."""
+    if values.device.type != "cpu" or values.dtype not in (torch.float32, torch.float64):
+        return values.sort().values
+    return torch.from_numpy(np.sort(values.detach().numpy()))
 
 
 def _where(values: Float[Tensor, " n"], mask: Bool[Tensor, " n"]) -> Float[Tensor, " few"]:
