@@ -11,6 +11,7 @@ layers: Grams are summed, and weights handed round, so that all go on with the s
 from __future__ import annotations
 
 import hashlib
+import re
 import resource
 import sys
 import time
@@ -227,7 +228,7 @@ def _check_alike(world: World, model: nn.Module, windows: Tensor, settings: Prun
         "model": [(name, tuple(each.shape), each.dtype) for name, each in model.named_parameters()],
         "windows": hashlib.sha256(windows.cpu().numpy().tobytes()).hexdigest(),
         "pattern": str(settings.pattern),
-        "method": repr(settings.method),
+        "method": re.sub(r" at 0x\w+", "", repr(settings.method)),  # addresses of what a method of one's own holds
         **{key: str(getattr(settings, key)) for key in ("batch_size", "include", "exclude", "strict")},
     }
     everyone = world.gather(given)
