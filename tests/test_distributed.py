@@ -25,7 +25,7 @@ from ranks_for_tests import Ranks, experts_and_windows
 from rarefy.distributed import World
 from rarefy.errors import OutputError
 from rarefy.layer.gram import Gram
-from rarefy.layer.pattern import NM, Pattern, PerRow
+from rarefy.layer.pattern import NM, Fixed, Pattern, PerRow
 from rarefy.methods import build as build_method
 from rarefy.models.sites import LinearSite
 from rarefy.progress import Progress
@@ -159,6 +159,7 @@ _CUT: list[tuple[str, Pattern]] = [
     ("magnitude", PerRow(0.5)), ("wanda", PerRow(0.5)), ("wanda", NM(2, 4)), ("sparsegpt", PerRow(0.5)),
     ("sparsegpt", NM(2, 4)), ("wanda+pcg", PerRow(0.6)), ("dsnot", PerRow(0.5)), ("wanda+swaps", PerRow(0.5)),
     ("admm-reselect", NM(2, 4)), ("alps", PerRow(0.7)), ("alps", NM(2, 4)), ("wanda+backsolve", NM(2, 4)),
+    ("wanda+pcg", Fixed(torch.rand(24, 16, generator=torch.Generator().manual_seed(1)) > 0.6)),
 ]  # fmt: skip
 
 

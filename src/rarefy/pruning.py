@@ -339,16 +339,16 @@ def _warn_of_starved(records: Sequence[LayerRecord]) -> None:
 def _solve_piece(
     site: Site, piece: Piece, block: int, gram: Gram, settings: PruneSettings, dtype: torch.dtype
 ) -> Part:
-    """Solve a layer, or rows of it, and write what was found, rounded to the ``dtype`` it is stored in."""
+    """Solve a layer, or rows of it, and write what was found; ``dtype`` is the one it is stored in."""
     pattern, shape = settings.pattern, site.shape
     if piece.stop - piece.start < shape[0]:
         pattern = pattern.rows(piece.start, piece.stop, shape)
     problem = LayerProblem(site.read(piece.rows), gram)
-    solution = run(settings.method, problem, pattern, name=site.name)
+    solution = run(settings.method, problem, pattern, name=site.name, graded=False)  # but as it is written, below
     if settings.strict and solution.status.failed:
         reason = solution.details.get("failure", solution.status.value)
         raise NumericalError(f"{site.name}: {reason} (strict)")
-    # The mask is applied again, with +0 for zeros.
+    # Rounded to the dtype it is stored in; the mask is applied again, with +0 for zeros.
     site.write(torch.where(solution.mask, solution.weight.to(dtype), 0), piece.rows)
     lost = problem.objective(site.read(piece.rows))
     record_ = LayerRecord(

@@ -97,7 +97,7 @@ class LayerProblem:
 
     @cached_property
     def dense_energy(self) -> float:
-        """tr(W0 H W0^T), in float64."""
+        """tr(W0 H W0^T), summed in float64."""
         return self._energy(self.W0, None)
 
     def _energy(self, W: Tensor, W0: Tensor | None) -> float:
@@ -148,8 +148,12 @@ def _quadratic(W: Tensor, W0: Tensor | None, H: Tensor, dtype: torch.dtype) -> t
             D = D - W0[a : a + _STRIP].to(dtype)
         size += float(torch.linalg.vecdot(D, D).sum(dtype=torch.float64))
         for b in range(0, D.shape[1], _STRIP):
-            DH = D @ H[:, b : b + _STRIP].to(dtype)
-            total += float(DH.double().mul_(D[:, b : b + _STRIP]).sum())
+            # H is symmetric: what is left of the strip counts twice, what is right of it not at all
+            strip, D_b = slice(b, b + _STRIP), D[:, b : b + _STRIP]
+            DH = D_b @ H[strip, strip].to(dtype)
+            if b:
+                DH.addmm_(D[:, :b], H[:b, strip].to(dtype), alpha=2)
+            total += float(DH.double().mul_(D_b).sum())
     return total, size
 
 

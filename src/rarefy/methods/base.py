@@ -132,8 +132,9 @@ def run(
     *,
     name: str = "the layer",
     start: Solution | None = None,
+    graded: bool = True,
 ) -> Solution:
-    """Check, solve, time and grade one layer; what every caller uses instead of ``method.solve``.
+    """Check, solve, time and, if ``graded``, grade one layer; what every caller uses instead of ``method.solve``.
 
     Trivial patterns (nothing or everything kept) are answered here. A method that fails on a layer
     is reported by the status of the solution, whose weight is then W0 on the pattern's mask of the
@@ -160,7 +161,8 @@ def run(
                 solution.status = Status.NOT_FINITE
             solution.details["failure"] = str(error)
     solution.seconds = time.perf_counter() - started
-    solution.relative_error = problem.relative_error(solution.weight)
+    if graded:
+        solution.relative_error = problem.relative_error(solution.weight)
     return solution
 
 
