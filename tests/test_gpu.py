@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rarefy import NM, Gram, LayerProblem, PerRow, Unstructured
+from models_for_tests import make_model
+from rarefy import NM, Gram, LayerProblem, PerRow, Unstructured, prune
+from rarefy.calibration import ahead
 from rarefy.layer.pattern import Pattern
 from rarefy.methods import METHODS
 from rarefy.methods.base import run
@@ -41,3 +43,34 @@ def test_half_precision_inputs_lose_nothing_in_their_gram(dtype: torch.dtype) ->
     gram.update(X.cuda())
     exact = X.double().T @ X.double()
     assert float((gram.H.cpu().double() - exact).norm() / exact.norm()) < 1e-6
+
+
+@pytest.mark.parametrize("share", [1.0, 0.0], ids=["on the GPU", "in pinned memory"])
+def test_hidden_states_arrive_as_they_are(share: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ahead, "_SHARE", share)
+    device = torch.device("cuda")
+    states = ahead.empty_states((7, 64, 256), torch.bfloat16, device)
+    assert states.is_cuda == (share == 1)
+    states.copy_(torch.randn(7, 64, 256, generator=torch.Generator().manual_seed(0)))
+    expected = states.cpu().clone()
+    batches = ahead.Ahead(states, device)
+    for start in (0, 2, 4, 6):
+        windows = slice(start, start + 2)
+        batch = batches.take(windows)
+        batches.fetch(slice(start + 2, start + 4))
+        assert batch.is_cuda
+        assert torch.equal(batch.cpu(), expected[windows])
+        states[windows] = batch + 1  # as when a block's output takes the place of its input
+    assert torch.equal(states.cpu(), expected + 1)
+
+
+@pytest.mark.parametrize("share", [1.0, 0.0], ids=["on the GPU", "in pinned memory"])
+def test_a_model_is_pruned_alike_wherever_its_states_are(share: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ahead, "_SHARE", share)
+    windows = torch.randint(0, 128, (6, 32), generator=torch.Generator().manual_seed(0))
+    errors = []
+    for device in ("cpu", "cuda"):
+        model = make_model("llama").to(device)
+        report = prune(model, windows, pattern=Unstructured(0.5), method=METHODS["sparsegpt"], batch_size=2)
+        errors.append(report.relative_error)
+    assert errors[1] == pytest.approx(errors[0], rel=0.02)

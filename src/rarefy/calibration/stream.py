@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
+from rarefy.calibration.ahead import Ahead, empty_states
 from rarefy.calibration.spill import MappedStates
 from rarefy.errors import CalibrationError, ModelError
 
@@ -48,6 +49,9 @@ class HiddenStates:
     compute_dtype: torch.dtype = torch.float32
     release: Callable[[], None] = _keep
 
+    def __post_init__(self) -> None:
+        self._ahead = Ahead(self.states, self.device)
+
     @property
     def num_batches(self) -> int:
         """Number of batches of windows."""
@@ -61,7 +65,8 @@ class HiddenStates:
     def run(self, module: nn.Module, block: int, batch: int, windows: slice) -> Float[Tensor, "b length hidden"]:
         """The output of one block for one batch, in the dtype of computation."""
         call = self.calls[block][batch]
-        hidden = self.states[windows].to(self.device, self.compute_dtype)
+        hidden = self._ahead.take(windows).to(self.compute_dtype)
+        self._ahead.fetch(slice(windows.stop, windows.stop + self.batch_size))  # as ``slices`` has it
         try:
             output = module(hidden, *call.args, **call.kwargs)
         finally:
@@ -124,9 +129,9 @@ def record(
 def _allocate(
     shape: tuple[int, ...], dtype: torch.dtype, offload: Path | None, batch_size: int, device: torch.device
 ) -> HiddenStates:
-    """Hidden states with any content, in memory or in a file of ``offload``."""
+    """Hidden states with any content, in memory (the GPU's, if they fit) or in a file of ``offload``."""
     if offload is None:
-        return HiddenStates(torch.empty(shape, dtype=dtype), batch_size, device, compute_dtype=dtype)
+        return HiddenStates(empty_states(shape, dtype, device), batch_size, device, compute_dtype=dtype)
     mapped = MappedStates(offload, shape, dtype)
     return HiddenStates(mapped.tensor, batch_size, device, compute_dtype=dtype, release=mapped.release)
 
