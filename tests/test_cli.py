@@ -338,7 +338,7 @@ def test_a_start_token_comes_before_every_window(
 ) -> None:
     seen = []
 
-    def stop(model: object, windows: torch.Tensor, **_: object) -> None:
+    def stop(model: object, windows: torch.Tensor, *_: object) -> None:
         seen.append(windows)
         raise rarefy.NumericalError("enough seen.")
 

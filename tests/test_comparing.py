@@ -34,7 +34,7 @@ from rarefy.layer.solution import Solution
 from rarefy.methods import build
 from rarefy.methods.base import Method
 from rarefy.models.blocks import find_blocks
-from rarefy.pruning import prune
+from rarefy.pruning import prune, prune_model
 from task_files import write_task_files
 
 Folders = Callable[[str], Path]
@@ -153,11 +153,11 @@ def test_cells_of_a_seed_share_windows_and_seeds_do_not(
 ) -> None:
     seen: list[torch.Tensor] = []
 
-    def watching(model: Any, windows: torch.Tensor, **more: Any) -> Any:
+    def watching(model: Any, windows: torch.Tensor, *more: Any) -> Any:
         seen.append(windows.clone())
-        return prune(model, windows, **more)
+        return prune_model(model, windows, *more)
 
-    monkeypatch.setattr(module, "prune", watching)
+    monkeypatch.setattr(module, "prune_model", watching)
     sweep(replace(options, seeds=2), tmp_path / "out")
     assert len(seen) == 8
     assert all(torch.equal(one, seen[0]) for one in seen[:4])

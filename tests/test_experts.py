@@ -507,3 +507,20 @@ def test_a_list_of_experts_is_pruned_like_the_fused_ones() -> None:
         other = expected[fused_name(layer.name)]
         assert layer.details == other.details
         assert layer.relative_error == pytest.approx(other.relative_error, rel=1e-4)
+
+
+def test_experts_of_a_list_that_are_called_with_no_tokens_share_their_inputs_all_the_same() -> None:
+    model = listed(make_model("mixtral"))
+
+    def call_all(mixture: nn.Module, args: tuple[Tensor]) -> None:
+        for expert in mixture.experts:
+            expert(args[0].new_empty(0, args[0].shape[-1]))
+
+    for layer in model.model.layers:
+        layer.mlp.register_forward_pre_hook(call_all)
+    grams = grams_of_last_block(model, windows())
+    plain = grams_of_last_block(listed(make_model("mixtral")), windows())
+    for name, gram in grams.items():
+        assert gram.num_tokens == plain[name].num_tokens
+        if name.endswith(".w1"):
+            assert grams[name.replace(".w1", ".w3")] is gram

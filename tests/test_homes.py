@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from rarefy.homes import KeptHome, StreamedHome
 from rarefy.models.source import resolve_model
 from rarefy.models.streaming import StreamedModel
 from rarefy.progress import Fingerprint, Progress
+from rarefy.prune_settings import PruneSettings
 from rarefy.pruning import Home, prune_blocks
 from rarefy.report.records import LayerRecord, Report
 
@@ -49,9 +50,9 @@ def _in_memory(folder: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval().requires_grad_(False)
 
 
-def _prune(home: Home, **more: Any) -> Report:
-    settings: dict[str, Any] = {"pattern": rarefy.PerRow(0.5), "method": rarefy.SparseGPT(), "batch_size": 2}
-    return prune_blocks(home, _WINDOWS, **settings | more)
+def _prune(home: Home, include: Sequence[str] = (), on_layer: Callable[[LayerRecord], None] | None = None) -> Report:
+    settings = PruneSettings(rarefy.PerRow(0.5), rarefy.SparseGPT(), batch_size=2, include=include)
+    return prune_blocks(home, _WINDOWS, settings, on_layer=on_layer)
 
 
 def _progress(output: Path, folder: Path) -> Progress:

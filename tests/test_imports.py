@@ -29,8 +29,9 @@ ALLOWED = {
     "rarefy.evaluation.verify": ["errors", "models", "report.records", "run_folder"],
     "rarefy.run_folder": ["errors", "report.records"],
     "rarefy.watching": ["report.records"],
-    "rarefy.progress": ["errors", "disk", "calibration.spill", "report.records"],
-    "rarefy.recipe": ["errors", "layer.pattern", "methods"],
+    "rarefy.progress": ["errors", "disk", "distributed", "calibration.spill", "report.records"],
+    "rarefy.prune_settings": ["layer.pattern", "methods.base"],
+    "rarefy.recipe": ["errors", "layer.pattern", "methods", "prune_settings"],
     "rarefy.solve": ["errors", "layer", "methods"],
     "rarefy.pruning": [
         "errors",
@@ -39,10 +40,15 @@ ALLOWED = {
         "models",
         "calibration",
         "distributed",
+        "prune_settings",
         "report.records",
+        "sharing",
     ],
-    "rarefy.homes": ["errors", "disk", "models", "calibration", "progress", "pruning", "report.records"],
+    "rarefy.homes": [
+        *("errors", "disk", "distributed", "models", "calibration", "progress", "pruning", "report.records"),
+    ],
     "rarefy.distributed": ["errors"],
+    "rarefy.sharing": ["layer", "report.records"],
     "rarefy.comparing": [
         *("__version__", "errors", "layer", "methods", "models", "calibration", "evaluation", "report"),
         *("pruning", "recipe", "run_folder", "watching"),

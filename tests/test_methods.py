@@ -89,7 +89,8 @@ CLAIMS: dict[str, Claims] = {
     "admm": Claims(ADMM(), independent=("row", "fixed")),
     "admm-reselect": Claims(ADMM(schedule="reselect")),
     "admm1": Claims(ADMM(schedule="fixed")),
-    "alps": Claims(ALPS(), independent=()),
+    "alps": Claims(ALPS()),
+    # The penalty follows the changes of the whole support.
     "alps-paper": Claims(ALPS(penalty="support"), independent=()),
     # Mask finders that start from Wanda's, with one line search or one choice of the best for all rows.
     "sparsefw": Claims(SparseFW(), weights_kept=True, independent=(), not_above=Wanda()),

@@ -7,6 +7,7 @@ may be relied on. What the disk refuses becomes one sentence of OutputError.
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -83,6 +84,16 @@ def sync_folder(folder: Path) -> None:
             os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def appears(path: Path, seconds: float = 60.0) -> bool:
+    """Whether ``path`` is there, or is so soon: network file systems show late what another machine has made."""
+    limit = time.monotonic() + seconds
+    while not path.exists():
+        if time.monotonic() > limit:
+            return False
+        time.sleep(0.1)
+    return True
 
 
 def remove_partial_files(folder: Path) -> None:

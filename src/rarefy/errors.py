@@ -8,6 +8,7 @@ RarefyError
 │   ├── CalibrationError             missing, empty or too short text
 │   ├── RecipeError                  a recipe file that says something else than a recipe
 │   └── OutputError                  an output folder that cannot be used
+├── RankError                        another process of the same run has ended
 ├── NumericalError                   NaN or infinity where there must be none, a layer that cannot be solved
 └── VerificationError                what was written is not what was promised
 """
@@ -65,6 +66,10 @@ class OutputError(InputError):
 
 class NumericalError(RarefyError):
     """NaN or infinity in a weight or Gram matrix, or a layer without a solution; names the layer."""
+
+
+class RankError(RarefyError):
+    """Another process of the same run has ended, or is cut off, so this one cannot go on."""
 
 
 class VerificationError(RarefyError):

@@ -34,27 +34,32 @@ _WINDOWS = "windows.safetensors"
 class KeptHome(Home):
     """A model in memory, of which every pruned block is kept in the folder of an open ``progress``.
 
-    ``offload`` is a folder for the hidden states, which are in memory without it.
+    ``offload`` is a folder for the hidden states, which are in memory without it. Of several processes, the
+    first keeps the blocks, and each the hidden states of its windows.
     """
 
     def __init__(self, model: nn.Module, progress: Progress, offload: Path | None = None) -> None:
         super().__init__(model)
         self.progress = progress
         self.offload = offload
+        self._first = 0  # the number of this process's first window
         self.finished = progress.finished
         for index in range(self.finished):
             self._restore(self._weights_of(index))
 
     def records(self) -> list[LayerRecord]:
         """The records of the finished blocks. Raises OutputError where a file is missing or damaged."""
-        return self.progress.records()
+        return self.world.from_first(self.progress.records)
 
-    def record(self, blocks: Sequence[Block], windows: Int64[Tensor, "num length"], batch_size: int) -> HiddenStates:
+    def record(
+        self, blocks: Sequence[Block], windows: Int64[Tensor, "num length"], batch_size: int, first: int = 0
+    ) -> HiddenStates:
         """How every block is called, and the states that were saved last, if any."""
+        self._first = first
         modules = [block.module for block in blocks]
         stream = record(self.model, modules, windows, batch_size, self.offload)
         if self.progress.states:
-            load_states(self.progress.folder, self.progress.states, stream.states, on_window=stream.release)
+            load_states(self.progress.folder, self.progress.states, stream.states, first, stream.release)
         return stream
 
     def store(self, block: Block) -> None:
@@ -65,12 +70,18 @@ class KeptHome(Home):
             replace_file(self._weights_of(block.index), save(tensors))
 
     def finish(self, block: Block, records: Sequence[LayerRecord], entering: HiddenStates | None) -> None:
-        """Save the states for the next block, and note in the journal that this one is done. Raises OutputError."""
+        """Save the states for the next block, and note in the journal that this one is done. Raises OutputError.
+
+        Of several processes, each saves those of its windows.
+        """
         parts = []
-        if entering is not None:
-            folder = self.progress.folder
-            parts.append(save_states(folder, block.index + 1, entering.states, on_window=entering.release))
-        self.progress.finish_block(block.index, records, parts)
+        with self.world.together():
+            if entering is not None:
+                folder, number = self.progress.folder, block.index + 1
+                parts.append(save_states(folder, number, entering.states, self._first, entering.release))
+        everyone = self.world.gather(parts)
+        with self.world.together():
+            self.progress.finish_block(block.index, records, [part for parts in everyone for part in parts])
 
     def _weights_of(self, index: int) -> Path:
         return self.progress.folder / f"weights-{index:05d}.safetensors"
@@ -119,16 +130,20 @@ class StreamedHome(KeptHome):
 
     def prepare(self, num_blocks: int) -> None:
         """Make the copies, or check those of an earlier run unless it got through all ``num_blocks``."""
+        if not self.world.leads:
+            return
         if not self.finished:
             self.copies.make()
         elif self.finished < num_blocks:
             self.copies.check()
 
-    def record(self, blocks: Sequence[Block], windows: Int64[Tensor, "num length"], batch_size: int) -> HiddenStates:
+    def record(
+        self, blocks: Sequence[Block], windows: Int64[Tensor, "num length"], batch_size: int, first: int = 0
+    ) -> HiddenStates:
         """As of a model in memory, with nothing loaded but what comes before the blocks, and the first of them."""
         rest = [block.name for block in blocks[1:]]
         with self.streamed.loaded(self.streamed.base, without=rest, device=self.device):
-            return super().record(blocks, windows, batch_size)
+            return super().record(blocks, windows, batch_size, first)
 
     @contextmanager
     def loaded(self, block: Block, following: Block | None) -> Iterator[None]:

@@ -26,8 +26,9 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, BinaryIO, Self
 
 from rarefy.calibration.spill import StatesPart
-from rarefy.disk import refusals, remove_partial_files, replace_file, sync_folder
-from rarefy.errors import OutputError
+from rarefy.disk import appears, refusals, remove_partial_files, replace_file, sync_folder
+from rarefy.distributed import Stopped
+from rarefy.errors import OutputError, RankError
 from rarefy.report.records import LayerRecord
 
 if TYPE_CHECKING:
@@ -90,10 +91,12 @@ class Progress:
     """The journal in the output folder of one run; one process at a time holds it.
 
     ``finished`` blocks are done, so the next one has this number; ``states`` says where the hidden states
-    are that enter it. Use it as a context, or ``close`` it.
+    are that enter it. Use it as a context, or ``close`` it. Of several processes that work on the run, one
+    ``leads``; on the others it writes nothing, and knows what they tell it (``follow``).
     """
 
-    def __init__(self, output: Path) -> None:
+    def __init__(self, output: Path, leads: bool = True) -> None:
+        self._leads = leads
         self.folder = output / "unfinished"
         self.model = self.folder / "model"
         self.states: list[StatesPart] = []
@@ -134,6 +137,8 @@ class Progress:
 
         Raises OutputError as ``check`` does, where another process works here, and where the disk refuses.
         """
+        if not self._leads:
+            return self
         with refusals(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             self._take_lock()
@@ -147,6 +152,19 @@ class Progress:
                 raise
         return self
 
+    @property
+    def position(self) -> tuple[list[int], list[StatesPart]]:
+        """What ``follow`` takes: of each finished block a checksum, and where the states are."""
+        return self._blocks, self.states
+
+    def follow(self, position: tuple[list[int], list[StatesPart]]) -> None:
+        """Be where the journal of the process that leads is. Raises OutputError where its folder is not here."""
+        self._blocks, self.states = position
+        if not self._leads and not appears(self.folder):
+            raise OutputError.sentence(
+                f"{self.folder.parent} is not the same folder for all processes of the run: name one that all share."
+            )
+
     def finish_block(self, index: int, records: Sequence[LayerRecord], states: Sequence[StatesPart]) -> None:
         """Note that block ``index`` is finished, with the states that enter the next, none after the last.
 
@@ -155,6 +173,9 @@ class Progress:
         """
         if index != self.finished:
             raise ValueError(f"Block {index} was finished, but {self.finished} is the next.")
+        if not self._leads:
+            self._blocks, self.states = [*self._blocks, 0], list(states)
+            return
         content = "".join(record.to_json() + "\n" for record in records).encode()
         replace_file(self._records_of(index), content)
         before = self._blocks, self.states
@@ -179,15 +200,21 @@ class Progress:
 
     @contextmanager
     def keeping(self) -> Iterator[None]:
-        """Within the scope, what the disk refuses ends the run with a sentence that says what is kept."""
+        """Within the scope, what the disk refuses ends the run with a sentence that says what is kept.
+
+        So does the end of another process of the run.
+        """
         try:
             with refusals(self.folder):
                 yield
         except OutputError as error:
-            reason = str(error).rstrip(".")
-            raise OutputError.sentence(
-                f"{reason}; {finished_blocks(self.finished)} kept, and the same command goes on from there."
-            ) from error
+            raise OutputError.sentence(f"{str(error).rstrip('.')}; {self._kept()}.") from error
+        except (RankError, Stopped) as error:
+            kept = self._kept() if self.finished else "no block was finished yet, and the same command begins anew"
+            raise RankError(f"{str(error).rstrip('.')}; {kept}.") from error
+
+    def _kept(self) -> str:
+        return f"{finished_blocks(self.finished)} kept, and the same command goes on from there"
 
     def publish(self, target: Path) -> None:
         """Let the finished model take the name ``target``; done already where it has. Raises OutputError."""
@@ -199,7 +226,8 @@ class Progress:
     def remove(self) -> None:
         """Remove the journal: the run is finished, or given up."""
         self.close()
-        shutil.rmtree(self.folder, ignore_errors=True)
+        if self._leads:
+            shutil.rmtree(self.folder, ignore_errors=True)
 
     def close(self) -> None:
         """Let another process hold the journal."""

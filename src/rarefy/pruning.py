@@ -3,17 +3,21 @@
 For each block in order, the hidden states of all windows are replayed through the still dense block
 while hooks feed its Gram matrices, every linear is solved, the sparse weights are written, and the
 hidden states are replayed through the pruned block to enter the next one. Where blocks come from and go
-to is a ``Home``'s affair: the loop is the same for a model in memory and for one that stays on disk.
+to is a ``Home``'s affair: the loop is the same for a model in memory and for one that stays on disk. So it
+is for one process and for several, of which each holds the hidden states of some windows and solves some
+layers: Grams are summed, and weights handed round, so that all go on with the same block.
 """
 
 from __future__ import annotations
 
+import hashlib
+import re
 import resource
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import zip_longest
 
 import torch
@@ -22,14 +26,18 @@ from torch import Tensor, nn
 
 from rarefy.calibration.collect import Grams, collect, collect_all_tokens, starved, turns
 from rarefy.calibration.stream import HiddenStates, convert_calls, record
-from rarefy.errors import NumericalError
+from rarefy.calibration.sums import add_up
+from rarefy.distributed import World
+from rarefy.errors import InputError, NumericalError
 from rarefy.layer.gram import Gram
 from rarefy.layer.pattern import Pattern
-from rarefy.layer.problem import LayerProblem
+from rarefy.layer.problem import LayerProblem, error_ratio
 from rarefy.layer.solution import Solution
 from rarefy.methods.base import Method, run
 from rarefy.models.blocks import Block, Site, find_blocks, select_sites
+from rarefy.prune_settings import PruneSettings
 from rarefy.report.records import LayerRecord, Report, three_digits
+from rarefy.sharing import Part, Piece, join, share_out
 
 Progress = Callable[[int, int, str], None]
 
@@ -71,22 +79,30 @@ def prune(
     ``on_layer(record)`` are called as the run goes on. Raises PatternError before anything changes
     where the pattern does not fit a layer, NumericalError for NaN or infinity, and, if ``strict``,
     for a layer whose status is a failure.
+
+    Where torch.distributed's default group is initialised, all of its processes call this alike, with the
+    same model, all windows and the same settings; they share the work, and each ends with the pruned model
+    and the report. Raises InputError where they differ, RankError where one of them is gone.
     """
+    settings = PruneSettings(pattern, method, batch_size, include, exclude, strict)
+    return prune_model(model, windows, settings, on_progress, on_layer)
+
+
+def prune_model(
+    model: nn.Module,
+    windows: Int64[Tensor, "num length"],
+    settings: PruneSettings,
+    on_progress: Progress | None = None,
+    on_layer: Callable[[LayerRecord], None] | None = None,
+) -> Report:
+    """What ``prune`` does, with the settings in one piece."""
+    home = Home(model)
+    if home.world.size > 1:
+        _check_alike(home.world, model, windows, settings)
     training = model.training
     model.eval()
     try:
-        return prune_blocks(
-            Home(model),
-            windows,
-            pattern=pattern,
-            method=method,
-            batch_size=batch_size,
-            include=include,
-            exclude=exclude,
-            strict=strict,
-            on_progress=on_progress,
-            on_layer=on_layer,
-        )
+        return prune_blocks(home, windows, settings, on_progress, on_layer)
     finally:
         model.train(training)
 
@@ -95,20 +111,27 @@ class Home:
     """Where the blocks of a model are before their turn and after it: here, in memory all the time.
 
     The loop calls ``record`` once, and for each block in order ``loaded``, within it ``store``, and then
-    ``finish``. Blocks before ``finished`` were done by an earlier run, whose ``records`` are these.
+    ``finish``. Blocks before ``finished`` were done by an earlier run, whose ``records`` are these. Of several
+    processes, ``world``, each has a home; ``store`` is called on the first of them only.
     """
 
     finished = 0
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
+        self.world = World.current()
 
     def records(self) -> list[LayerRecord]:
         """The records of the finished blocks."""
         return []
 
-    def record(self, blocks: Sequence[Block], windows: Int64[Tensor, "num length"], batch_size: int) -> HiddenStates:
-        """How every block is called, and the hidden states that enter the first unfinished one."""
+    def record(
+        self, blocks: Sequence[Block], windows: Int64[Tensor, "num length"], batch_size: int, first: int = 0
+    ) -> HiddenStates:
+        """How every block is called, and the hidden states that enter the first unfinished one.
+
+        ``windows`` are this process's, of which the first is number ``first`` of the run.
+        """
         return record(self.model, [block.module for block in blocks], windows, batch_size)
 
     @contextmanager
@@ -126,47 +149,51 @@ class Home:
 def prune_blocks(
     home: Home,
     windows: Int64[Tensor, "num length"],
-    *,
-    pattern: Pattern,
-    method: Method,
-    batch_size: int = 4,
-    include: Sequence[str] = (),
-    exclude: Sequence[str] = (),
-    strict: bool = False,
+    settings: PruneSettings,
     on_progress: Progress | None = None,
     on_layer: Callable[[LayerRecord], None] | None = None,
 ) -> Report:
     """Prune the linears in all unfinished blocks of the model that ``home`` keeps, which is in inference mode.
 
     Arguments and errors are those of ``prune``; ``on_progress`` and ``on_layer`` hear of what is done now.
-    The report is of the whole run.
+    The report is of the whole run. All processes of ``home.world`` call this alike, with all windows.
     """
     started = time.perf_counter()
-    blocks = select_sites(find_blocks(home.model), include, exclude)
-    check_pattern(blocks, pattern)
+    world = home.world
+    own, first = _own(world, windows)
+    blocks = select_sites(find_blocks(home.model), settings.include, settings.exclude)
+    check_pattern(blocks, settings.pattern)
     last = max(block.index for block in blocks if block.sites)
     records = home.records()
     todo = blocks[home.finished : last + 1]
     if todo:
-        stream = home.record(blocks, windows, batch_size)
+        with world.together():
+            stream = home.record(blocks, own, settings.batch_size, first)
         convert_calls(stream, compute_dtype(stream.states.dtype, stream.device))
         ticks = _Ticks(on_progress, _num_parts(todo, stream.num_batches))
     for block, following in zip_longest(todo, todo[1:]):
         done = []
-        with home.loaded(block, following):
+        with ExitStack() as turn:
+            with world.together():
+                turn.enter_context(home.loaded(block, following))
             stored = {site.name: site.dtype for site in block.sites}
             with computing_in(block.module, stream.compute_dtype):
-                for record_ in _prune_block(block, stream, pattern, method, strict, stored, ticks):
+                for record_ in _prune_block(world, block, stream, settings, stored, ticks):
                     done.append(record_)
                     if on_layer:
                         on_layer(record_)
                 if following is not None:
-                    stream.advance(block.module, block.index, ticks.one)
-            home.store(block)
+                    with world.together():
+                        stream.advance(block.module, block.index, ticks.one)
+            with world.together():
+                if world.leads:
+                    home.store(block)
         home.finish(block, done, stream if following is not None else None)
         records += done
-    _warn_of_starved(records)
-    return Report(records, seconds=time.perf_counter() - started, method=str(method), pattern=str(pattern))
+    if world.leads:
+        _warn_of_starved(records)
+    seconds = time.perf_counter() - started
+    return Report(records, seconds=seconds, method=str(settings.method), pattern=str(settings.pattern))
 
 
 def _num_parts(blocks: Sequence[Block], num_batches: int) -> int:
@@ -183,29 +210,114 @@ def check_pattern(blocks: Sequence[Block], pattern: Pattern) -> None:
             pattern.validate(site.shape, site.name)
 
 
+def _own(world: World, windows: Tensor) -> tuple[Tensor, int]:
+    """The windows that are this process's, and the number of the first. Raises InputError for too few of them."""
+    if world.size == 1:
+        return windows, 0
+    if len(windows) < world.size:
+        raise InputError.sentence(
+            f"windows holds {len(windows)}, but must hold at least {world.size}, one for each process."
+        )
+    share = world.share(len(windows))
+    return windows[share.start : share.stop], share.start
+
+
+def _check_alike(world: World, model: nn.Module, windows: Tensor, settings: PruneSettings) -> None:
+    """Raise InputError, on all processes, where they are not about to do the same."""
+    given = {
+        "model": [(name, tuple(each.shape), each.dtype) for name, each in model.named_parameters()],
+        "windows": hashlib.sha256(windows.cpu().numpy().tobytes()).hexdigest(),
+        "pattern": str(settings.pattern),
+        "method": re.sub(r" at 0x\w+", "", repr(settings.method)),  # addresses of what a method of one's own holds
+        **{key: str(getattr(settings, key)) for key in ("batch_size", "include", "exclude", "strict")},
+    }
+    everyone = world.gather(given)
+    for key in given:
+        for rank, other in enumerate(everyone):
+            if other[key] != everyone[0][key]:
+                raise InputError.sentence(
+                    f"{key} on process {rank} is not that on process 0: all processes of the group prune together."
+                )
+
+
 def _prune_block(
+    world: World,
     block: Block,
     stream: HiddenStates,
-    pattern: Pattern,
-    method: Method,
-    strict: bool,
+    settings: PruneSettings,
     stored: dict[str, torch.dtype],
     ticks: _Ticks,
 ) -> Iterator[LayerRecord]:
+    means = settings.method.needs_means
+
+    def collected(sites: Sequence[Site]) -> Grams:
+        with world.together():
+            grams = collect(stream, block.module, block.index, sites, means=means, on_batch=ticks.one)
+        return add_up(world, grams)
+
+    def collected_from_all_tokens(sites: Sequence[Site]) -> Grams:
+        with world.together():
+            grams = collect_all_tokens(stream, block.module, block.index, sites, means=means)
+        return add_up(world, grams)
+
     for sites in turns(block.sites):
-        grams = collect(stream, block.module, block.index, sites, means=method.needs_means, on_batch=ticks.one)
+        grams = collected(sites)
         notes = _routed_tokens(sites, grams)
         if short := starved(sites, grams):
-            grams |= collect_all_tokens(stream, block.module, block.index, short, means=method.needs_means)
+            grams |= collected_from_all_tokens(short)
             for site in short:
                 notes[site.name][_STARVED] = f"solved with {grams[site.name].num_tokens} tokens, all of the block's"
-        for site in sites:
+        # Alone, a layer's record is there as soon as it is solved; several share all layers of the turn out.
+        for some in [[site] for site in sites] if world.size == 1 else [sites]:
+            for record_ in _prune_sites(world, some, block.index, grams, settings, stored, ticks, stream.device):
+                record_.details |= notes[record_.name]
+                yield record_
+
+
+def _prune_sites(
+    world: World,
+    sites: Sequence[Site],
+    block: int,
+    grams: Grams,
+    settings: PruneSettings,
+    stored: dict[str, torch.dtype],
+    ticks: _Ticks,
+    device: torch.device,
+) -> list[LayerRecord]:
+    """Solve and write some layers of a block, and take their Grams away; their records, in order."""
+    pieces = share_out([site.shape for site in sites], world.size, settings.method.rows_independent(settings.pattern))
+    solved: dict[Piece, Part] = {}
+    with world.together():
+        for layer, site in enumerate(sites):
             gram = grams.pop(site.name)  # freed, with its factorisations, after the last layer that shares it
-            with torch.no_grad():
-                record_ = _prune_site(site, block.index, gram, pattern, method, strict, stored[site.name])
-            record_.details |= notes[site.name]
-            ticks.one(f"{site.name} {three_digits(record_.relative_error)}")
-            yield record_
+            own = [piece for piece in pieces if (piece.layer, piece.rank) == (layer, world.rank)]
+            for piece in own:
+                with torch.no_grad():
+                    solved[piece] = _solve_piece(site, piece, block, gram, settings, stored[site.name])
+            if own:
+                ticks.one(f"{site.name} {three_digits(solved[own[0]].record.relative_error)}")
+    everyone = world.gather((solved, peak_bytes(device)))
+    for others, _ in everyone:
+        solved |= others
+    records = []
+    for layer, site in enumerate(sites):
+        parts = [piece for piece in pieces if piece.layer == layer]
+        for piece in parts:
+            _hand_round(world, site, piece, stored[site.name])
+        if all(piece.rank != world.rank for piece in parts):
+            ticks.one()
+        record_ = join([solved[piece] for piece in parts])
+        record_.peak_bytes = max(peak for _, peak in everyone)
+        records.append(record_)
+    return records
+
+
+def _hand_round(world: World, site: Site, piece: Piece, dtype: torch.dtype) -> None:
+    """Write the rows that one process has solved, and written, into the block of all others."""
+    if world.size > 1:
+        rows = site.read(piece.rows).to(dtype)
+        world.broadcast_(rows, piece.rank)
+        site.write(rows, piece.rows)
 
 
 def _routed_tokens(sites: Sequence[Site], grams: Grams) -> dict[str, dict[str, float | str]]:
@@ -220,35 +332,40 @@ def _warn_of_starved(records: Sequence[LayerRecord]) -> None:
         warnings.warn(
             f"{len(names)} weights of experts were solved with all tokens of their block, because the router sent "
             f"fewer tokens to them than they have inputs: {', '.join(names[:_NAMED])}{more}. Their records say so.",
-            stacklevel=4,
+            stacklevel=5,
         )
 
 
-def _prune_site(
-    site: Site, block: int, gram: Gram, pattern: Pattern, method: Method, strict: bool, dtype: torch.dtype
-) -> LayerRecord:
-    problem = LayerProblem(site.read(), gram)
-    solution = run(method, problem, pattern, name=site.name, graded=False)  # but as it is written, below
-    if strict and solution.status.failed:
+def _solve_piece(
+    site: Site, piece: Piece, block: int, gram: Gram, settings: PruneSettings, dtype: torch.dtype
+) -> Part:
+    """Solve a layer, or rows of it, and write what was found; ``dtype`` is the one it is stored in."""
+    pattern, shape = settings.pattern, site.shape
+    if piece.stop - piece.start < shape[0]:
+        pattern = pattern.rows(piece.start, piece.stop, shape)
+    problem = LayerProblem(site.read(piece.rows), gram)
+    solution = run(settings.method, problem, pattern, name=site.name, graded=False)  # but as it is written, below
+    if settings.strict and solution.status.failed:
         reason = solution.details.get("failure", solution.status.value)
         raise NumericalError(f"{site.name}: {reason} (strict)")
     # Rounded to the dtype it is stored in; the mask is applied again, with +0 for zeros.
-    site.write(torch.where(solution.mask, solution.weight.to(dtype), 0))
-    return LayerRecord(
+    site.write(torch.where(solution.mask, solution.weight.to(dtype), 0), piece.rows)
+    lost = problem.objective(site.read(piece.rows))
+    record_ = LayerRecord(
         name=site.name,
         block=block,
         shape=list(problem.shape),
-        pattern=str(pattern),
+        pattern=str(settings.pattern),
         kept=int(solution.mask.sum()),
-        relative_error=problem.relative_error(site.read()),
+        relative_error=error_ratio(lost, problem.dense_energy),
         status=solution.status.value,
         failed=solution.status.failed,
         details=solution.details,
         steps=solution.steps,
         seconds=solution.seconds,
-        peak_bytes=peak_bytes(problem.W0.device),
         trace=solution.trace,
     )
+    return Part(record_, lost, problem.dense_energy)
 
 
 def compute_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:

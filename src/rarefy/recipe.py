@@ -20,6 +20,7 @@ from rarefy.errors import InputError, MethodError, PatternError, RecipeError
 from rarefy.layer.pattern import NM, Pattern, PerRow, Unstructured
 from rarefy.methods import all_settings, build
 from rarefy.methods.base import Method
+from rarefy.prune_settings import PruneSettings
 
 DEFAULT_METHOD = "alps"
 DEFAULT_SPARSITY = 0.5
@@ -167,6 +168,12 @@ class Recipe(BaseModel):
         sparsity = DEFAULT_SPARSITY if self.sparsity is None else self.sparsity
         scope = self.scope or self.build_method().default_scope
         return PerRow(sparsity) if scope == "row" else Unstructured(sparsity)
+
+    def prune_settings(self) -> PruneSettings:
+        """What the loop over blocks is to do. Raises MethodError, PatternError."""
+        return PruneSettings(
+            self.build_pattern(), self.build_method(), self.batch_size, self.include, self.exclude, self.strict
+        )
 
     def resolved(self, context: int | None) -> Self:
         """The same recipe with every default filled in, so that it says all that the run will do.

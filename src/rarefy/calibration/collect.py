@@ -216,9 +216,10 @@ def _groups(
             yield plain, [X]
         first: dict[tuple[Mixture, int], str] = {}
         for site, place in _placed(readers):
-            leading.setdefault(
-                (place.mixture, place.part), first.setdefault((place.mixture, place.index), place.part)
-            )
+            if X.numel():  # an expert that is called with no tokens shows nothing
+                leading.setdefault(
+                    (place.mixture, place.part), first.setdefault((place.mixture, place.index), place.part)
+                )
             reads.setdefault(site.name, []).append(X)
     groups: dict[tuple[Mixture, int, str], list[Site]] = {}
     for mixture in _listed(sites):

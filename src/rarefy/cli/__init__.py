@@ -9,6 +9,7 @@ One command, one module; each is a function with its options for arguments.
 from __future__ import annotations
 
 import ctypes
+import os
 import re
 import sys
 from contextlib import suppress
@@ -19,7 +20,7 @@ import typer
 from rarefy import __version__
 from rarefy.cli import compare, evaluate, inspect, methods, prune, report
 from rarefy.cli.terminal import complain, plain_warnings
-from rarefy.errors import InputError, RarefyError
+from rarefy.errors import InputError, RankError, RarefyError
 
 app = typer.Typer(
     add_completion=False,
@@ -27,6 +28,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Make large language models sparse in one shot, and prove what was done.",
 )
+
+#: The commands that several processes can do together.
+_IN_SEVERAL_PROCESSES = ("prune",)
 
 #: What typer raises for every mistake in the use of options and arguments.
 _UsageError = cast("type[Exception]", typer.BadParameter.__base__)
@@ -36,6 +40,22 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return its exit status; ``arguments`` default to the process's."""
     arguments = sys.argv[1:] if arguments is None else arguments
     _keep_freed_memory()
+    if _several_started():
+        # Where the process is gone through which they meet, torch warns with a page of C++ frames.
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+        from rarefy.cli.ranks import answer_together
+
+        return answer_together(lambda: _answer(arguments))
+    return _answer(arguments)
+
+
+def _several_started() -> bool:
+    """Whether torchrun, or whoever sets the same variables, started more processes than this one."""
+    size, rank = os.environ.get("WORLD_SIZE", ""), os.environ.get("RANK", "")
+    return size.isdigit() and rank.isdigit() and int(size) > 1
+
+
+def _answer(arguments: list[str]) -> int:
     try:
         with plain_warnings():
             status = app(arguments or ["--help"], prog_name="rarefy", standalone_mode=False, obj=arguments)
@@ -43,6 +63,8 @@ def main(arguments: list[str] | None = None) -> int:
         return complain(error.format_message(), 2)  # type: ignore[attr-defined]
     except InputError as error:
         return complain(_as_option(str(error)), 2)
+    except RankError:
+        raise  # which of the processes says it is seen to where they meet
     except RarefyError as error:
         return complain(str(error), 1)
     except (MemoryError, RuntimeError) as error:
@@ -88,11 +110,15 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def _options(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and stop.")
     ] = False,
 ) -> None:
-    pass
+    if _several_started() and context.invoked_subcommand not in _IN_SEVERAL_PROCESSES:
+        raise InputError.sentence(
+            f"rarefy {context.invoked_subcommand} works in one process: start it without torchrun."
+        )
 
 
 app.command("prune", cls=prune.PruneCommand)(prune.prune)

@@ -61,6 +61,9 @@ class Held(ABC):
     def write_texts(self, folder: RunFolder) -> None:
         """Write texts for the report with the pruned model, which is in ``folder``."""
 
+    def close(self) -> None:  # noqa: B027 (a model in memory needs no end)
+        """The model is not needed any more."""
+
     def _texts_of(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> list[dict[str, str]]:
         """What the model writes after three prompts, for the report; nothing where it cannot."""
         from rarefy.evaluation.texts import kept_texts
@@ -157,6 +160,9 @@ class OnDisk(Held):
         if progress.model.exists():  # else it was published before the run was killed
             copy_settings(self.streamed.shards.folder, progress.model)
             progress.publish(folder.model)
+        self.close()
+
+    def close(self) -> None:
         self.streamed.close()
 
     def write_texts(self, folder: RunFolder) -> None:

@@ -149,6 +149,7 @@ def _pruning_bytes(plan: Plan) -> int:
     from rarefy.pruning import compute_dtype
 
     num, length = plan.recipe.window_shape
+    num = -(-num // plan.num_ranks)
     hidden = plan.source.config.get_text_config().hidden_size
     stored = _dtype(plan).itemsize
     item = compute_dtype(_dtype(plan), plan.device).itemsize

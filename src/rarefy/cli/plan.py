@@ -43,13 +43,16 @@ class Plan:
     streams: bool
     #: A folder for the hidden states; None where they are to be in memory.
     offload: Path | None = None
+    #: How many processes share the windows.
+    num_ranks: int = 1
 
     def fingerprint(self, windows: torch.Tensor) -> Fingerprint:
         """All that the result depends on; ``windows`` is the calibration text."""
         from rarefy.progress import Fingerprint
 
         versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
-        settings = self.recipe.model_dump() | {"device": str(self.device), "rarefy": __version__, **versions}
+        # Which GPU it is does not matter; another process of the run has another one.
+        settings = self.recipe.model_dump() | {"device": self.device.type, "rarefy": __version__, **versions}
         return Fingerprint.of(settings, self.source.path, windows)
 
     @property
@@ -72,6 +75,7 @@ def make_plan(recipe: Recipe, output: Path | None = None, offload: Path | None =
     ``output`` may hold an unfinished run, which must be this one. ``offload`` is where hidden states go.
     """
     from rarefy.calibration.sources import DRAW_FROM, SELF, draw_windows, parse_source
+    from rarefy.distributed import World
     from rarefy.homes import kept_windows
     from rarefy.models.blocks import find_blocks, select_sites
     from rarefy.models.checkpoint import resolve_device
@@ -83,10 +87,13 @@ def make_plan(recipe: Recipe, output: Path | None = None, offload: Path | None =
     if offload is not None and not offload.is_dir():
         raise OutputError("--offload-dir", str(offload), "a folder that exists")
     method, pattern = recipe.build_method(), recipe.build_pattern()
-    device = resolve_device(recipe.device)
+    world = World.current()
+    device = world.place(resolve_device(recipe.device))
     text = parse_source(recipe.calibration or DEFAULT_CALIBRATION)
     source = resolve_model(recipe.model)
     recipe = recipe.resolved(source.context)
+    if recipe.window_shape[0] < world.size:
+        raise InputError("--num-samples", recipe.window_shape[0], f"at least {world.size}, a window for each process")
     skeleton = source.skeleton()
     blocks = select_sites(find_blocks(skeleton), recipe.include, recipe.exclude)
     check_pattern(blocks, pattern)
@@ -98,7 +105,8 @@ def make_plan(recipe: Recipe, output: Path | None = None, offload: Path | None =
     else:
         windows = kept_windows(output) if output else None
         recipe = recipe.model_copy(update={"bos": False})  # what the model writes begins with it anyway
-    plan = Plan(recipe, method, pattern, device, source, skeleton, blocks, windows, _streams(source, recipe), offload)
+    streams = _streams(source, recipe)
+    plan = Plan(recipe, method, pattern, device, source, skeleton, blocks, windows, streams, offload, world.size)
     if output and (progress := Progress.find(output)) and windows is not None and source.kind != "hub":
         progress.check(plan.fingerprint(windows))
     if windows is None and plan.streams:
@@ -146,7 +154,8 @@ def print_plan(plan: Plan) -> None:
     print_table(rows)
     print(f"{plan.method}, {plan.pattern}: {total:,} of {size:,} weights would be pruned")
     print(calibration_words(plan.recipe))
-    print(f"peak memory, estimated: {memory_words(estimated_bytes(plan))} on {plan.device}")
+    each = "" if plan.num_ranks == 1 else f" for each of {plan.num_ranks} processes"
+    print(f"peak memory, estimated: {memory_words(estimated_bytes(plan))} on {plan.device}{each}")
 
 
 def calibration_words(recipe: Recipe) -> str:

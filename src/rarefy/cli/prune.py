@@ -109,6 +109,7 @@ def prune(
     """
     from rarefy.cli.plan import make_plan, print_plan
     from rarefy.cli.run import run
+    from rarefy.distributed import World
     from rarefy.recipe import Recipe, parse_settings
 
     said = {
@@ -130,14 +131,17 @@ def prune(
         "settings": parse_settings(settings) if settings else None,
         "strict": strict,
     }
-    wanted = Recipe.read({key: value for key, value in said.items() if value is not None}, recipe)
-    if output is None and not dry_run:
-        raise InputError.sentence("--output is missing: name a new or empty folder for the results (-o OUT).")
+    world = World.current()
     folder = RunFolder(output) if output is not None else None
-    if folder:
-        folder.check()
-    with Terminal(quiet, log) as terminal:
-        plan = make_plan(wanted, output, offload_dir)
+    with world.together():
+        wanted = Recipe.read({key: value for key, value in said.items() if value is not None}, recipe)
+        if output is None and not dry_run:
+            raise InputError.sentence("--output is missing: name a new or empty folder for the results (-o OUT).")
+        if folder and world.leads:
+            folder.check()
+    with Terminal(quiet, log if world.leads else None) as terminal:
+        with world.together():
+            plan = make_plan(wanted, output, offload_dir)
         for warning in plan.warnings:
             terminal.warn(warning)
         if dry_run or folder is None:

@@ -11,7 +11,7 @@ import platform
 import shlex
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
@@ -20,14 +20,15 @@ from rarefy.cli.held import OnDisk, Whole
 from rarefy.cli.plan import Plan, calibration_words
 from rarefy.cli.terminal import Terminal, print_table
 from rarefy.cli.words import memory_words
-from rarefy.errors import ModelError, OutputError, RarefyError, VerificationError
+from rarefy.distributed import World
+from rarefy.errors import InputError, ModelError, OutputError, RankError, RarefyError, VerificationError
 from rarefy.report.records import Report, three_digits
 from rarefy.run_folder import RunFolder
 
 if TYPE_CHECKING:
     import torch
 
-    from rarefy.progress import Progress
+    from rarefy.progress import Fingerprint, Progress
     from rarefy.pruning import Home
 
 
@@ -39,21 +40,32 @@ def run(plan: Plan, folder: RunFolder, command: list[str], terminal: Terminal, c
     from rarefy.pruning import peak_bytes
     from rarefy.report.card import model_card
 
-    if folder.run.is_file():
-        _end_finished(plan, folder)
+    world = World.current()
+    if world.from_first(folder.run.is_file):
+        with world.together():
+            if world.leads:
+                _end_finished(plan, folder)
         return
     began = datetime.now(UTC)
     clock = _Clock()
-    with clock.stage("load"):
+    with clock.stage("load"), world.together():
         model = OnDisk.where_possible(plan, terminal) or Whole(plan, terminal)
     terminal.note(calibration_words(plan.recipe) + ("" if chosen else " (the default)"))
-    with clock.stage("texts"):
-        model.write_dense_texts()
+    with clock.stage("texts"), world.together():
+        if world.leads:
+            model.write_dense_texts()
     with clock.stage("calibrate"):
-        windows = plan.windows if plan.windows is not None else model.own_text()
-    with _journal(plan, folder, windows, terminal) as progress:
+        windows = world.from_first(lambda: plan.windows if plan.windows is not None else model.own_text())
+    with _journal(plan, folder, windows, terminal, world) as progress:
         with clock.stage("prune"):
-            report = _prune(plan, model.home(progress), windows, terminal)
+            with world.together():
+                home = model.home(progress)
+            report = _prune(plan, home, windows, terminal)
+        peak = max(world.gather(peak_bytes(plan.device)))
+        world.leave()
+        if not world.leads:  # what is left to do is for one
+            model.close()
+            return
         with clock.stage("write"):
             folder.remove_partial_files()
             folder.write_recipe(plan.recipe.to_yaml())
@@ -63,7 +75,7 @@ def run(plan: Plan, folder: RunFolder, command: list[str], terminal: Terminal, c
             _verify(folder)
         with clock.stage("texts"):
             model.write_texts(folder)
-        facts = _facts(plan, report, command, began, model.dtype) | model.texts
+        facts = _facts(plan, report, command, began, model.dtype) | model.texts | {"processes": world.size}
         folder.write_card(model_card(facts))
         folder.write_run({**facts, "finished": _iso(datetime.now(UTC)), "seconds": clock.total()})
         progress.remove()
@@ -72,7 +84,9 @@ def run(plan: Plan, folder: RunFolder, command: list[str], terminal: Terminal, c
     for layer in report.failed:
         terminal.warn(f"{layer.name}: {layer.status}")
     print(f"{folder.model} holds the model; its files were read again and hold every promised zero")
-    terminal.note(f"peak memory: {memory_words(peak_bytes(plan.device))} on {plan.device}")
+    terminal.note(
+        f"peak memory: {memory_words(max(peak, peak_bytes(plan.device)))} on {plan.device}{_of_each(world)}"
+    )
     terminal.log(f"{title}, relative error {three_digits(report.relative_error)}; {folder.model} holds the model")
 
 
@@ -80,55 +94,67 @@ def _prune(plan: Plan, home: Home, windows: torch.Tensor, terminal: Terminal) ->
     from rarefy.progress import finished_blocks
     from rarefy.pruning import prune_blocks
 
-    recipe = plan.recipe
     if home.finished:
         terminal.note(f"{finished_blocks(home.finished)} there; the run goes on with the next")
     linears = [(block.index, site.name) for block in plan.blocks for site in block.sites]
     with terminal.watch("pruning", [each for each in linears if each[0] >= home.finished]) as watch:
-        return prune_blocks(
-            home,
-            windows,
-            pattern=plan.pattern,
-            method=plan.method,
-            batch_size=recipe.batch_size,
-            include=recipe.include,
-            exclude=recipe.exclude,
-            strict=recipe.strict,
-            on_progress=watch,
-            on_layer=watch.layer,
-        )
+        return prune_blocks(home, windows, plan.recipe.prune_settings(), watch, watch.layer)
 
 
 @contextmanager
-def _journal(plan: Plan, folder: RunFolder, windows: torch.Tensor, terminal: Terminal) -> Iterator[Progress]:
+def _journal(
+    plan: Plan, folder: RunFolder, windows: torch.Tensor, terminal: Terminal, world: World
+) -> Iterator[Progress]:
     """The open journal of the run, which stays after an error where it is worth going on from, and only then."""
     from rarefy.homes import keep_windows
     from rarefy.progress import Progress, finished_blocks
 
-    progress = Progress(folder.path)
+    progress = Progress(folder.path, world.leads)
+    fingerprint = _agreed(world, plan, windows)
     opened = False
 
     def keep(error: BaseException) -> bool:
         # Again the same command would end in the same way where it is not the machine that fails.
-        again = isinstance(error, RarefyError) and not isinstance(error, OutputError | ModelError)
+        again = isinstance(error, RarefyError) and not isinstance(error, OutputError | ModelError | RankError)
         return not opened or (progress.finished > 0 and not again)
 
-    with folder.writing(keep):
-        progress.open(plan.fingerprint(windows))
+    with folder.writing(keep) if world.leads else nullcontext():
+        with world.together():
+            progress.open(fingerprint)
         opened = True
         try:
             with progress.keeping():
-                if plan.windows is None:
-                    keep_windows(folder.path, windows)
+                position = world.from_first(lambda: progress.position)
+                with world.together():
+                    progress.follow(position)
+                    if plan.windows is None and world.leads:
+                        keep_windows(folder.path, windows)
                 yield progress
         except BaseException as error:
             if not keep(error):
                 progress.remove()
-            elif not isinstance(error, OutputError):  # which says it
+            elif not isinstance(error, OutputError | RankError):  # which say it
                 terminal.note(f"{finished_blocks(progress.finished)} kept, and the same command goes on from there")
             raise
         finally:
             progress.close()
+
+
+def _agreed(world: World, plan: Plan, windows: torch.Tensor) -> Fingerprint:
+    """The fingerprint of the run. Raises InputError where it is not the same for all processes."""
+    with world.together():
+        mine = plan.fingerprint(windows)
+    first, *others = world.gather(mine)
+    for rank, other in enumerate(others, start=1):
+        if difference := first.difference(other):
+            raise InputError.sentence(
+                f"The processes are not at the same run: that of process 0 is one {difference} as for process {rank}."
+            )
+    return mine
+
+
+def _of_each(world: World) -> str:
+    return "" if world.size == 1 else f", the most of {world.size} processes"
 
 
 def _end_finished(plan: Plan, folder: RunFolder) -> None:

@@ -19,7 +19,7 @@ from rarefy.comparing.plan import Cell, Plan
 from rarefy.evaluation.texts import kept_texts
 from rarefy.models.blocks import Block, find_blocks
 from rarefy.models.checkpoint import load_model, save_model
-from rarefy.pruning import prune
+from rarefy.pruning import prune_model
 from rarefy.report.card import base_model, model_card
 from rarefy.report.records import Report, three_digits
 from rarefy.run_folder import RunFolder
@@ -159,18 +159,7 @@ def _run_cell(
     report: Report | None = None
     try:
         with watch(f"{label}: pruning", sweep.linears) as progress:
-            report = prune(
-                model,
-                windows,
-                pattern=recipe.build_pattern(),
-                method=recipe.build_method(),
-                batch_size=recipe.batch_size,
-                include=recipe.include,
-                exclude=recipe.exclude,
-                strict=recipe.strict,
-                on_progress=progress,
-                on_layer=progress.layer,
-            )
+            report = prune_model(model, windows, recipe.prune_settings(), progress, progress.layer)
         started = time.perf_counter()
         with watch(f"{label}: measuring") as progress:
             facts |= sweep.measures.of(model, tokenizer, states, progress)

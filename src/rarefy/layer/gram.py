@@ -127,6 +127,14 @@ class Gram:
         if self._sum_x is not None and other._sum_x is not None:
             self._sum_x += other._sum_x.to(self._sum_x)
 
+    def sums_(self) -> list[Tensor]:
+        """The sums themselves, to be added to in place: X^T X, of which the upper triangle counts, and sum_x, if any.
+
+        ``num_tokens`` goes with them. This is how Grams of several processes are added up.
+        """
+        self._writable()
+        return [self._sum] if self._sum_x is None else [self._sum, self._sum_x]
+
     def cached(self, key: Hashable, build: Callable[[], T]) -> T:
         """``build()``, computed once per Gram; layers that share H share its factorisations."""
         if key not in self._cache:

@@ -93,13 +93,11 @@ class LayerProblem:
 
         Unitless; 0 is exact, 1 is as bad as the zero matrix, 0/0 = 0, x/0 = inf. Summed in float64.
         """
-        lost = self.objective(W)
-        if self._dense_energy == 0:
-            return 0.0 if lost == 0 else math.inf
-        return lost / self._dense_energy
+        return error_ratio(self.objective(W), self.dense_energy)
 
     @cached_property
-    def _dense_energy(self) -> float:
+    def dense_energy(self) -> float:
+        """tr(W0 H W0^T), summed in float64."""
         return self._energy(self.W0, None)
 
     def _energy(self, W: Tensor, W0: Tensor | None) -> float:
@@ -132,6 +130,13 @@ class LayerProblem:
     ) -> Float[Tensor, "out inputs"]:
         """W / s on the mask; a kept weight of a dead input stays what it was."""
         return torch.where(self.dead, self.W0, W / scaled.s).mul_(mask)
+
+
+def error_ratio(lost: float, dense: float) -> float:
+    """The relative error of a layer that loses ``lost`` of the output energy ``dense``."""
+    if dense == 0:
+        return 0.0 if lost == 0 else math.inf
+    return lost / dense
 
 
 def _quadratic(W: Tensor, W0: Tensor | None, H: Tensor, dtype: torch.dtype) -> tuple[float, float]:

@@ -164,6 +164,9 @@ class ALPS(IterativeMethod[_State]):
         weight = state.problem.from_scaled(W, mask, scaled)
         return Solution(weight, mask, steps=steps, trace={"residual": residuals})
 
+    def rows_independent(self, pattern: Pattern) -> bool:
+        return pattern.rows_independent and self.penalty == "geometric"
+
     def _geometric(self, t: int) -> float:
         level = (t - 1) * self.levels // self.steps if self.levels < self.steps else t - 1
         highest = max(1, min(self.levels, self.steps) - 1)

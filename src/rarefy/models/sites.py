@@ -68,16 +68,20 @@ class Site(ABC):
         """The dtype it is kept in."""
         return self.parameter.dtype
 
-    def read(self) -> Tensor:
-        """A contiguous copy of the weight, ``(out, in)``, in the dtype and on the device it is kept in."""
-        return self.view(self.parameter.detach()).clone(memory_format=torch.contiguous_format)
+    def read(self, rows: slice = slice(None)) -> Tensor:
+        """A contiguous copy of the weight, ``(out, in)``, in the dtype and on the device it is kept in.
 
-    def write(self, weight: Tensor) -> None:
-        """Replaces the weight by ``weight (out, in)``, cast to the dtype in which it is kept."""
-        if tuple(weight.shape) != self.shape:
+        ``rows``: only of these.
+        """
+        return self.view(self.parameter.detach())[rows].clone(memory_format=torch.contiguous_format)
+
+    def write(self, weight: Tensor, rows: slice = slice(None)) -> None:
+        """Replaces the weight, or ``rows`` of it, by ``weight (out, in)``, cast to the dtype in which it is kept."""
+        kept = self.view(self.parameter.detach())[rows]
+        if weight.shape != kept.shape:
             # copy_ would broadcast a row over the whole matrix without a word.
-            raise ValueError(f"{self.name} is {self.shape}, the weight to write is {tuple(weight.shape)}.")
-        self.view(self.parameter.detach()).copy_(weight)
+            raise ValueError(f"{self.name} is {tuple(kept.shape)}, the weight to write is {tuple(weight.shape)}.")
+        kept.copy_(weight)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.name!r}, {self.shape[0]} x {self.shape[1]})"

@@ -1,0 +1,204 @@
+"""What tests of several processes share: a way to start them, and what some of them do."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import rarefy
+
+#: Forks processes that need not import anything again: for each line of standard input their process numbers,
+#: and their exit statuses when all have ended. Without torchrun, nobody ends those that are left when one dies.
+_RUNNER = """
+import importlib, json, os, sys, traceback
+import transformers.models.llama.modeling_llama, transformers.models.mixtral.modeling_mixtral
+import rarefy.cli.run, rarefy.cli.ranks, rarefy.homes, rarefy.report.card
+import rarefy.evaluation.verify, rarefy.evaluation.texts
+from rarefy.cli import main
+# Nobody reads what a random model writes, and to write it takes most of a run's time.
+rarefy.evaluation.texts.kept_texts = lambda *_: []
+rarefy.cli.held.writes_texts = lambda _: False
+for line in sys.stdin:
+    arguments, port, size, more = json.loads(line)
+    children = []
+    for rank in range(size):
+        child = os.fork()
+        children.append(child)
+        if child:
+            continue
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        for number, name in ((1, "out"), (2, "err")):
+            os.dup2(os.open(f"{rank}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(size), "RANK": str(rank)}
+        os.environ.update(meeting | more)
+        os.fsync = lambda _: None  # no test cuts the power
+        try:
+            if arguments[0] == "call":
+                module, _, function = arguments[1].partition(":")
+                status = getattr(importlib.import_module(module), function)(*arguments[2:]) or 0
+            else:
+                status = main(arguments)
+        except BaseException:
+            traceback.print_exc()
+            status = 99
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    print(json.dumps(children), flush=True)
+    print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]), flush=True)
+"""
+
+
+class Ranks:
+    """Runs one command line, or one function, in several processes at a time."""
+
+    def __init__(self, folder: Path) -> None:
+        source, tests = Path(rarefy.__file__).parents[1], Path(__file__).parent
+        environment = {
+            **os.environ,
+            "PYTHONPATH": f"{source}{os.pathsep}{tests}",
+            "OMP_NUM_THREADS": "1",
+            "GLOO_SOCKET_IFNAME": "lo",
+            "TORCH_CPP_LOG_LEVEL": "ERROR",  # as main sets it before it imports torch
+            "XDG_CACHE_HOME": str(folder / "cache"),
+        }
+        self.folder = folder
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", _RUNNER], env=environment, cwd=folder, stdin=-1, stdout=-1, text=True
+        )
+
+    def __enter__(self) -> Ranks:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._process.communicate()
+
+    def run(self, size: int, *arguments: object, **more: str) -> list[int]:
+        """The exit statuses, by rank."""
+        self.start(size, *arguments, **more)
+        return self.end()
+
+    def start(self, size: int, *arguments: object, **more: str) -> list[int]:
+        """The numbers of the processes; ``more`` are environment variables."""
+        assert self._process.stdin
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        line = json.dumps([[str(word) for word in arguments], port, size, more])
+        self._process.stdin.write(line + "\n")
+        self._process.stdin.flush()
+        return self._line()
+
+    def end(self) -> list[int]:
+        """Wait for all: their exit statuses, or the negative numbers of the signals that ended them."""
+        return self._line()
+
+    def out(self, rank: int = 0) -> str:
+        """Standard output."""
+        return (self.folder / f"{rank}.out").read_text()
+
+    def err(self, rank: int = 0) -> str:
+        """Standard error."""
+        return (self.folder / f"{rank}.err").read_text()
+
+    def _line(self) -> list[int]:
+        assert self._process.stdout
+        found: list[int] = json.loads(self._process.stdout.readline())
+        return found
+
+
+# --- What processes do, by ``ranks.run(2, "call", "ranks_for_tests:...")``
+
+
+def prune_experts(folder: str) -> None:
+    """Prune listed experts; rank 0 writes the weights and what the records say, of one process and of several."""
+    import torch
+
+    from rarefy.distributed import World, joined
+    from rarefy.errors import InputError
+
+    with joined() as _:
+        world = World.current()
+        model, windows = experts_and_windows()
+        try:
+            rarefy.prune(model, windows[world.rank :], pattern=rarefy.NM(2, 4), method=rarefy.Wanda())
+        except InputError as error:
+            assert "windows on process 1 is not that on process 0" in str(error)  # noqa: PT017
+        else:
+            raise AssertionError
+        report = rarefy.prune(model, windows, pattern=rarefy.NM(2, 4), method=rarefy.DSnoT(), batch_size=1)
+        torch.save((model.state_dict(), report.layers), f"{folder}/{world.rank}.pt")
+        world.leave()
+
+
+def experts_and_windows() -> tuple[Any, Any]:
+    """Experts in lists, and windows so short that on no process the first one reaches all of them."""
+    import torch
+
+    from models_for_tests import VOCABULARY, make_model
+    from test_experts import listed
+
+    windows = torch.randint(3, VOCABULARY, (24, 2), generator=torch.Generator().manual_seed(0))
+    return listed(make_model("mixtral")), windows
+
+
+def add_up_unlike(folder: str) -> None:
+    """Add up Grams that are shared on one process and not on the other, and some with means."""
+    import torch
+
+    from rarefy.calibration.sums import add_up
+    from rarefy.distributed import World, joined
+    from rarefy.layer.gram import Gram
+
+    with joined() as _:
+        world = World.current()
+        inputs = torch.arange(24.0).view(2, 4, 3)
+        for sharing in (0, 1):
+            one, other = Gram(3, means=True), Gram(3, means=True)
+            one.update(inputs[world.rank])
+            other.update(inputs[world.rank])
+            grams = add_up(world, {"a": one, "b": one if world.rank == sharing else other, "c": other})
+            whole = Gram(3, means=True)
+            whole.update(inputs)
+            assert (grams["a"] is grams["b"]) == (sharing == 0)
+            for gram in grams.values():
+                assert gram.num_tokens == 8
+                assert torch.equal(gram.H, whole.H)
+                assert torch.equal(gram.mean, whole.mean)
+        world.leave()
+
+
+def fail_on_one(folder: str) -> None:
+    """An error of one process is everybody's, and what is none of Rarefy's names the process."""
+    from rarefy.distributed import World, joined
+    from rarefy.errors import NumericalError, PatternError, RankError
+
+    with joined() as _:
+        world = World.current()
+        for rank, error, expected in (
+            (1, NumericalError("q_proj has NaN."), (NumericalError, "q_proj has NaN.")),
+            (0, PatternError("pattern", "2:3", "another"), (PatternError, "pattern is '2:3', but must be another.")),
+            (1, KeyError("x"), (RankError, "Process 1 ended with KeyError: 'x'")),
+        ):
+            try:
+                with world.together():
+                    if world.rank == rank:
+                        raise error
+            except type(error) as caught:
+                assert caught is error or (type(caught), str(caught)) == expected  # noqa: PT017
+            except RankError as caught:
+                assert world.rank != rank
+                assert (RankError, str(caught)) == expected  # noqa: PT017
+            else:
+                raise AssertionError
+        assert world.from_first(lambda: world.rank) == 0
+        assert world.gather(world.rank) == list(range(world.size))
+        world.leave()
