@@ -146,6 +146,32 @@ def test_an_interrupted_run_ends_with_the_same_bits(
     assert not seen
 
 
+@pytest.mark.filterwarnings("ignore:.*weights of experts were solved with all tokens")
+@each_way
+@pytest.mark.parametrize("damage", ["lost", "damaged"])
+def test_lost_states_are_computed_again(
+    folder: Path, tmp_path: Path, expected: tuple[Report, dict[str, Tensor]], way: Way, damage: str
+) -> None:
+    def interrupt(record: LayerRecord) -> None:
+        if record.block == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        way(folder, tmp_path / "out", on_layer=interrupt)
+    (file,) = (tmp_path / "out" / "unfinished").glob("states-*")
+    if damage == "lost":
+        file.unlink()
+    else:
+        content = bytearray(file.read_bytes())
+        content[-1] ^= 1  # in the last window, when the others are loaded already
+        file.write_bytes(content)
+    seen: list[LayerRecord] = []
+    with pytest.warns(UserWarning, match=r"states-.* They are computed again from the finished blocks\.$"):
+        found = way(folder, tmp_path / "out", on_layer=seen.append)
+    assert {record.block for record in seen} == {2}
+    _assert_equal(found, expected)
+
+
 @each_way
 def test_blocks_without_a_layer_to_prune_are_finished_too(folder: Path, tmp_path: Path, way: Way) -> None:
     include = ["model.layers.1.*.o_proj"]

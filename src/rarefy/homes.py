@@ -7,6 +7,7 @@ their pruned weights go into the copy of the checkpoint.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,14 +19,14 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from rarefy.calibration.spill import load_states, save_states
-from rarefy.calibration.stream import HiddenStates, record
+from rarefy.calibration.stream import HiddenStates, convert_calls, record
 from rarefy.disk import refusals, replace_file
 from rarefy.errors import OutputError
 from rarefy.models.blocks import Block
 from rarefy.models.shards import ShardCopies
 from rarefy.models.streaming import StreamedModel
 from rarefy.progress import Progress
-from rarefy.pruning import Home
+from rarefy.pruning import Home, compute_dtype, computing_in
 from rarefy.report.records import LayerRecord
 
 _WINDOWS = "windows.safetensors"
@@ -54,13 +55,37 @@ class KeptHome(Home):
     def record(
         self, blocks: Sequence[Block], windows: Int64[Tensor, "num length"], batch_size: int, first: int = 0
     ) -> HiddenStates:
-        """How every block is called, and the states that were saved last, if any."""
+        """How every block is called, and the states that were saved last, if any.
+
+        Where these are lost or damaged, they are computed again from the finished blocks.
+        """
         self._first = first
-        modules = [block.module for block in blocks]
-        stream = record(self.model, modules, windows, batch_size, self.offload)
-        if self.progress.states:
+        stream = self._record(blocks, windows, batch_size)
+        if not self.progress.states:
+            return stream
+        try:
             load_states(self.progress.folder, self.progress.states, stream.states, first, stream.release)
+        except OutputError as error:
+            warnings.warn(f"{error} They are computed again from the finished blocks.", stacklevel=2)
+            stream = self._record(blocks, windows, batch_size)  # some of them may be overwritten
+            self._replay(stream, blocks[: self.finished])
         return stream
+
+    def _record(self, blocks: Sequence[Block], windows: Int64[Tensor, "num length"], batch_size: int) -> HiddenStates:
+        return record(self.model, [block.module for block in blocks], windows, batch_size, self.offload)
+
+    def _replay(self, stream: HiddenStates, blocks: Sequence[Block]) -> None:
+        """Bring the states that enter the first block behind ``blocks``, which are pruned: the bits as before."""
+        dtype = compute_dtype(stream.states.dtype, stream.device)
+        convert_calls(stream, dtype)
+        for block in blocks:
+            with self._pruned(block), computing_in(block.module, dtype):
+                stream.advance(block.module, block.index)
+
+    @contextmanager
+    def _pruned(self, block: Block) -> Iterator[None]:
+        """Within the scope, a finished block is in memory as it was left."""
+        yield
 
     def store(self, block: Block) -> None:
         """Write the pruned parameters into a file beside the journal. Raises OutputError."""
@@ -137,13 +162,16 @@ class StreamedHome(KeptHome):
         elif self.finished < num_blocks:
             self.copies.check()
 
-    def record(
-        self, blocks: Sequence[Block], windows: Int64[Tensor, "num length"], batch_size: int, first: int = 0
-    ) -> HiddenStates:
+    def _record(self, blocks: Sequence[Block], windows: Int64[Tensor, "num length"], batch_size: int) -> HiddenStates:
         """As of a model in memory, with nothing loaded but what comes before the blocks, and the first of them."""
         rest = [block.name for block in blocks[1:]]
         with self.streamed.loaded(self.streamed.base, without=rest, device=self.device):
-            return super().record(blocks, windows, batch_size, first)
+            return super()._record(blocks, windows, batch_size)
+
+    @contextmanager
+    def _pruned(self, block: Block) -> Iterator[None]:
+        with self.streamed.loaded(block.name, device=self.device, copies=self.copies):
+            yield
 
     @contextmanager
     def loaded(self, block: Block, following: Block | None) -> Iterator[None]:
