@@ -30,8 +30,8 @@ from rarefy.methods import build as build_method
 from rarefy.models.sites import LinearSite
 from rarefy.progress import Progress
 from rarefy.prune_settings import PruneSettings
-from rarefy.pruning import _solve_piece
 from rarefy.sharing import Piece, _cost, join, share_out
+from rarefy.turn import solve_piece
 
 #: Of a matrix in float32, the norm of its difference by its own, and the share of weights of which one run
 #: keeps what the other prunes: sums in another order move scores that are nearly equal past each other. One
@@ -179,7 +179,7 @@ def test_rows_that_are_solved_apart_are_those_of_the_whole(name: str, pattern: P
         settings = PruneSettings(pattern, method)
         with torch.no_grad():
             return linear.weight, join(
-                [_solve_piece(site, piece, 0, gram, settings, torch.float32) for piece in pieces]
+                [solve_piece(site, piece, 0, gram, settings, torch.float32) for piece in pieces]
             )
 
     whole, expected = solved(Piece(0, 0, 24))

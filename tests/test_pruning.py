@@ -251,7 +251,7 @@ def test_errors_are_those_of_the_weights_as_written() -> None:
     # The first block's Grams are known: its first layer is graded on what is in the model now.
     site = blocks[0].sites[0]
     from rarefy.calibration.stream import convert_calls
-    from rarefy.pruning import compute_dtype, computing_in
+    from rarefy.devices import compute_dtype, computing_in
 
     convert_calls(stream, compute_dtype(stream.states.dtype, stream.device))
     with computing_in(blocks[0].module, stream.compute_dtype):

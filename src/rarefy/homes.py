@@ -20,13 +20,14 @@ from torch import Tensor, nn
 
 from rarefy.calibration.spill import load_states, save_states
 from rarefy.calibration.stream import HiddenStates, convert_calls, record
+from rarefy.devices import compute_dtype, computing_in
 from rarefy.disk import refusals, replace_file
 from rarefy.errors import OutputError
 from rarefy.models.blocks import Block
 from rarefy.models.shards import ShardCopies
 from rarefy.models.streaming import StreamedModel
 from rarefy.progress import Progress
-from rarefy.pruning import Home, compute_dtype, computing_in
+from rarefy.pruning import Home
 from rarefy.report.records import LayerRecord
 
 _WINDOWS = "windows.safetensors"

@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import re
-import resource
-import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -24,24 +22,21 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor, nn
 
-from rarefy.calibration.collect import Grams, collect, collect_all_tokens, starved, turns
+from rarefy.calibration.collect import turns
 from rarefy.calibration.stream import HiddenStates, convert_calls, record
-from rarefy.calibration.sums import add_up
+from rarefy.devices import compute_dtype, computing_in
 from rarefy.distributed import World
-from rarefy.errors import InputError, NumericalError
+from rarefy.errors import InputError
 from rarefy.layer.gram import Gram
 from rarefy.layer.pattern import Pattern
-from rarefy.layer.problem import LayerProblem, error_ratio
+from rarefy.layer.problem import LayerProblem
 from rarefy.layer.solution import Solution
 from rarefy.methods.base import Method, run
-from rarefy.models.blocks import Block, Site, find_blocks, select_sites
+from rarefy.models.blocks import Block, find_blocks, select_sites
 from rarefy.prune_settings import PruneSettings
-from rarefy.report.records import LayerRecord, Report, three_digits
-from rarefy.sharing import Part, Piece, join, share_out
+from rarefy.report.records import LayerRecord, Report
+from rarefy.turn import STARVED, Progress, Ticks, prune_block
 
-Progress = Callable[[int, int, str], None]
-
-_STARVED = "starved"  # what a record's details call a weight of an expert that saw too few tokens
 _NAMED = 8  # of these, so many are named in the warning
 
 
@@ -170,7 +165,7 @@ def prune_blocks(
         with world.together():
             stream = home.record(blocks, own, settings.batch_size, first)
         convert_calls(stream, compute_dtype(stream.states.dtype, stream.device))
-        ticks = _Ticks(on_progress, _num_parts(todo, stream.num_batches))
+        ticks = Ticks(on_progress, _num_parts(todo, stream.num_batches))
     for block, following in zip_longest(todo, todo[1:]):
         done = []
         with ExitStack() as turn:
@@ -178,7 +173,7 @@ def prune_blocks(
                 turn.enter_context(home.loaded(block, following))
             stored = {site.name: site.dtype for site in block.sites}
             with computing_in(block.module, stream.compute_dtype):
-                for record_ in _prune_block(world, block, stream, settings, stored, ticks):
+                for record_ in prune_block(world, block, stream, settings, stored, ticks):
                     done.append(record_)
                     if on_layer:
                         on_layer(record_)
@@ -240,93 +235,8 @@ def _check_alike(world: World, model: nn.Module, windows: Tensor, settings: Prun
                 )
 
 
-def _prune_block(
-    world: World,
-    block: Block,
-    stream: HiddenStates,
-    settings: PruneSettings,
-    stored: dict[str, torch.dtype],
-    ticks: _Ticks,
-) -> Iterator[LayerRecord]:
-    means = settings.method.needs_means
-
-    def collected(sites: Sequence[Site]) -> Grams:
-        with world.together():
-            grams = collect(stream, block.module, block.index, sites, means=means, on_batch=ticks.one)
-        return add_up(world, grams)
-
-    def collected_from_all_tokens(sites: Sequence[Site]) -> Grams:
-        with world.together():
-            grams = collect_all_tokens(stream, block.module, block.index, sites, means=means)
-        return add_up(world, grams)
-
-    for sites in turns(block.sites):
-        grams = collected(sites)
-        notes = _routed_tokens(sites, grams)
-        if short := starved(sites, grams):
-            grams |= collected_from_all_tokens(short)
-            for site in short:
-                notes[site.name][_STARVED] = f"solved with {grams[site.name].num_tokens} tokens, all of the block's"
-        # Alone, a layer's record is there as soon as it is solved; several share all layers of the turn out.
-        for some in [[site] for site in sites] if world.size == 1 else [sites]:
-            for record_ in _prune_sites(world, some, block.index, grams, settings, stored, ticks, stream.device):
-                record_.details |= notes[record_.name]
-                yield record_
-
-
-def _prune_sites(
-    world: World,
-    sites: Sequence[Site],
-    block: int,
-    grams: Grams,
-    settings: PruneSettings,
-    stored: dict[str, torch.dtype],
-    ticks: _Ticks,
-    device: torch.device,
-) -> list[LayerRecord]:
-    """Solve and write some layers of a block, and take their Grams away; their records, in order."""
-    pieces = share_out([site.shape for site in sites], world.size, settings.method.rows_independent(settings.pattern))
-    solved: dict[Piece, Part] = {}
-    with world.together():
-        for layer, site in enumerate(sites):
-            gram = grams.pop(site.name)  # freed, with its factorisations, after the last layer that shares it
-            own = [piece for piece in pieces if (piece.layer, piece.rank) == (layer, world.rank)]
-            for piece in own:
-                with torch.no_grad():
-                    solved[piece] = _solve_piece(site, piece, block, gram, settings, stored[site.name])
-            if own:
-                ticks.one(f"{site.name} {three_digits(solved[own[0]].record.relative_error)}")
-    everyone = world.gather((solved, peak_bytes(device)))
-    for others, _ in everyone:
-        solved |= others
-    records = []
-    for layer, site in enumerate(sites):
-        parts = [piece for piece in pieces if piece.layer == layer]
-        for piece in parts:
-            _hand_round(world, site, piece, stored[site.name])
-        if all(piece.rank != world.rank for piece in parts):
-            ticks.one()
-        record_ = join([solved[piece] for piece in parts])
-        record_.peak_bytes = max(peak for _, peak in everyone)
-        records.append(record_)
-    return records
-
-
-def _hand_round(world: World, site: Site, piece: Piece, dtype: torch.dtype) -> None:
-    """Write the rows that one process has solved, and written, into the block of all others."""
-    if world.size > 1:
-        rows = site.read(piece.rows).to(dtype)
-        world.broadcast_(rows, piece.rank)
-        site.write(rows, piece.rows)
-
-
-def _routed_tokens(sites: Sequence[Site], grams: Grams) -> dict[str, dict[str, float | str]]:
-    """For each site a note for its record: of an expert, how many tokens the router sent to it."""
-    return {site.name: {"routed_tokens": grams[site.name].num_tokens} if site.expert else {} for site in sites}
-
-
 def _warn_of_starved(records: Sequence[LayerRecord]) -> None:
-    names = [record.name for record in records if _STARVED in record.details]
+    names = [record.name for record in records if STARVED in record.details]
     if names:
         more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
         warnings.warn(
@@ -334,86 +244,3 @@ def _warn_of_starved(records: Sequence[LayerRecord]) -> None:
             f"fewer tokens to them than they have inputs: {', '.join(names[:_NAMED])}{more}. Their records say so.",
             stacklevel=5,
         )
-
-
-def _solve_piece(
-    site: Site, piece: Piece, block: int, gram: Gram, settings: PruneSettings, dtype: torch.dtype
-) -> Part:
-    """Solve a layer, or rows of it, and write what was found; ``dtype`` is the one it is stored in."""
-    pattern, shape = settings.pattern, site.shape
-    if piece.stop - piece.start < shape[0]:
-        pattern = pattern.rows(piece.start, piece.stop, shape)
-    problem = LayerProblem(site.read(piece.rows), gram)
-    solution = run(settings.method, problem, pattern, name=site.name, graded=False)  # but as it is written, below
-    if settings.strict and solution.status.failed:
-        reason = solution.details.get("failure", solution.status.value)
-        raise NumericalError(f"{site.name}: {reason} (strict)")
-    # Rounded to the dtype it is stored in; the mask is applied again, with +0 for zeros.
-    site.write(torch.where(solution.mask, solution.weight.to(dtype), 0), piece.rows)
-    lost = problem.objective(site.read(piece.rows))
-    record_ = LayerRecord(
-        name=site.name,
-        block=block,
-        shape=list(problem.shape),
-        pattern=str(settings.pattern),
-        kept=int(solution.mask.sum()),
-        relative_error=error_ratio(lost, problem.dense_energy),
-        status=solution.status.value,
-        failed=solution.status.failed,
-        details=solution.details,
-        steps=solution.steps,
-        seconds=solution.seconds,
-        trace=solution.trace,
-    )
-    return Part(record_, lost, problem.dense_energy)
-
-
-def compute_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """The dtype to run blocks in: float32 on CPUs without matrix units for half precision.
-
-    There float32 products are faster than bfloat16 ones (docs/log.md) and lose nothing.
-    """
-    half = dtype in (torch.bfloat16, torch.float16)
-    amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
-    if device.type == "cpu" and half and not (dtype == torch.bfloat16 and amx):
-        return torch.float32
-    return dtype
-
-
-@contextmanager
-def computing_in(module: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """Hold the half-precision parameters and buffers of a block in ``dtype`` for its turn."""
-    tensors = [*module.parameters(), *module.buffers()]
-    changed = [
-        (tensor, tensor.dtype)
-        for tensor in tensors
-        if tensor.dtype in (torch.bfloat16, torch.float16) and tensor.dtype != dtype
-    ]
-    try:
-        for tensor, _ in changed:
-            tensor.data = tensor.data.to(dtype)
-        yield
-    finally:
-        for tensor, original in changed:
-            tensor.data = tensor.data.to(original)
-
-
-def peak_bytes(device: torch.device) -> int:
-    """Largest memory so far in bytes: of the GPU's allocator, or of the whole process on the CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes there, in KiB elsewhere
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-class _Ticks:
-    """Counts the parts of a run that are done and tells whoever watches."""
-
-    def __init__(self, watcher: Progress | None, total: int) -> None:
-        self._watcher, self._total, self._done, self._note = watcher, total, 0, ""
-
-    def one(self, note: str | None = None) -> None:
-        self._done += 1
-        self._note = self._note if note is None else note
-        if self._watcher:
-            self._watcher(self._done, self._total, self._note)

@@ -146,7 +146,7 @@ def _own_text_bytes(plan: Plan) -> int:
 
 def _pruning_bytes(plan: Plan) -> int:
     """Of the blocks' turns: what comes before the blocks at first, then one block with all that it takes."""
-    from rarefy.pruning import compute_dtype
+    from rarefy.devices import compute_dtype
 
     num, length = plan.recipe.window_shape
     num = -(-num // plan.num_ranks)

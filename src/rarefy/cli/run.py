@@ -37,7 +37,7 @@ def run(plan: Plan, folder: RunFolder, command: list[str], terminal: Terminal, c
 
     What is finished of a run that was killed is taken over from ``folder``.
     """
-    from rarefy.pruning import peak_bytes
+    from rarefy.devices import peak_bytes
     from rarefy.report.card import model_card
 
     world = World.current()
