@@ -385,7 +385,8 @@ def test_taking_turns_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         model = make_model("mixtral")
         steps: list[tuple[int, int]] = []
         with monkeypatch.context() as patch:
-            patch.setattr("rarefy.turn.turns", partial(turns, gram_bytes=gram_bytes))
+            for module in ("pruning", "turn"):
+                patch.setattr(f"rarefy.{module}.turns", partial(turns, gram_bytes=gram_bytes))
             report = prune(model, NM(2, 4), on_progress=lambda *step, steps=steps: steps.append(step[:2]))
         assert steps == [(done, steps[-1][0]) for done in range(1, len(steps) + 1)]
         pruned.append((model.state_dict(), sorted(report.layers, key=lambda layer: layer.name)))
