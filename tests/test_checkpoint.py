@@ -357,6 +357,11 @@ def test_a_name_that_is_nowhere_is_refused_offline(hub_cache: Path, name: str) -
     _sentence(error)
 
 
+def test_a_misspelt_smollm2_is_recognised(hub_cache: Path) -> None:
+    with pytest.raises(ModelError, match=r"cannot be reached \(did you mean smollm2\?\)\.$"):
+        resolve_model("smolm2")
+
+
 @pytest.mark.parametrize(
     ("raised", "message"),
     [

@@ -102,6 +102,7 @@ def test_several_texts_are_measured_at_once(rarefy_: Rarefy, shelf: Path) -> Non
         f"{text}, 3 windows of 32 tokens",
         "python-docs (held-out third), 3 windows of 32 tokens",
     ]
+    assert f" on mine ({text}), 3 windows of" in rarefy_(*short(shelf, "--text", f"mine={text}")).out
 
 
 def test_distance_from_the_dense_model(rarefy_: Rarefy, shelf: Path) -> None:

@@ -181,13 +181,15 @@ def _lines(found: dict[str, Any]) -> list[str]:
     lines = []
     for i, one in enumerate(found["perplexity"]):
         value = "not finite" if one["value"] is None else format(one["value"], ".2f")
-        windows = f"{one['windows']} windows of {one['length']:,} tokens"
-        lines.append(f"perplexity {value} on {one['text']}, {windows}")
+        windows = f"{one['windows']} window{'s' * (one['windows'] > 1)} of {one['length']:,} tokens"
+        name = one["label"] or one["text"]
+        name = name if name in one["text"] else f"{name} ({one['text']})"
+        lines.append(f"perplexity {value} on {name}, {windows}")
         if found["divergence"]:
             distance = found["divergence"][i]
             lines.append(
                 f"KL divergence {three_digits(distance['kl'])} nats, same top-1 token {distance['agreement']:.1%}, "
-                f"on {one['text']} against {distance['against']}"
+                f"on {name} against {distance['against']}"
             )
     if found["tasks"]:
         rows = [["task", "items", "metric", "value", "standard error"]]

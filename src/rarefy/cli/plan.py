@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -142,15 +143,17 @@ def read_tokens(
 
 
 def print_plan(plan: Plan) -> None:
-    """What ``--dry-run`` shows: every layer with its count of weights to prune, and the memory it takes."""
-    rows = [["layer", "shape", "to prune"]]
-    total = size = 0
-    for site in (site for block in plan.blocks for site in block.sites):
-        weights = site.shape[0] * site.shape[1]
-        pruned = weights - plan.pattern.count(site.shape)
-        rows.append([site.name, f"{site.shape[0]} x {site.shape[1]}", f"{pruned:,}"])
-        total, size = total + pruned, size + weights
-    rows.append(["all", "", f"{total:,}"])
+    """What ``--dry-run`` shows: the layers by kind with their counts of weights to prune, and the memory it takes."""
+    sites = [site for block in plan.blocks for site in block.sites]
+    kinds = Counter((site.name.rpartition(".")[2], site.shape) for site in sites)
+    rows = [["layer", "count", "shape", "to prune"]]
+    total = 0
+    for (kind, shape), count in kinds.items():
+        pruned = count * (shape[0] * shape[1] - plan.pattern.count(shape))
+        rows.append([kind, f"{count:,}", f"{shape[0]} x {shape[1]}", f"{pruned:,}"])
+        total += pruned
+    size = sum(site.shape[0] * site.shape[1] for site in sites)
+    rows.append(["all", f"{len(sites):,}", "", f"{total:,}"])
     print_table(rows)
     print(f"{plan.method}, {plan.pattern}: {total:,} of {size:,} weights would be pruned")
     print(calibration_words(plan.recipe))

@@ -97,6 +97,10 @@ def prune(
         bool | None, typer.Option("--strict/--no-strict", help="Stop where the method fails on a layer.")
     ] = None,
     offload_dir: OffloadDir = None,
+    texts: Annotated[
+        bool,
+        typer.Option("--texts/--no-texts", help="Let the dense and the pruned model write some text for the report."),
+    ] = True,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print layers, counts and an estimate of peak memory, and stop.")
     ] = False,
@@ -148,4 +152,5 @@ def prune(
             print_plan(plan)
         else:
             terminal.begin()
-            run(plan, folder, ["rarefy", *context.obj], terminal, chosen=wanted.calibration is not None)
+            command, chosen = ["rarefy", *context.obj], wanted.calibration is not None
+            run(plan, folder, command, terminal, chosen, texts)

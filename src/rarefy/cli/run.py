@@ -32,8 +32,12 @@ if TYPE_CHECKING:
     from rarefy.pruning import Home
 
 
-def run(plan: Plan, folder: RunFolder, command: list[str], terminal: Terminal, chosen: bool) -> None:
+def run(
+    plan: Plan, folder: RunFolder, command: list[str], terminal: Terminal, chosen: bool, texts: bool = True
+) -> None:
     """Load, prune, write, read again; ``chosen`` says whether the user named the calibration.
+
+    ``texts``: the dense and the pruned model write some for the report.
 
     What is finished of a run that was killed is taken over from ``folder``.
     """
@@ -52,7 +56,7 @@ def run(plan: Plan, folder: RunFolder, command: list[str], terminal: Terminal, c
         model = OnDisk.where_possible(plan, terminal) or Whole(plan, terminal)
     terminal.note(calibration_words(plan.recipe) + ("" if chosen else " (the default)"))
     with clock.stage("texts"), world.together():
-        if world.leads:
+        if world.leads and texts:
             model.write_dense_texts()
     with clock.stage("calibrate"):
         windows = world.from_first(lambda: plan.windows if plan.windows is not None else model.own_text())
@@ -73,9 +77,12 @@ def run(plan: Plan, folder: RunFolder, command: list[str], terminal: Terminal, c
             model.write(folder, progress)
         with clock.stage("verify"):
             _verify(folder)
-        with clock.stage("texts"):
-            model.write_texts(folder)
-        facts = _facts(plan, report, command, began, model.dtype) | model.texts | {"processes": world.size}
+        if texts:
+            with clock.stage("texts"):
+                model.write_texts(folder)
+        peak = max(peak, peak_bytes(plan.device))
+        facts = _facts(plan, report, command, began, model.dtype) | model.texts
+        facts |= {"processes": world.size, "peak_bytes": peak}
         folder.write_card(model_card(facts))
         folder.write_run({**facts, "finished": _iso(datetime.now(UTC)), "seconds": clock.total()})
         progress.remove()
@@ -84,9 +91,7 @@ def run(plan: Plan, folder: RunFolder, command: list[str], terminal: Terminal, c
     for layer in report.failed:
         terminal.warn(f"{layer.name}: {layer.status}")
     print(f"{folder.model} holds the model; its files were read again and hold every promised zero")
-    terminal.note(
-        f"peak memory: {memory_words(max(peak, peak_bytes(plan.device)))} on {plan.device}{_of_each(world)}"
-    )
+    terminal.note(f"peak memory: {memory_words(peak)} on {plan.device}{_of_each(world)}")
     terminal.log(f"{title}, relative error {three_digits(report.relative_error)}; {folder.model} holds the model")
 
 
@@ -206,7 +211,6 @@ def _facts(plan: Plan, report: Report, command: list[str], began: datetime, dtyp
         "pruned": report.pruned,
         "sparsity": report.sparsity,
         "relative_error": report.relative_error if math.isfinite(report.relative_error) else None,
-        "peak_bytes": report.peak_bytes,
         "seed": recipe.seed,
         "device": str(plan.device),
         "dtype": str(dtype).removeprefix("torch."),

@@ -121,9 +121,11 @@ def _find(key: str, names: list[str], parts: list[Method]) -> tuple[int, str]:
         nearest = difflib.get_close_matches(field_name, known, n=1, cutoff=0.4)
         hint = f" (did you mean {nearest[0]}?)" if nearest else ""
         whose = prefix or "+".join(names)
-        allowed = "one of " + ", ".join(known) if known else "left out"
+        if not known:
+            raise MethodError.sentence(f"set is {key!r}, but {whose} has no hyperparameters.")
         raise MethodError.sentence(
-            f"set is {key!r}, but {whose} has no hyperparameter of that name: it must be {allowed}{hint}."
+            f"set is {key!r}, but {whose} has no hyperparameter of that name: it must be one of "
+            f"{', '.join(known)}{hint}."
         )
     if len(owners) > 1:
         raise MethodError.sentence(

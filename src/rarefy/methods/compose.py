@@ -27,6 +27,7 @@ class _Combination(Method):
             raise MethodError.sentence(f"{type(self).__name__} takes one or more methods, such as rarefy.Wanda().")
         object.__setattr__(self, "parts", parts)
         object.__setattr__(self, "default_scope", parts[0].default_scope)
+        object.__setattr__(self, "paper", "; ".join(dict.fromkeys(part.paper for part in parts if part.paper)))
         object.__setattr__(self, "needs_means", any(part.needs_means for part in parts))
 
     def rows_independent(self, pattern: Pattern) -> bool:

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -196,8 +197,10 @@ def _from_hub(name: str, patterns: tuple[str, ...], show_progress: bool = False)
             f"There is neither a folder {name} nor a public model of that name on the hub."
         ) from error
     except LocalEntryNotFoundError as error:
+        hint = f" (did you mean {SMOLLM2}?)" if get_close_matches(name.lower(), [SMOLLM2]) else ""
         raise ModelError.sentence(
-            f"There is no folder {name}, no model of that name in the local cache, and the hub cannot be reached."
+            f"There is no folder {name}, no model of that name in the local cache, and the hub cannot be "
+            f"reached{hint}."
         ) from error
     except Exception as error:
         reason = f"the hub cannot be asked for a model of that name ({_first_line(error)})"

@@ -141,7 +141,8 @@ def traces(layers: Sequence[LayerRecord], key: str, title: str) -> Picture | Non
     if length < 2:
         return None
     columns = [[one[i] for one in kept if i < len(one) and math.isfinite(one[i])] for i in range(length)]
-    steps = [i + 1 for i, column in enumerate(columns) if column]
+    first = int(length <= max(layer.steps for layer in layers))  # 0 where what is noted begins before the first step
+    steps = [i + first for i, column in enumerate(columns) if column]
     columns = [sorted(column) for column in columns if column]
     middle = [statistics.median(column) for column in columns]
     low = [column[len(column) // 10] for column in columns]

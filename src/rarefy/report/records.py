@@ -134,7 +134,7 @@ class Report:
         """A table by kind of layer: heading, one row per kind, and the sum of all."""
         heading = ["layer", "count", "shape", "sparsity", "relative error", "worst", "seconds"]
         body = [_row(kind, part, part.seconds) for kind, part in self.by_kind().items()]
-        return [heading, *body, _row("all", self, self.seconds)]
+        return [heading, *body, _row("all", self, sum(layer.seconds for layer in self.layers))]
 
     def __str__(self) -> str:
         title = f"{self.method}, {self.pattern}: {self.pruned:,} of {self.size:,} weights are zero"
