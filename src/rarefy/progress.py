@@ -29,16 +29,13 @@ from rarefy.calibration.spill import StatesPart
 from rarefy.disk import appears, refusals, remove_partial_files, replace_file, sync_folder
 from rarefy.distributed import Stopped
 from rarefy.errors import OutputError, RankError
+from rarefy.identity import file_digests
 from rarefy.report.records import LayerRecord
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 _FORMAT = 1
-#: Bytes at the beginning and at the end of a file by which it is known, besides its size.
-_SAMPLE = 2**20
-_MODEL_FILES = (".safetensors", ".bin", ".gguf")
-_MODEL_SETTINGS = ("config.json", "model.safetensors.index.json", "pytorch_model.bin.index.json")
 
 
 @dataclass(frozen=True)
@@ -70,21 +67,6 @@ class Fingerprint:
             if self.model.get(name) != other.model.get(name):
                 return f"of another model: {name} is not the same file"
         return None if self.text == other.text else "on another calibration text"
-
-
-def file_digests(model: Path) -> dict[str, str]:
-    """A digest of each file of a model that its weights depend on: of its size, beginning and end."""
-    files = [model] if model.is_file() else sorted(model.iterdir())
-    digests = {}
-    for file in files:
-        if file.is_file() and (file.suffix in _MODEL_FILES or file.name in _MODEL_SETTINGS):
-            size = file.stat().st_size
-            with file.open("rb") as opened:
-                digest = hashlib.sha256(f"{size} ".encode() + opened.read(_SAMPLE))
-                opened.seek(max(0, size - _SAMPLE))
-                digest.update(opened.read())
-            digests[file.name] = digest.hexdigest()
-    return digests
 
 
 class Progress:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rarefy import __version__
 from rarefy.cli.memory import check_own_text_fits, estimated_bytes
 from rarefy.cli.terminal import print_table
 from rarefy.cli.words import memory_words
 from rarefy.errors import InputError, ModelError, OutputError
+from rarefy.identity import versions
 
 if TYPE_CHECKING:
     import torch
@@ -51,9 +50,9 @@ class Plan:
         """All that the result depends on; ``windows`` is the calibration text."""
         from rarefy.progress import Fingerprint
 
-        versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
+        made_by = {name: versions()[name] for name in ("rarefy", "torch", "transformers")}
         # Which GPU it is does not matter; another process of the run has another one.
-        settings = self.recipe.model_dump() | {"device": self.device.type, "rarefy": __version__, **versions}
+        settings = self.recipe.model_dump() | {"device": self.device.type, **made_by}
         return Fingerprint.of(settings, self.source.path, windows)
 
     @property

@@ -5,9 +5,7 @@ Nothing is left of a run that fails, but what it takes to go on after a kill, an
 
 from __future__ import annotations
 
-import importlib.metadata
 import math
-import platform
 import shlex
 import time
 from collections.abc import Iterator
@@ -15,13 +13,13 @@ from contextlib import contextmanager, nullcontext
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
-from rarefy import __version__
 from rarefy.cli.held import OnDisk, Whole
 from rarefy.cli.plan import Plan, calibration_words
 from rarefy.cli.terminal import Terminal, print_table
 from rarefy.cli.words import memory_words
 from rarefy.distributed import World
 from rarefy.errors import InputError, ModelError, OutputError, RankError, RarefyError, VerificationError
+from rarefy.identity import versions
 from rarefy.report.records import Report, three_digits
 from rarefy.run_folder import RunFolder
 
@@ -195,11 +193,7 @@ def _facts(plan: Plan, report: Report, command: list[str], began: datetime, dtyp
     recipe = plan.recipe
     return {
         "command": shlex.join(command),
-        "versions": {
-            "rarefy": __version__,
-            "python": platform.python_version(),
-            **{name: importlib.metadata.version(name) for name in ("torch", "transformers", "safetensors")},
-        },
+        "versions": versions(),
         "started": _iso(began),
         "base_model": base_model(plan.source.name, plan.source.kind, plan.source.path),
         "method": report.method,

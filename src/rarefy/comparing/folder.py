@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
-import platform
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rarefy import __version__
 from rarefy.errors import InputError, OutputError
+from rarefy.identity import versions
 from rarefy.report.results import summarise, to_csv, to_markdown
 from rarefy.run_folder import RunFolder, write_atomically
 
@@ -138,15 +136,4 @@ def _read_object(file: Path) -> dict[str, Any]:
         raise InputError.sentence(f"{file} cannot be read: {error}.") from error
     if not isinstance(found, dict):
         raise InputError.sentence(f"{file} is damaged: it must hold one JSON object.")
-    return found
-
-
-def versions() -> dict[str, str]:
-    """Of Rarefy, Python and the libraries that results depend on, as far as they are installed."""
-    found = {"rarefy": __version__, "python": platform.python_version()}
-    for name in ("torch", "transformers", "safetensors", "lm_eval"):
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return found

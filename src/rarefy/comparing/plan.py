@@ -16,6 +16,7 @@ from rarefy.calibration.sources import DRAW_FROM, SELF, Source, draw_windows, pa
 from rarefy.comparing.folder import SweepFolder
 from rarefy.errors import InputError, ModelError
 from rarefy.evaluation.measure import Measures, corpora, parse_texts
+from rarefy.identity import file_digests
 from rarefy.models.blocks import find_blocks, select_sites
 from rarefy.models.checkpoint import load_tokenizer, resolve_device
 from rarefy.models.source import ModelSource, resolve_model
@@ -284,19 +285,10 @@ def _evaluation_length(asked: int | None, source: ModelSource) -> int:
 
 
 def _fingerprint(source: ModelSource) -> str:
-    """Of the files of a local model, from their sizes, beginnings and ends; of one on the hub, its revision."""
+    """Of the files of a local model; of one on the hub, its revision."""
     if source.kind == "hub":
         return source.path.name
-    files = [source.path] if source.path.is_file() else sorted(source.path.iterdir())
-    digest = hashlib.sha256()
-    for file in files:
-        if file.is_file() and file.suffix in (".gguf", ".safetensors", ".bin", ".json"):
-            size = file.stat().st_size
-            with file.open("rb") as opened:
-                digest.update(f"{file.name} {size} ".encode() + opened.read(2**20))
-                opened.seek(max(0, size - 2**20))
-                digest.update(opened.read())
-    return digest.hexdigest()[:16]
+    return hashlib.sha256(repr(file_digests(source.path)).encode()).hexdigest()[:16]
 
 
 def _digest(tokens: Tensor) -> str:

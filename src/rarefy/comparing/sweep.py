@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rarefy.calibration.sources import draw_windows
-from rarefy.comparing.folder import SweepFolder, versions
+from rarefy.comparing.folder import SweepFolder
 from rarefy.comparing.plan import Cell, Plan
 from rarefy.evaluation.texts import kept_texts
 from rarefy.models.blocks import Block, find_blocks
