@@ -17,6 +17,7 @@ from rarefy.calibration.sources import draw_windows
 from rarefy.comparing.folder import SweepFolder
 from rarefy.comparing.plan import Cell, Plan
 from rarefy.evaluation.texts import kept_texts
+from rarefy.identity import versions
 from rarefy.models.blocks import Block, find_blocks
 from rarefy.models.checkpoint import load_model, save_model
 from rarefy.pruning import prune_model
