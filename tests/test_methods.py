@@ -901,7 +901,7 @@ def test_settings_change_hyperparameters() -> None:
         ("sparsegpt", {"damping": "nan"}, "sparsegpt.damping is nan, but must be a number of at least 0"),
         ("sparsegpt", {"damping": "inf"}, "must be a number"),
         ("sparsegpt", {"damping": -0.1}, "of at least 0"),
-        ("wanda", {"damping": 1}, "no hyperparameter of that name"),
+        ("wanda", {"damping": 1}, "wanda has no hyperparameters"),
         ("admm", {"rho": 0}, "admm.rho is 0.0"),
         ("admm", {"steps": -3}, "admm.steps is -3"),
         ("admm", {"schedule": "linear"}, "one of cubic, reselect, fixed"),

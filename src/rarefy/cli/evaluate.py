@@ -182,8 +182,7 @@ def _lines(found: dict[str, Any]) -> list[str]:
     for i, one in enumerate(found["perplexity"]):
         value = "not finite" if one["value"] is None else format(one["value"], ".2f")
         windows = f"{one['windows']} window{'s' * (one['windows'] > 1)} of {one['length']:,} tokens"
-        name = one["label"] or one["text"]
-        name = name if name in one["text"] else f"{name} ({one['text']})"
+        name = one["text"] if one["label"] in one["text"] else f"{one['label']} ({one['text']})"
         lines.append(f"perplexity {value} on {name}, {windows}")
         if found["divergence"]:
             distance = found["divergence"][i]
