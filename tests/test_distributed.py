@@ -179,7 +179,7 @@ def test_rows_that_are_solved_apart_are_those_of_the_whole(name: str, pattern: P
         settings = PruneSettings(pattern, method)
         with torch.no_grad():
             return linear.weight, join(
-                [solve_piece(site, piece, 0, gram, settings, torch.float32) for piece in pieces]
+                [solve_piece(site, piece, 0, gram, settings) for piece in pieces]
             )
 
     whole, expected = solved(Piece(0, 0, 24))

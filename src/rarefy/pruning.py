@@ -171,15 +171,13 @@ def prune_blocks(
         with ExitStack() as turn:
             with world.together():
                 turn.enter_context(home.loaded(block, following))
-            stored = {site.name: site.dtype for site in block.sites}
-            with computing_in(block.module, stream.compute_dtype):
-                for record_ in prune_block(world, block, stream, settings, stored, ticks):
-                    done.append(record_)
-                    if on_layer:
-                        on_layer(record_)
-                if following is not None:
-                    with world.together():
-                        stream.advance(block.module, block.index, ticks.one)
+            for record_ in prune_block(world, block, stream, settings, ticks):
+                done.append(record_)
+                if on_layer:
+                    on_layer(record_)
+            if following is not None:
+                with world.together(), computing_in(block.module, stream.compute_dtype):
+                    stream.advance(block.module, block.index, ticks.one)
             with world.together():
                 if world.leads:
                     home.store(block)

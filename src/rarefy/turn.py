@@ -9,7 +9,7 @@ import torch
 from rarefy.calibration.collect import Grams, collect, collect_all_tokens, starved, turns
 from rarefy.calibration.stream import HiddenStates
 from rarefy.calibration.sums import add_up
-from rarefy.devices import peak_bytes
+from rarefy.devices import computing_in, peak_bytes
 from rarefy.distributed import World
 from rarefy.errors import NumericalError
 from rarefy.layer.gram import Gram
@@ -30,23 +30,23 @@ def prune_block(
     block: Block,
     stream: HiddenStates,
     settings: PruneSettings,
-    stored: dict[str, torch.dtype],
     ticks: Ticks,
 ) -> Iterator[LayerRecord]:
     """Prune the layers of one block, which all processes have in memory, and yield their records in order.
 
-    ``stream`` enters the block; ``stored`` is the dtype in which each layer is written. Raises NumericalError
-    where a layer has NaN or infinity, or, if the settings are strict, could not be solved.
+    ``stream`` enters the block, which is in the dtype of computation only while it runs: beside a solve it takes
+    no more memory than as it is stored. Raises NumericalError where a layer has NaN or infinity, or, if the
+    settings are strict, could not be solved.
     """
     means = settings.method.needs_means
 
     def collected(sites: Sequence[Site]) -> Grams:
-        with world.together():
+        with world.together(), computing_in(block.module, stream.compute_dtype):
             grams = collect(stream, block.module, block.index, sites, means=means, on_batch=ticks.one)
         return add_up(world, grams)
 
     def collected_from_all_tokens(sites: Sequence[Site]) -> Grams:
-        with world.together():
+        with world.together(), computing_in(block.module, stream.compute_dtype):
             grams = collect_all_tokens(stream, block.module, block.index, sites, means=means)
         return add_up(world, grams)
 
@@ -59,7 +59,7 @@ def prune_block(
                 notes[site.name][STARVED] = f"solved with {grams[site.name].num_tokens} tokens, all of the block's"
         # Alone, a layer's record is there as soon as it is solved; several share all layers of the turn out.
         for some in [[site] for site in sites] if world.size == 1 else [sites]:
-            for record_ in _prune_sites(world, some, block.index, grams, settings, stored, ticks, stream.device):
+            for record_ in _prune_sites(world, some, block.index, grams, settings, ticks, stream.device):
                 record_.details |= notes[record_.name]
                 yield record_
 
@@ -70,7 +70,6 @@ def _prune_sites(
     block: int,
     grams: Grams,
     settings: PruneSettings,
-    stored: dict[str, torch.dtype],
     ticks: Ticks,
     device: torch.device,
 ) -> list[LayerRecord]:
@@ -83,7 +82,7 @@ def _prune_sites(
             own = [piece for piece in pieces if (piece.layer, piece.rank) == (layer, world.rank)]
             for piece in own:
                 with torch.no_grad():
-                    solved[piece] = solve_piece(site, piece, block, gram, settings, stored[site.name])
+                    solved[piece] = solve_piece(site, piece, block, gram, settings)
             if own:
                 ticks.one(f"{site.name} {three_digits(solved[own[0]].record.relative_error)}")
     everyone = world.gather((solved, peak_bytes(device)))
@@ -93,7 +92,7 @@ def _prune_sites(
     for layer, site in enumerate(sites):
         parts = [piece for piece in pieces if piece.layer == layer]
         for piece in parts:
-            _hand_round(world, site, piece, stored[site.name])
+            _hand_round(world, site, piece)
         if all(piece.rank != world.rank for piece in parts):
             ticks.one()
         record_ = join([solved[piece] for piece in parts])
@@ -102,10 +101,10 @@ def _prune_sites(
     return records
 
 
-def _hand_round(world: World, site: Site, piece: Piece, dtype: torch.dtype) -> None:
+def _hand_round(world: World, site: Site, piece: Piece) -> None:
     """Write the rows that one process has solved, and written, into the block of all others."""
     if world.size > 1:
-        rows = site.read(piece.rows).to(dtype)
+        rows = site.read(piece.rows)
         world.broadcast_(rows, piece.rank)
         site.write(rows, piece.rows)
 
@@ -115,10 +114,8 @@ def _routed_tokens(sites: Sequence[Site], grams: Grams) -> dict[str, dict[str, f
     return {site.name: {"routed_tokens": grams[site.name].num_tokens} if site.expert else {} for site in sites}
 
 
-def solve_piece(
-    site: Site, piece: Piece, block: int, gram: Gram, settings: PruneSettings, dtype: torch.dtype
-) -> Part:
-    """Solve a layer, or rows of it, and write what was found; ``dtype`` is the one it is stored in."""
+def solve_piece(site: Site, piece: Piece, block: int, gram: Gram, settings: PruneSettings) -> Part:
+    """Solve a layer, or rows of it, and write what was found."""
     pattern, shape = settings.pattern, site.shape
     if piece.stop - piece.start < shape[0]:
         pattern = pattern.rows(piece.start, piece.stop, shape)
@@ -128,7 +125,7 @@ def solve_piece(
         reason = solution.details.get("failure", solution.status.value)
         raise NumericalError(f"{site.name}: {reason} (strict)")
     # Rounded to the dtype it is stored in; the mask is applied again, with +0 for zeros.
-    site.write(torch.where(solution.mask, solution.weight.to(dtype), 0), piece.rows)
+    site.write(torch.where(solution.mask, solution.weight.to(site.dtype), 0), piece.rows)
     lost = problem.objective(site.read(piece.rows))
     record_ = LayerRecord(
         name=site.name,

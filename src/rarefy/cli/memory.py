@@ -164,30 +164,32 @@ def _pruning_bytes(plan: Plan) -> int:
         entry = stored * (_nbytes(base.parameters(), 1) - sum(sizes.values()) + sizes[0])
     turns = []
     for block in plan.blocks[: last + 1]:
-        # In memory, the block is there already in the dtype in which it is stored.
-        weights = sizes[block.index] * (item if plan.streams else item - stored)
+        # The block is in the dtype of computation only while it runs. A model in memory is counted as a whole.
+        kept = sizes[block.index] * stored if plan.streams else 0
+        running = sizes[block.index] * (item if plan.streams else item - stored)
         inner = max((max(site.shape) for site in block.sites), default=hidden)
         batch = item * tokens * (6 * hidden + 3 * inner)
-        turns.append(weights + max(batch, _block_bytes(block.sites, plan.recipe.method, batch)))
+        grams, solving = _block_bytes(block.sites, plan.recipe.method)
+        turns.append(max(running + batch + grams, kept + solving))
     whole = 0 if plan.streams else weights_bytes(plan)
     if plan.device.type == "cpu" and plan.streams:
         whole = max(0, entry - stored * sizes[0])  # what came before the blocks is freed, but not handed back
     return whole + states + max(entry, *turns)
 
 
-def _block_bytes(sites: Sequence[Site], method: str, batch: int) -> int:
-    """Of the Grams of one block, and of the layer whose solution takes the most beside those not yet solved."""
+def _block_bytes(sites: Sequence[Site], method: str) -> tuple[int, int]:
+    """Of the Grams of one block, and of the layer whose solution takes the most with those that wait beside it."""
     from rarefy.calibration.collect import turns
 
-    largest = 0
+    grams = solving = 0
     for group in turns(sites):
         keys = _gram_keys(group)
         sizes = {key: 4 * site.shape[1] ** 2 for key, site in zip(keys, group)}
-        largest = max(largest, sum(sizes.values()) + batch)
+        grams = max(grams, sum(sizes.values()))
         for i, site in enumerate(group):
             waiting = sum(sizes[key] for key in set(keys[i:]))
-            largest = max(largest, waiting + _solve_bytes(site.shape, method))
-    return largest
+            solving = max(solving, waiting + _solve_bytes(site.shape, method))
+    return grams, solving
 
 
 def _gram_keys(sites: Sequence[Site]) -> list[tuple[str, int, int]]:
