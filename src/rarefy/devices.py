@@ -25,7 +25,7 @@ def compute_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
 
 @contextmanager
 def computing_in(module: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """Hold the half-precision parameters and buffers of a block in ``dtype`` for its turn."""
+    """Hold the half-precision parameters and buffers of a block in ``dtype`` within the scope."""
     tensors = [*module.parameters(), *module.buffers()]
     changed = [
         (tensor, tensor.dtype)
