@@ -48,9 +48,9 @@ _BUFFERS = {
     "dsnot": (10.0, 0.0),
 }
 _OTHER_BUFFERS = (8.0, 4.0)
-# No layer takes less than this many (out, in), because it is checked and graded, and because freed memory
-# is not handed back: seen with Wanda on a block of LLaMA-2-7B's widths, 11,008 x 4,096.
-_LEAST_BUFFERS = 8.0
+# No layer takes less than this many (out, in), because it is checked and graded, and products have buffers of
+# their own: seen with Wanda and ALPS on blocks of LLaMA-2-7B's widths (docs/log.md).
+_LEAST_BUFFERS = 7.0
 
 
 def weights_bytes(plan: Plan) -> int:
