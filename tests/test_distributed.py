@@ -178,9 +178,7 @@ def test_rows_that_are_solved_apart_are_those_of_the_whole(name: str, pattern: P
         site = LinearSite("layer", linear)
         settings = PruneSettings(pattern, method)
         with torch.no_grad():
-            return linear.weight, join(
-                [solve_piece(site, piece, 0, gram, settings) for piece in pieces]
-            )
+            return linear.weight, join([solve_piece(site, piece, 0, gram, settings) for piece in pieces])
 
     whole, expected = solved(Piece(0, 0, 24))
     weight, record = solved(Piece(0, 0, 7), Piece(0, 7, 8), Piece(0, 8, 24))
