@@ -23,11 +23,16 @@ def kth_largest(values: Float[Tensor, "*rows n"], k: int) -> Float[Tensor, "*row
     n = values.shape[-1]
     if n >= _MANY and values.numel() == n and (found := _between(values.reshape(n), k)) is not None:
         return found.reshape(values.shape[:-1])
-    if values.device.type == "cpu" and values.dtype in (torch.float32, torch.float64):
+    if _by_numpy(values):
         # numpy's partition is vectorised; torch.kthvalue took about ten times as long (docs/log.md).
         ordered = np.partition(values.detach().numpy(), n - k, axis=-1)[..., n - k]
         return torch.from_numpy(np.ascontiguousarray(ordered)).reshape(values.shape[:-1])
     return values.kthvalue(n - k + 1, dim=-1).values
+
+
+def _by_numpy(values: Tensor) -> bool:
+    """Whether numpy can work on the values where they are."""
+    return values.device.type == "cpu" and values.dtype in (torch.float32, torch.float64)
 
 
 def _between(values: Float[Tensor, " n"], k: int) -> Float[Tensor, " one"] | None:
@@ -53,21 +58,21 @@ def _between(values: Float[Tensor, " n"], k: int) -> Float[Tensor, " one"] | Non
 
 def _sorted(values: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
     """In ascending order, on the CPU by numpy, which takes a tenth of torch's time."""
-    if values.device.type != "cpu" or values.dtype not in (torch.float32, torch.float64):
+    if not _by_numpy(values):
         return values.sort().values
     return torch.from_numpy(np.sort(values.detach().numpy()))
 
 
 def _where(values: Float[Tensor, " n"], mask: Bool[Tensor, " n"]) -> Float[Tensor, " few"]:
     """values[mask], on the CPU by numpy: torch would go through indices of eight bytes each."""
-    if values.device.type != "cpu" or values.dtype not in (torch.float32, torch.float64):
+    if not _by_numpy(values):
         return values[mask]
     return torch.from_numpy(values.detach().numpy()[np.flatnonzero(mask.numpy())])
 
 
 def _compare(values: Tensor, threshold: Tensor | float, *, strictly: bool = False) -> Bool[Tensor, "*shape"]:
     """Values >= threshold, or > if ``strictly``; on the CPU by numpy, whose comparisons are much faster."""
-    if values.device.type != "cpu" or values.dtype not in (torch.float32, torch.float64):
+    if not _by_numpy(values):
         return values > threshold if strictly else values >= threshold
     other = threshold.detach().numpy() if isinstance(threshold, Tensor) else threshold
     compare = np.greater if strictly else np.greater_equal
