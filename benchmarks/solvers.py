@@ -5,7 +5,7 @@
 
 Reads the layers that benchmarks/layers.py saved. Errors are geometric means over layers of the square root
 of the relative error; costs are medians over layers of a solve's seconds in products W0 @ H timed right
-before and after it, factorisations included.
+before and after it, factorisations included. Freed memory is kept as on the command line.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch
 
 from layers import Layer, saved_layers
 from rarefy import NM, LayerProblem, PerRow, Unstructured
+from rarefy.cli import keep_freed_memory
 from rarefy.layer.pattern import Pattern
 from rarefy.methods import METHODS, build
 from rarefy.methods.base import Method, run
@@ -79,6 +80,7 @@ if __name__ == "__main__":
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a hyperparameter")
     parser.add_argument("--threads", type=int, default=0, help="torch threads; torch's own choice by default")
     options = parser.parse_args()
+    keep_freed_memory()
     if options.threads:
         torch.set_num_threads(options.threads)
     kinds = tuple(kind for kind in options.kinds.split(",") if kind)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rarefy.layer.select import keep_largest, keep_largest_in_groups, kth_largest
+from rarefy.layer.select import keep_at_least, keep_largest, keep_largest_in_groups, kth_largest
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]  # bfloat16 takes the path that GPUs take
 
@@ -24,12 +24,14 @@ def draw(kind: str, dtype: torch.dtype, *shape: int) -> Tensor:
     if kind == "all equal":
         return torch.full(shape, 0.25, dtype=dtype)
     scores = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+    if kind == "mostly lowest":  # what a sparse weight looks like
+        scores = torch.where(scores < 0.5, -1.0, scores).to(dtype)
     if kind == "infinities":  # what locked entries look like
         scores[..., 3:8] = torch.inf
     return scores
 
 
-KINDS = ["normal", "few values", "all equal", "infinities"]
+KINDS = ["normal", "few values", "all equal", "mostly lowest", "infinities"]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -53,6 +55,14 @@ def test_keep_largest_is_a_stable_sort(kind: str, dtype: torch.dtype) -> None:
         assert mask.dtype == torch.bool
         assert torch.equal(mask, by_stable_sort(scores, k)), k
         assert torch.equal(keep_largest(scores[0], k), by_stable_sort(scores[0], k)), k
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_threshold_keeps_no_more_than_k_of_any_row(dtype: torch.dtype) -> None:
+    scores = torch.tensor([[3, 2, 2, 2, 1], [9, 1, 1, 1, 1], [2, 2, 0, 0, 2]], dtype=dtype)
+    kept = keep_at_least(scores, torch.tensor([[2.0], [5.0], [2.0]], dtype=dtype), 2)
+    assert kept.int().tolist() == [[1, 1, 0, 0, 0], [1, 0, 0, 0, 0], [1, 1, 0, 0, 0]]
+    assert torch.equal(keep_at_least(scores[1:2], torch.tensor([[5.0]], dtype=dtype), 2), kept[1:2])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

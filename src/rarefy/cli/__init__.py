@@ -39,7 +39,7 @@ _UsageError = cast("type[Exception]", typer.BadParameter.__base__)
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return its exit status; ``arguments`` default to the process's."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    _keep_freed_memory()
+    keep_freed_memory()
     if _several_started():
         # Where the process is gone through which they meet, torch warns with a page of C++ frames.
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
@@ -78,7 +78,7 @@ def _answer(arguments: list[str]) -> int:
     return int(status or 0)
 
 
-def _keep_freed_memory() -> None:
+def keep_freed_memory() -> None:
     """Ask glibc not to hand freed blocks of some MiB back to the kernel after each use.
 
     Activations and (out, in) buffers are freed and taken again all the time; fetching their pages anew

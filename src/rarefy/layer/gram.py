@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rarefy.errors import InputError, NumericalError
+from rarefy.layer.passes import finite
 
 T = TypeVar("T")
 
@@ -148,7 +149,7 @@ class Gram:
     def check(self, name: str) -> None:
         """Raise NumericalError, naming the layer, where H has NaN or infinity or a negative diagonal."""
         diagonal = self.H.diagonal()
-        if not bool(torch.isfinite(self.H.sum(dtype=torch.float64))) or not bool((diagonal >= 0).all()):
+        if not finite(self.H) or not bool((diagonal >= 0).all()):
             raise NumericalError(f"The Gram matrix of {name} has NaN, infinity or a negative diagonal.")
 
     def _writable(self) -> None:

@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from rarefy.errors import PatternError
+from rarefy.layer.passes import count, count_rows
 from rarefy.layer.select import keep_largest, keep_largest_in_groups
 
 Shape = tuple[int, int]
@@ -65,7 +66,7 @@ class Pattern(ABC):
 
     def check(self, mask: Mask) -> None:
         """Raise PatternError where ``mask`` is not an allowed mask."""
-        kept, allowed = int(mask.sum()), self.count(_shape(mask))
+        kept, allowed = count(mask), self.count(_shape(mask))
         if kept != allowed:
             raise PatternError.sentence(f"The mask keeps {kept} weights, but {self} keeps {allowed}.")
 
@@ -139,7 +140,7 @@ class PerRow(Pattern):
         return PerRow(self.sparsity, _share(self._kept_per_row(shape[1]), start, stop, shape[1]))
 
     def check(self, mask: Mask) -> None:
-        per_row = mask.sum(dim=1)
+        per_row = count_rows(mask)
         allowed = self._kept_per_row(mask.shape[1])
         if bool((per_row != allowed).any()):
             row = int((per_row != allowed).nonzero()[0])
@@ -198,7 +199,7 @@ class NM(Pattern):
 
     def check(self, mask: Mask) -> None:
         self.validate(_shape(mask))
-        per_group = mask.reshape(mask.shape[0], -1, self.of).sum(dim=2)
+        per_group = mask.reshape(mask.shape[0], -1, self.of).sum(dim=2, dtype=torch.int32)
         if bool((per_group != self.keep).any()):
             row, index = (int(i) for i in (per_group != self.keep).nonzero()[0])
             raise PatternError.sentence(
@@ -230,7 +231,7 @@ class Fixed(Pattern):
 
     def count(self, shape: Shape) -> int:
         self.validate(shape)
-        return int(self.mask.sum())
+        return count(self.mask)
 
     def project(self, scores: Scores, locked: Mask | None = None) -> Mask:
         self.validate(_shape(scores))
@@ -305,7 +306,10 @@ def _refuse_slice(pattern: Pattern, kept: int | None) -> None:
 
 
 def _locked_first(scores: Scores, locked: Mask | None) -> Scores:
-    return scores if locked is None else scores.masked_fill(locked, math.inf)
+    """Scores that are infinite on ``locked``; by arithmetic, for torch fills a scattered mask four times slower."""
+    if locked is None:
+        return scores
+    return torch.maximum(scores, locked.to(scores.dtype).sub_(0.5).mul_(math.inf))
 
 
 def _percent(sparsity: float) -> str:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from rarefy.errors import InputError, NumericalError
 from rarefy.layer.gram import Gram
+from rarefy.layer.passes import apply_mask, finite, row_dots
 
 _STRIP = 512  # rows and columns graded at a time, to bound the memory of a grade
 _CLEAR = 100.0  # what a grade must be, in units of what rounding in float32 may have added to it
@@ -76,7 +77,7 @@ class LayerProblem:
 
     def check(self, name: str) -> None:
         """Raise NumericalError, naming the layer, for NaN or infinity in W0 or H."""
-        if not bool(torch.isfinite(self.W0).all()):
+        if not finite(self.W0):
             raise NumericalError(f"The weight of {name} has NaN or infinity.")
         self.gram.check(name)
 
@@ -129,7 +130,9 @@ class LayerProblem:
         self, W: Float[Tensor, "out inputs"], mask: Bool[Tensor, "out inputs"], scaled: Scaled
     ) -> Float[Tensor, "out inputs"]:
         """W / s on the mask; a kept weight of a dead input stays what it was."""
-        return torch.where(self.dead, self.W0, W / scaled.s).mul_(mask)
+        weight = W / scaled.s
+        weight[:, self.dead] = self.W0[:, self.dead]
+        return apply_mask(weight, mask, out=weight)
 
 
 def error_ratio(lost: float, dense: float) -> float:
@@ -146,7 +149,7 @@ def _quadratic(W: Tensor, W0: Tensor | None, H: Tensor, dtype: torch.dtype) -> t
         D = W[a : a + _STRIP].to(H.device, dtype)
         if W0 is not None:
             D = D - W0[a : a + _STRIP].to(dtype)
-        size += float(torch.linalg.vecdot(D, D).sum(dtype=torch.float64))
+        size += float(row_dots(D, D).sum(dtype=torch.float64))
         for b in range(0, D.shape[1], _STRIP):
             # H is symmetric: what is left of the strip counts twice, what is right of it not at all
             strip, D_b = slice(b, b + _STRIP), D[:, b : b + _STRIP]

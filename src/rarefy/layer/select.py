@@ -7,15 +7,19 @@ introselect, costs a fraction of one. The mask then follows from comparisons wit
 from __future__ import annotations
 
 import math
+from operator import eq, ge, gt
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from rarefy.layer.passes import by_numpy, compare, count, count_rows, places
+
 _MANY = 2**21  # values in a row from which on only some of them are copied and put in order
 _SAMPLE = 2**16
 _CHUNK = 2**20
+_FEW, _OFTEN = 128, 0.35
 
 
 def kth_largest(values: Float[Tensor, "*rows n"], k: int) -> Float[Tensor, "*rows"]:
@@ -23,16 +27,22 @@ def kth_largest(values: Float[Tensor, "*rows n"], k: int) -> Float[Tensor, "*row
     n = values.shape[-1]
     if n >= _MANY and values.numel() == n and (found := _between(values.reshape(n), k)) is not None:
         return found.reshape(values.shape[:-1])
-    if _by_numpy(values):
+    if by_numpy(values):
         # numpy's partition is vectorised; torch.kthvalue took about ten times as long (docs/log.md).
-        ordered = np.partition(values.detach().numpy(), n - k, axis=-1)[..., n - k]
-        return torch.from_numpy(np.ascontiguousarray(ordered)).reshape(values.shape[:-1])
+        array = values.detach().numpy()
+        ordered = np.sort(array, axis=-1) if _often_lowest(array) else np.partition(array, n - k, axis=-1)
+        return torch.from_numpy(np.ascontiguousarray(ordered[..., n - k])).reshape(values.shape[:-1])
     return values.kthvalue(n - k + 1, dim=-1).values
 
 
-def _by_numpy(values: Tensor) -> bool:
-    """Whether numpy can work on the values where they are."""
-    return values.device.type == "cpu" and values.dtype in (torch.float32, torch.float64)
+def _often_lowest(array: np.ndarray) -> bool:
+    """Whether, to judge by a few values, many equal the lowest one, as the zeros of a sparse matrix do.
+
+    numpy's partition then takes that value as its pivot again and again, at ten times the cost of a sort.
+    """
+    flat = array.reshape(-1)
+    few = flat[:: len(flat) // _FEW | 1]
+    return bool(np.count_nonzero(few == few.min()) > _OFTEN * len(few))
 
 
 def _between(values: Float[Tensor, " n"], k: int) -> Float[Tensor, " one"] | None:
@@ -46,8 +56,8 @@ def _between(values: Float[Tensor, " n"], k: int) -> Float[Tensor, " one"] | Non
     low, high = float(sample[max(place - slack, 0)]), float(sample[min(place + slack, len(sample) - 1)])
     above, candidates = 0, []
     for chunk in values.split(_CHUNK if values.device.type == "cpu" else n):
-        at_least = _compare(chunk, low)
-        larger = _compare(chunk, high, strictly=True)
+        at_least = compare(ge, chunk, low)
+        larger = compare(gt, chunk, high)
         above += count(larger)
         candidates.append(_where(chunk, at_least ^ larger))
     found = torch.cat(candidates)
@@ -58,25 +68,16 @@ def _between(values: Float[Tensor, " n"], k: int) -> Float[Tensor, " one"] | Non
 
 def _sorted(values: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
     """In ascending order, on the CPU by numpy, which takes a tenth of torch's time."""
-    if not _by_numpy(values):
+    if not by_numpy(values):
         return values.sort().values
     return torch.from_numpy(np.sort(values.detach().numpy()))
 
 
 def _where(values: Float[Tensor, " n"], mask: Bool[Tensor, " n"]) -> Float[Tensor, " few"]:
     """values[mask], on the CPU by numpy: torch would go through indices of eight bytes each."""
-    if not _by_numpy(values):
+    if not by_numpy(values):
         return values[mask]
     return torch.from_numpy(values.detach().numpy()[np.flatnonzero(mask.numpy())])
-
-
-def _compare(values: Tensor, threshold: Tensor | float, *, strictly: bool = False) -> Bool[Tensor, "*shape"]:
-    """Values >= threshold, or > if ``strictly``; on the CPU by numpy, whose comparisons are much faster."""
-    if not _by_numpy(values):
-        return values > threshold if strictly else values >= threshold
-    other = threshold.detach().numpy() if isinstance(threshold, Tensor) else threshold
-    compare = np.greater if strictly else np.greater_equal
-    return torch.from_numpy(compare(values.detach().numpy(), other))
 
 
 def keep_largest(scores: Float[Tensor, "*rows n"], k: int) -> Bool[Tensor, "*rows n"]:
@@ -87,30 +88,40 @@ def keep_largest(scores: Float[Tensor, "*rows n"], k: int) -> Bool[Tensor, "*row
     if k >= n:
         return torch.ones_like(scores, dtype=torch.bool)
     threshold = kth_largest(scores, k).unsqueeze(-1)
-    mask = _compare(scores, threshold)
+    mask = compare(ge, scores, threshold)
     if count(mask) == k * (scores.numel() // n):  # every row has at least k: equal sums, equal counts
         return mask
-    # Ties at the threshold: all that are larger stay, and of the equals, which are few, the first ones.
+    return _first_of_equals(mask, scores, threshold, k)
+
+
+def keep_at_least(
+    scores: Float[Tensor, "*rows n"], threshold: Float[Tensor, "*rows 1"], k: int
+) -> Bool[Tensor, "*rows n"]:
+    """True at the entries of each row that reach its threshold, or at k of them where there are more.
+
+    Entries above the threshold, fewer than k in every row, come first, then those with the lowest index.
+    """
+    mask = compare(ge, scores, threshold)
+    if int(count_rows(mask).max()) <= k:
+        return mask
+    return _first_of_equals(mask, scores, threshold, k)
+
+
+def _first_of_equals(
+    mask: Bool[Tensor, "*rows n"], scores: Float[Tensor, "*rows n"], threshold: Float[Tensor, "*rows 1"], k: int
+) -> Bool[Tensor, "*rows n"]:
+    """The mask of what reaches the threshold, with k in every row that had more: of equals, which are few, the first.
+
+    Works in place where the mask is contiguous.
+    """
     mask = mask.contiguous()
-    rows = mask.view(-1, n)
-    row, column = (scores == threshold).reshape(-1, n).nonzero(as_tuple=True)
+    rows = mask.view(-1, mask.shape[-1])
+    row, column = places(compare(eq, scores, threshold).reshape(rows.shape))
     equals = torch.bincount(row, minlength=len(rows))
     place = torch.arange(len(row), device=row.device) - (equals.cumsum(0) - equals)[row]  # among those of its row
-    late = place >= (k - _count_rows(rows) + equals)[row]
+    late = place >= (k - count_rows(rows) + equals)[row]
     rows[row[late], column[late]] = False
     return mask
-
-
-def count(mask: Bool[Tensor, "*shape"]) -> int:
-    """How many entries are True; numpy counts bytes, torch adds integers, at a hundred times the cost."""
-    return int(np.count_nonzero(mask.numpy())) if mask.device.type == "cpu" else int(mask.sum())
-
-
-def _count_rows(mask: Bool[Tensor, "rows n"]) -> Int[Tensor, " rows"]:
-    """How many entries of each row are True, without a copy of eight bytes an entry."""
-    if mask.device.type == "cpu":
-        return torch.from_numpy(np.count_nonzero(mask.numpy(), axis=-1))
-    return mask.sum(dim=-1)
 
 
 def keep_largest_in_groups(scores: Float[Tensor, "out inputs"], keep: int, of: int) -> Bool[Tensor, "out inputs"]:

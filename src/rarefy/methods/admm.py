@@ -38,6 +38,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from rarefy.layer.passes import apply_mask
 from rarefy.layer.pattern import Fixed, Pattern
 from rarefy.layer.problem import LayerProblem, Scaled
 from rarefy.layer.solution import Solution
@@ -100,7 +101,7 @@ class ADMM(IterativeMethod[_State]):
             if self.schedule == "cubic" and t < last:
                 pattern = pattern.at(1 - (1 - t / last) ** 3)  # (5)
             state.mask = pattern.project(torch.abs(state.V, out=state.Y))  # (1)
-        Z = state.Y.copy_(state.mask).mul_(state.V)  # (2); a float mask: torch.where costs ten times as much
+        Z = apply_mask(state.V, state.mask, out=state.Y)  # (2)
         U = state.V.sub_(Z)  # (3), in place of V
         W = torch.addmm(state.W0, Z.sub_(U).sub_(state.W0), state.inverse, out=state.W)  # (4')
         U.add_(W)  # V = W + U

@@ -55,9 +55,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from rarefy.layer.passes import apply_mask, count
 from rarefy.layer.pattern import Pattern
 from rarefy.layer.problem import LayerProblem, Scaled
-from rarefy.layer.select import count
 from rarefy.layer.solution import Solution
 from rarefy.layer.spectrum import shifted_inverse
 from rarefy.methods.base import IterativeMethod, hyper
@@ -119,8 +119,9 @@ class ALPS(IterativeMethod[_State]):
         Y = X.abs()
         mask = pattern.project(Y)
         support = self.penalty == "support"
+        apply_mask(X, mask, out=X)
         return _State(
-            problem, pattern, scaled, X.mul_(mask), torch.empty_like(X), Y, mask, mask if support else None,
+            problem, pattern, scaled, X, torch.empty_like(X), Y, mask, mask if support else None,
             torch.empty_like(scaled.H), self.rho_support if support else self.rho_first,
         )  # fmt: skip
 
@@ -134,7 +135,7 @@ class ALPS(IterativeMethod[_State]):
             shifted_inverse(state.scaled.H, state.rho, out=state.inverse).mul_(state.rho)
             state.factored = state.rho
         X, Y, before, W0, s = state.X, state.Y, state.mask, state.problem.W0, state.scaled.live
-        D = Y.copy_(before).mul_(X)  # a float mask: torch.where costs ten times as much
+        D = apply_mask(X, before, out=Y)
         U = X.sub_(D).mul_(state.rescale)  # (4), in place of X
         Y = D.sub_(U).addcmul_(W0, s, value=-1)
         W = torch.mm(Y, state.inverse, out=state.W).addcmul_(W0, s)  # (1')
@@ -155,7 +156,7 @@ class ALPS(IterativeMethod[_State]):
     def finish(self, state: _State) -> Solution:
         mask = state.pattern.project(torch.abs(state.W, out=state.Y))
         state.X = state.Y = state.inverse = torch.empty(0)  # their memory is for the conjugate gradients
-        W, W0, scaled = state.W.mul_(mask), state.problem.W0, state.scaled
+        W, W0, scaled = apply_mask(state.W, mask, out=state.W), state.problem.W0, state.scaled
         less = None
         if self.refit_damping != self.damping:
             mean = state.problem.H.diagonal().mean()
@@ -183,7 +184,7 @@ class ALPS(IterativeMethod[_State]):
             self._set_rho(state, state.rho / _RESTART)
             W0 = state.problem.to_scaled(state.problem.W0, state.scaled)
             state.mask = state.looked = state.pattern.project(W0.abs())
-            torch.mul(W0, state.mask, out=state.X)
+            apply_mask(W0, state.mask, out=state.X)
         else:
             state.moved = True
             factor = next(factor for share, factor in _GROWTH if changed >= share * kept)

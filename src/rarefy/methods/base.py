@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, fields
+from operator import ne
 from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
@@ -18,6 +19,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from rarefy.errors import MethodError, NumericalError, PatternError
+from rarefy.layer.passes import apply_mask, compare, count, finite
 from rarefy.layer.pattern import Pattern
 from rarefy.layer.problem import LayerProblem
 from rarefy.layer.solution import Solution, Status
@@ -150,7 +152,7 @@ def run(
     kept = pattern.count(problem.shape)
     if kept in (0, problem.W0.numel()):
         mask = torch.full_like(problem.W0, bool(kept), dtype=torch.bool)
-        solution = Solution(problem.W0 * mask, mask, Status.TRIVIAL)
+        solution = Solution(apply_mask(problem.W0, mask), mask, Status.TRIVIAL)
     else:
         try:
             solution = method.solve(problem, pattern, start)
@@ -176,7 +178,7 @@ def cannot_come_first(method: Method) -> MethodError:
 def fallback(problem: LayerProblem, pattern: Pattern) -> Solution:
     """W0 on the mask of the largest Wanda scores, with a status that says that the method failed."""
     mask = pattern.project(wanda_scores(problem))
-    return Solution(problem.W0 * mask, mask, Status.NOT_FACTORED)
+    return Solution(apply_mask(problem.W0, mask), mask, Status.NOT_FACTORED)
 
 
 def wanda_scores(problem: LayerProblem) -> Float[Tensor, "out inputs"]:
@@ -186,7 +188,7 @@ def wanda_scores(problem: LayerProblem) -> Float[Tensor, "out inputs"]:
 
 def masked(weight: Float[Tensor, "out inputs"], mask: Bool[Tensor, "out inputs"]) -> Solution:
     """The weight with zeros where ``mask`` is False."""
-    return Solution(weight * mask, mask)
+    return Solution(apply_mask(weight, mask), mask)
 
 
 def check_hyperparameters(method: Method) -> None:
@@ -224,11 +226,11 @@ def _bounds(low: float | None, high: float | None) -> str:
 def _check_contract(method: Method, solution: Solution, pattern: Pattern, problem: LayerProblem, name: str) -> None:
     if solution.weight.shape != problem.W0.shape or solution.mask.shape != problem.W0.shape:
         raise MethodError.sentence(f"{method.name} returned another shape than that of {name}.")
-    if not bool(torch.isfinite(solution.weight).all()):
+    if not finite(solution.weight):
         raise Diverged(f"{method} returned NaN or infinity.")
     try:
         pattern.check(solution.mask)
     except PatternError as error:
         raise MethodError.sentence(f"{method} returned a mask for {name} that {pattern} forbids: {error}") from None
-    if bool(((solution.weight != 0) > solution.mask).any()):
+    if count(compare(ne, solution.weight, 0.0) & ~solution.mask):
         raise MethodError.sentence(f"{method.name} returned a weight that is not zero outside its mask.")

@@ -38,6 +38,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from rarefy.errors import NumericalError
+from rarefy.layer.passes import row_dots, write_mask_
 from rarefy.layer.pattern import Pattern
 from rarefy.layer.problem import LayerProblem, Scaled
 from rarefy.layer.solution import Solution, Status
@@ -105,7 +106,7 @@ def _strip_(
     W: Tensor, W0: Tensor, mask: Tensor, A: Tensor, steps: int, rtol: float, less: Tensor | None
 ) -> list[float]:
     """Some rows of ``conjugate_gradients_``; |R|_F^2 before each step and after the last."""
-    M = mask.to(W.dtype)
+    M = write_mask_(torch.empty_like(W), mask)
     D = W0.sub_(W)
     R = D @ A
     if less is not None:
@@ -113,7 +114,7 @@ def _strip_(
     R.mul_(M)
     P = D.copy_(R)
     Q = torch.empty_like(P)
-    squares = torch.linalg.vecdot(R, R).unsqueeze(1)
+    squares = _row_squares(R)
     enough = squares * rtol**2
     sums = [float(squares.sum())]
     for _ in range(steps):
@@ -122,15 +123,21 @@ def _strip_(
         torch.mm(P, A, out=Q)  # (1)
         if less is not None:
             Q.addcmul_(P, less, value=-1)
-        curvature = torch.linalg.vecdot(P, Q).unsqueeze(1)
+        curvature = row_dots(P, Q).unsqueeze(1)
         a = torch.where((squares > enough) & (curvature > 0), squares / curvature, 0)  # (2)
         W.addcmul_(P, a)
         R.addcmul_(Q.mul_(M), a, value=-1)  # (3)
-        before, squares = squares, torch.linalg.vecdot(R, R).unsqueeze(1)
+        before, squares = squares, _row_squares(R)
         b = torch.where(a > 0, squares / before, 0)  # (4)
-        P.mul_(b).add_(R)  # (5)
+        torch.addcmul(R, P, b, out=P)  # (5)
         sums.append(float(squares.sum()))
     return sums
+
+
+def _row_squares(R: Tensor) -> Tensor:
+    """|R_i|^2 of each row as a column; by norms, which take a third of the time of row_dots(R, R)."""
+    norms: Tensor = torch.linalg.vector_norm(R, dim=1, keepdim=True)
+    return norms.square_()
 
 
 @dataclass(frozen=True)

@@ -50,9 +50,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from rarefy.layer.passes import apply_mask, count, row_dots, write_mask_
 from rarefy.layer.pattern import NM, Fixed, Pattern, PerRow, Unstructured
 from rarefy.layer.problem import LayerProblem
-from rarefy.layer.select import keep_largest, kth_largest, positions_first
+from rarefy.layer.select import keep_at_least, keep_largest, kth_largest, positions_first
 from rarefy.layer.solution import Solution, Status
 from rarefy.methods.base import IterativeMethod, hyper, masked, wanda_scores
 from rarefy.methods.ria import ria_scores
@@ -102,11 +103,13 @@ class SparseFW(IterativeMethod[_State]):
     def init(self, problem: LayerProblem, pattern: Pattern, start: Solution | None) -> _State:
         scores = self._scores(problem)
         mask = pattern.project(scores) if start is None else start.mask
-        k = int(mask[0].sum() if isinstance(pattern, PerRow) else mask.sum())
+        k = count(mask[0] if isinstance(pattern, PerRow) else mask)
         num_fixed = math.floor(self.alpha * k)
-        fixed = _highest(scores.masked_fill_(~mask, -math.inf), num_fixed, pattern)
-        W, H, M, order = problem.W0 * ~fixed, problem.H, mask.to(problem.dtype), None
-        E = problem.W0 * ~mask
+        if start is not None or pattern.group > 1:  # else the highest of all scores are in the mask
+            scores.masked_fill_(~mask, -math.inf)
+        fixed = _highest(scores, num_fixed, pattern)
+        W, H, M, order = apply_mask(problem.W0, ~fixed), problem.H, mask.to(problem.dtype), None
+        E = apply_mask(problem.W0, ~mask)
         if _in_small_groups(pattern):
             order = positions_first(problem.shape[1], pattern.group, H.device)
             W, M, E, H = W[:, order], M[:, order], E[:, order], H[order][:, order]
@@ -166,7 +169,7 @@ class SparseFW(IterativeMethod[_State]):
         if state.order is not None:
             M = torch.empty_like(M).index_copy_(1, state.order, M)
         rounded = state.pattern.project(M, state.fixed)
-        taken = torch.mul(state.problem.W0, ~rounded, out=state.V)
+        taken = apply_mask(state.problem.W0, ~rounded, out=state.V)
         loss = _loss(taken, torch.mm(taken, state.problem.H, out=state.EH))
         if loss < state.lowest:
             state.best, state.lowest, state.best_step = rounded, loss, t
@@ -188,8 +191,7 @@ def _highest(scores: Tensor, num_fixed: int, pattern: Pattern) -> Bool[Tensor, "
 def _vertex(state: _State) -> Float[Tensor, "out inputs"]:
     """(2), in the buffer of V.
 
-    A threshold above 0 keeps only what lowers f. Comparisons are written as floats: a bool mask and its
-    conversion would cost several times as much.
+    A threshold above 0 keeps only what lowers f.
     """
     pattern, G, V = state.pattern, state.G, state.V
     if state.lock is not None:
@@ -199,14 +201,10 @@ def _vertex(state: _State) -> Float[Tensor, "out inputs"]:
             return V
         chosen = pattern.project(V)
         return V.gt_(0).mul_(chosen)
-    rows, ones = (X if isinstance(pattern, PerRow) else X.view(1, -1) for X in (G, V))
+    rows = G if isinstance(pattern, PerRow) else G.view(1, -1)
     free = pattern.count((len(rows), rows.shape[1])) // len(rows) - state.num_fixed
-    torch.ge(rows, kth_largest(rows, free).unsqueeze(1).clamp_min_(torch.finfo(G.dtype).tiny), out=ones)
-    counts = V.sum(dim=1)
-    if float(counts.max() if isinstance(pattern, PerRow) else counts.sum(dtype=torch.float64)) > free:
-        # equals at the threshold: once more, in full
-        torch.gt(G, 0, out=V).mul_(keep_largest(rows, free).view_as(G))
-    return V
+    threshold = kth_largest(rows, free).unsqueeze(1).clamp_min_(torch.finfo(G.dtype).tiny)
+    return write_mask_(V, keep_at_least(rows, threshold, free).view_as(G))
 
 
 def _in_small_groups(pattern: Pattern) -> bool:
@@ -223,11 +221,11 @@ def _keep_largest_in_groups_(G: Float[Tensor, "out inputs"], pattern: Pattern) -
     largest: list[Tensor] = []
     for x in columns:
         full = len(largest) == pattern.keep
-        for j, kept in enumerate(largest):
+        for j, most in enumerate(largest):
             if full and j == pattern.keep - 1:
-                largest[j] = torch.maximum(kept, x)
+                largest[j] = torch.maximum(most, x)
             else:
-                largest[j], x = torch.maximum(kept, x), torch.minimum(kept, x)
+                largest[j], x = torch.maximum(most, x), torch.minimum(most, x)
         if not full:
             largest.append(x)
     threshold = largest[-1].clamp_min(torch.finfo(G.dtype).tiny)
@@ -242,4 +240,4 @@ def _dot(A: Tensor, B: Tensor) -> float:
 
 def _loss(R: Tensor, RH: Tensor) -> float:
     """tr(R H R^T), rows added up in float64 so that masks can be told apart."""
-    return float(torch.linalg.vecdot(R, RH).sum(dtype=torch.float64))
+    return float(row_dots(R, RH).sum(dtype=torch.float64))

@@ -45,11 +45,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from rarefy.layer.passes import apply_mask, places
 from rarefy.layer.pattern import Fixed, Pattern
 from rarefy.layer.problem import LayerProblem
 from rarefy.layer.select import positions_first
@@ -83,7 +83,7 @@ class Swaps(Method):
     def solve(self, problem: LayerProblem, pattern: Pattern, start: Solution | None = None) -> Solution:
         mask = pattern.project(wanda_scores(problem)) if start is None else start.mask
         if isinstance(pattern, Fixed):
-            return Solution(problem.W0 * mask, mask, Status.TRIVIAL)
+            return Solution(apply_mask(problem.W0, mask), mask, Status.TRIVIAL)
         # The partners of an input are then a multiple of in / group away, so pairs are contiguous passes.
         order = positions_first(problem.shape[1], pattern.group, problem.H.device)
         H = problem.H if pattern.group == 1 else problem.H[order][:, order]
@@ -211,7 +211,7 @@ class _Batch:
         change, p = self._best_partner(A, B, u)  # (4)
         change, u = self._best_partner(B, A, p)
         change, p = self._best_partner(A, B, u)
-        r, v = _nonzero(lowest < change.unsqueeze(1))
+        r, v = places(lowest < change.unsqueeze(1))
         best = change, u, p
         if len(r):
             best = self._neighbours(A, B, partners, r, v, best)  # (5)
@@ -347,12 +347,3 @@ def _argmin(values: Rows) -> Int[Tensor, " rows"]:
     if values.device.type == "cpu":
         return torch.from_numpy(values.numpy().argmin(axis=1))  # vectorised, unlike torch's (docs/log.md)
     return values.argmin(dim=1)
-
-
-def _nonzero(mask: Bool[Tensor, "rows inputs"]) -> tuple[Int[Tensor, " n"], Int[Tensor, " n"]]:
-    """Row and column of every True, row by row."""
-    if mask.device.type == "cpu":
-        flat = torch.from_numpy(np.flatnonzero(mask.numpy()))  # ten times as fast as torch's
-    else:
-        flat = mask.flatten().nonzero().squeeze(1)
-    return flat // mask.shape[1], flat % mask.shape[1]

@@ -1,0 +1,69 @@
+"""What numpy does on the CPU is what the plain expressions of torch give."""
+
+from __future__ import annotations
+
+from operator import eq, ge, gt
+
+import pytest
+import torch
+from torch import Tensor
+
+from rarefy.layer import passes
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16]  # bfloat16 takes the path that GPUs take
+
+
+def draw(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Values, whose matrix does not stand by rows, and a mask with rows of all and of none."""
+    generator = torch.Generator().manual_seed(3)
+    values = torch.randint(-3, 4, (9, 6), generator=generator).to(dtype).T
+    mask = torch.rand(6, 9, generator=generator) > 0.4
+    mask[0], mask[1] = True, False
+    return values, mask
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_mask_takes_values_away(dtype: torch.dtype) -> None:
+    values, mask = draw(dtype)
+    expected = torch.where(mask, values, torch.zeros_like(values))
+    assert torch.equal(passes.apply_mask(values, mask), expected)
+    out = torch.full_like(values, torch.nan)
+    assert passes.apply_mask(values, mask, out=out) is out
+    assert torch.equal(out, expected)
+    passes.apply_mask(values, mask, out=values)
+    assert torch.equal(values, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_mask_becomes_numbers(dtype: torch.dtype) -> None:
+    values, mask = draw(dtype)
+    assert passes.write_mask_(values, mask) is values
+    assert torch.equal(values, mask.to(dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_comparisons_counts_and_places(dtype: torch.dtype) -> None:
+    values, mask = draw(dtype)
+    for how in (eq, ge, gt):
+        assert torch.equal(passes.compare(how, values, 1.0), how(values, 1.0))
+        assert torch.equal(passes.compare(how, values, values[:, :1]), how(values, values[:, :1]))
+    assert passes.count(mask) == int(mask.sum())
+    assert passes.count_rows(mask).tolist() == mask.sum(dim=1).tolist()
+    assert passes.count_rows(mask[:1]).tolist() == [9]
+    row, column = passes.places(mask)
+    assert [row.tolist(), column.tolist()] == mask.nonzero().T.tolist()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("stain", [torch.nan, torch.inf, -torch.inf])
+def test_what_is_not_finite_is_found(dtype: torch.dtype, stain: float) -> None:
+    values, _ = draw(dtype)
+    assert passes.finite(values)
+    values[4, 5] = stain
+    assert not passes.finite(values)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_dots_of_rows(dtype: torch.dtype) -> None:
+    values, mask = draw(dtype)
+    assert torch.equal(passes.row_dots(values, mask.to(dtype)), (values * mask).sum(dim=1))
