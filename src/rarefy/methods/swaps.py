@@ -9,18 +9,18 @@ Take the best pair while it is negative, then
 
     c <- c + w_u H[:, u] - w_p H[:, p]                                                             (2)
 
-The best of all kept x pruned pairs is found without looking at all of them. With s_j = |w_j| sqrt(d_j)
-and g_u the largest correlation |H_uj| / sqrt(d_u d_j) of input u with another one, every pair of u
-changes the loss by at least
+The best of all kept x pruned pairs is found without looking at all of them. The two p of the lowest b_p
+are paired with all u (3), and left out from here on: they would lower the bounds of all others. With
+s_j = |w_j| sqrt(d_j) and g_u the largest correlation |H_uj| / sqrt(d_u d_j) of input u with another one,
+every pair of u and a p that is left changes the loss by at least
 
-    l_u = a_u + f(s_u g_u),  f(x) = min over p of (b_p - 2 x s_p).                                 (3)
+    l_u = a_u + f(s_u g_u),  f(x) = min over p of (b_p - 2 x s_p).                                 (4)
 
-f is concave, so chords between a few of its values stay below it, and (3) costs a few passes over the
-row. The u of the lowest l_u with its best p, its best u, and that one's best p are a first pair (4).
-Every other u with l_u below the best change so far is paired with the 16 inputs that are most
-correlated with it (5), and with all p (6) if with h_u, the 17th correlation, in place of g_u its
-bound is still below. No pair that was left out can be better: the certificate. In an N:M pattern
-pairs stay within a group and are all looked at.
+f is concave, so chords between a few of its values stay below it, and (4) costs a few passes over the
+row. The u of the lowest l_u is paired with all p (5). Every other u with l_u below the best change so
+far is paired with the 16 inputs that are most correlated with it (6), and with all p (7) if with h_u,
+the 17th correlation, in place of g_u its bound is still below. No pair that was left out can be better:
+the certificate. In an N:M pattern pairs stay within a group and are all looked at.
 
 | code   | paper | shape      | meaning                                                            |
 |--------|-------|------------|--------------------------------------------------------------------|
@@ -30,26 +30,27 @@ pairs stay within a group and are all looked at.
 | S      |       | (rows, in) | |w| sqrt(d)                                                        |
 | reach  |       | (rows, in) | s g, the argument of f                                             |
 | lowest |       | (rows, in) | l                                                                  |
-| partners | |            | g, h, and the 16 inputs of (5) for each input                      |
+| partners | |            | g, h, and the 16 inputs of (6) for each input                      |
 
-Source: Zimmer et al., "SparseSwaps", arXiv 2512.10922. Differences: (3) to (6) instead of all pairs;
+Source: Zimmer et al., "SparseSwaps", arXiv 2512.10922. Differences: (3) to (7) instead of all pairs;
 a swap must lower the loss by more than rounding can; C2 is computed afresh now and then, and always
 before a row is called done; a row that ends worse than it began gets its start back. Masks of the
 whole matrix keep each row's count. Rows are independent. The start's weights play no part: the answer
-is W0 on the mask. Cost: some fifty passes over a row per swap. Memory: a dozen (rows, in) matrices for
+is W0 on the mask. Cost: some thirty passes over a row per swap. Memory: a dozen (rows, in) matrices for
 a batch of rows that fits a CPU's cache, and with N:M one copy of H.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from operator import lt
 from typing import ClassVar
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from rarefy.layer.passes import apply_mask, places
+from rarefy.layer.passes import apply_mask, compare, places
 from rarefy.layer.pattern import Fixed, Pattern
 from rarefy.layer.problem import LayerProblem
 from rarefy.layer.select import positions_first
@@ -62,7 +63,8 @@ _IDLE = 0.125  # share of finished rows at which the others are moved together
 # A swap must lower the loss by this share of sum_j w_j^2 d_j: well above what rounding leaves of (2).
 _ENOUGH = {torch.float32: 1e-7, torch.float64: 1e-13}
 _NEAR = 16  # partners of an input that are tried before all
-_KNOTS = (0.1, 0.2, 0.4, 1.0)  # where f is evaluated beside 0, as shares of its largest argument
+_FIRST = 2  # inputs to revive that are paired with all before
+_KNOTS = (0.07, 0.2, 1.0)  # where f is evaluated beside 0, as shares of its largest argument
 
 Rows = Float[Tensor, "rows inputs"]
 Best = tuple[Float[Tensor, " rows"], Int[Tensor, " rows"], Int[Tensor, " rows"]]
@@ -132,10 +134,10 @@ def nearest_partners(H: Float[Tensor, "in in"]) -> Partners:
         strip.diagonal(a).fill_(-1)
         highest = strip.topk(min(near + 1, len(H)), dim=1)
         values.append(highest.values)
-        index.append(highest.indices[:, :near])
+        index.append(highest.indices[:, :near].int())
     correlation = torch.cat(values).clamp_min_(0).mul_(1 + 64 * torch.finfo(H.dtype).eps)
     found = torch.cat(index)
-    return Partners(correlation[:, 0], correlation[:, -1], found, H.gather(1, found))
+    return Partners(correlation[:, 0], correlation[:, -1], found, H.gather(1, found.long()))
 
 
 class _Batch:
@@ -202,42 +204,46 @@ class _Batch:
         x = self.W * self.C2
         A = self.prune + x  # (1)
         B = torch.sub(self.revive, x, out=x)
-        chords = self._chords(B)
+        best: Best | None = None
+        for _ in range(_FIRST):  # (3)
+            p = _argmin(B)
+            change, u = self._best_partner(B, A, p)
+            best = _lower(best, (change, u, p))
+            B[self.rows, p] = torch.inf
+        heights, slopes = self._chords(B)
         lowest, X = torch.full_like(A, torch.inf), torch.empty_like(A)
-        for height, slope in chords:  # (3)
+        for height, slope in zip(heights.split(1, dim=1), slopes.split(1, dim=1)):  # (4)
             torch.minimum(lowest, torch.addcmul(height, self.reach, slope, out=X), out=lowest)
         lowest += A
-        u = _argmin(lowest)
-        change, p = self._best_partner(A, B, u)  # (4)
-        change, u = self._best_partner(B, A, p)
+        u = _argmin(lowest)  # (5)
         change, p = self._best_partner(A, B, u)
-        r, v = places(lowest < change.unsqueeze(1))
-        best = change, u, p
+        best = _lower(best, (change, u, p))
+        lowest[self.rows, u] = torch.inf
+        r, v = places(compare(lt, lowest, best[0].unsqueeze(1)))
         if len(r):
-            best = self._neighbours(A, B, partners, r, v, best)  # (5)
-            lowest_rest = torch.full_like(self.W[r, v], torch.inf)
-            x = self.S[r, v] * partners.rest[v]
-            for height, slope in chords:
-                torch.minimum(lowest_rest, height[r, 0] + slope[r, 0] * x, out=lowest_rest)
-            left = lowest_rest + A[r, v] < best[0][r]
+            best = self._neighbours(A, B, partners, r, v, best)  # (6)
+            x = (self.S[r, v] * partners.rest[v]).unsqueeze(1)
+            bound = torch.addcmul(heights.index_select(0, r), slopes.index_select(0, r), x).amin(dim=1)
+            left = bound + A[r, v] < best[0][r]
             r, v = r[left], v[left]
         step = max(1, _ELEMENTS // A.shape[1])
-        for a in range(0, len(r), step):  # (6)
+        for a in range(0, len(r), step):  # (7)
             some, w = r[a : a + step], v[a : a + step]
             best = _better(best, some, w, *self._best_partner(A, B, w, some))
         return best
 
-    def _chords(self, B: Rows) -> list[tuple[Tensor, Tensor]]:
-        """Height at 0 and slope of lines (rows, 1) whose lowest is below f: its chords, for f is concave."""
+    def _chords(self, B: Rows) -> tuple[Float[Tensor, "rows knots"], Float[Tensor, "rows knots"]]:
+        """Heights at 0 and slopes of lines whose lowest is below f: its chords, for f is concave."""
         X, x0, f0 = torch.empty_like(B), torch.zeros_like(self.top), B.amin(dim=1, keepdim=True)
-        chords = []
+        heights, slopes = [], []
         for share in _KNOTS:
             x1 = share * self.top
             f1 = torch.addcmul(B, self.S, -2 * x1, out=X).amin(dim=1, keepdim=True)
             slope = (f1 - f0) / (x1 - x0)
-            chords.append((f0 - slope * x0, slope))
+            heights.append(f0 - slope * x0)
+            slopes.append(slope)
             x0, f0 = x1, f1
-        return chords
+        return torch.cat(heights, dim=1), torch.cat(slopes, dim=1)
 
     def _best_partner(self, A: Rows, B: Rows, u: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The lowest change that u can have in its row, and its p; ``rows``: not of all rows, but of these."""
@@ -252,12 +258,12 @@ class _Batch:
     def _neighbours(self, A: Rows, B: Rows, partners: Partners, r: Tensor, u: Tensor, best: Best) -> Best:
         """The best of ``best`` and of the pairs of u in row r with the inputs nearest to it."""
         p = partners.index.index_select(0, u)
-        at = p + (r * A.shape[1]).unsqueeze(1)
-        X = torch.take(self.W, at).mul_(partners.H.index_select(0, u))
-        X = torch.addcmul(torch.take(B, at), X, (-2 * self.W[r, u]).unsqueeze(1))
+        at = (p + (r * A.shape[1]).to(p.dtype).unsqueeze(1)).view(-1)
+        X = self.W.view(-1).index_select(0, at).view_as(p).mul_(partners.H.index_select(0, u))
+        X = torch.addcmul(B.view(-1).index_select(0, at).view_as(p), X, (-2 * self.W[r, u]).unsqueeze(1))
         nearest = _argmin(X).unsqueeze(1)
         change = A[r, u] + X.gather(1, nearest).squeeze(1)
-        return _better(best, r, u, change, p.gather(1, nearest).squeeze(1))
+        return _better(best, r, u, change, p.gather(1, nearest).squeeze(1).long())
 
     def _best_in_groups(self) -> Best:
         """The lowest change of every row within a group, and its u and p: all pairs are looked at."""
@@ -276,15 +282,7 @@ class _Batch:
             u = _argmin(X)
             change = X.gather(1, u.unsqueeze(1)).squeeze(1)
             p = (u + shift) % inputs
-            if best is None:
-                best = change, u, p
-            else:
-                better = change < best[0]
-                best = (
-                    torch.where(better, change, best[0]),
-                    torch.where(better, u, best[1]),
-                    torch.where(better, p, best[2]),
-                )
+            best = _lower(best, (change, u, p))
         assert best is not None  # a group has at least two inputs
         return best
 
@@ -297,12 +295,12 @@ class _Batch:
         if len(r) == 0:
             return
         if len(r) == len(improves):
-            self.C2.addcmul_(self.H[u], 2 * self.W[r, u].unsqueeze(1))  # (2)
-            self.C2.addcmul_(self.H[p], -2 * self.W[r, p].unsqueeze(1))
+            self.C2.addcmul_(self.H.index_select(0, u), 2 * self.W[r, u].unsqueeze(1))  # (2)
+            self.C2.addcmul_(self.H.index_select(0, p), -2 * self.W[r, p].unsqueeze(1))
         else:
             u, p = u[r], p[r]
-            step = self.H[u].mul_(2 * self.W[r, u].unsqueeze(1))
-            step.addcmul_(self.H[p], -2 * self.W[r, p].unsqueeze(1))
+            step = self.H.index_select(0, u).mul_(2 * self.W[r, u].unsqueeze(1))
+            step.addcmul_(self.H.index_select(0, p), -2 * self.W[r, p].unsqueeze(1))
             self.C2.index_add_(0, r, step)
         self.prune[r, u] = self.revive[r, p] = torch.inf
         self.prune[r, p], self.revive[r, u] = self.Q[r, p], self.Q[r, u]
@@ -330,8 +328,17 @@ class _Batch:
         self.swaps[self.index[done]] = self.count[done]
         left = (~done).nonzero().squeeze(1)
         for name in self._PER_ROW:
-            setattr(self, name, getattr(self, name)[left])
+            setattr(self, name, getattr(self, name).index_select(0, left))
         self.rows = torch.arange(len(left), device=left.device)
+
+
+def _lower(best: Best | None, other: Best) -> Best:
+    """Row by row the one with the lower change; of equals the first."""
+    if best is None:
+        return other
+    better = other[0] < best[0]
+    change, u, p = (torch.where(better, new, old) for new, old in zip(other, best))
+    return change, u, p
 
 
 def _better(best: Best, r: Tensor, u: Tensor, change: Tensor, p: Tensor) -> Best:
