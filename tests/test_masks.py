@@ -178,6 +178,20 @@ def test_swaps_use_the_mask_of_a_start_and_not_its_weights() -> None:
     assert torch.equal(run(Swaps(), problem, PerRow(0.5), start=start).mask, expected)
 
 
+@pytest.mark.parametrize(("near", "first"), [(1, 1), (1, 3), (8, 1), (16, 2)])
+def test_swaps_are_the_best_of_all_pairs_on_longer_rows(
+    monkeypatch: pytest.MonkeyPatch, near: int, first: int
+) -> None:
+    """Where few pairs are looked at without need, the certificate must find the others."""
+    monkeypatch.setattr("rarefy.methods.swaps._NEAR", near)
+    monkeypatch.setattr("rarefy.methods.swaps._FIRST", first)
+    for seed in range(3):
+        problem = _problem("correlated", seed, out=24, inputs=60)
+        for sparsity in (0.3, 0.7):
+            expected = reference.swaps(problem.W0, problem.H, ("row", sparsity))[1]
+            assert torch.equal(run(Swaps(), problem, PerRow(sparsity)).mask, expected)
+
+
 def test_swaps_batch_by_batch_and_with_full_and_empty_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows are independent, so that batches change nothing; a row may have nothing to swap."""
     problem = _problem("correlated")
