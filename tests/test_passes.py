@@ -54,6 +54,14 @@ def test_comparisons_counts_and_places(dtype: torch.dtype) -> None:
     assert [row.tolist(), column.tolist()] == mask.nonzero().T.tolist()
 
 
+@pytest.mark.parametrize("length", [1, 8, 61, 64, 4096])
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 1.0])
+def test_where_a_vector_is_true(length: int, share: float) -> None:
+    mask = torch.rand(length + 3, generator=torch.Generator().manual_seed(length)) < share
+    for part in (mask[:length], mask[3:], mask[::2]):  # also out of step with the words of the machine
+        assert passes.indices(part).tolist() == part.nonzero().squeeze(1).tolist()
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("stain", [torch.nan, torch.inf, -torch.inf])
 def test_what_is_not_finite_is_found(dtype: torch.dtype, stain: float) -> None:

@@ -32,12 +32,23 @@ def finite(values: Float[Tensor, "*shape"]) -> bool:
     return bool(np.isfinite(values.detach().numpy()).all() if by_numpy(values) else torch.isfinite(values).all())
 
 
-def places(mask: Bool[Tensor, "rows n"]) -> tuple[Tensor, Tensor]:
-    """The row and the column of each True, in order; by numpy on the CPU, where torch takes ten times as long."""
+def indices(mask: Bool[Tensor, " n"]) -> Int[Tensor, " true"]:
+    """Where a vector that is mostly False is True, in order."""
     if mask.device.type != "cpu":
-        row, column = mask.nonzero(as_tuple=True)
-        return row, column
-    index = torch.from_numpy(np.flatnonzero(mask.numpy()))
+        return mask.nonzero().squeeze(1)
+    array = np.ascontiguousarray(mask.numpy())
+    if len(array) % 8:
+        return torch.from_numpy(np.flatnonzero(array))
+    # Eight bytes at a time where none is True: two thirds of the time of numpy, which takes a tenth of torch's.
+    words = array.view(np.uint64)
+    eights = np.flatnonzero(words != 0)
+    found = np.flatnonzero(words[eights].view(np.bool_))
+    return torch.from_numpy(eights[found >> 3] * 8 + (found & 7))
+
+
+def places(mask: Bool[Tensor, "rows n"]) -> tuple[Int[Tensor, " true"], Int[Tensor, " true"]]:
+    """The row and the column of each True, in order."""
+    index = indices(mask.reshape(-1))
     row = index.div(mask.shape[1], rounding_mode="floor")
     return row, index - row * mask.shape[1]
 

@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from rarefy.errors import PatternError
-from rarefy.layer.passes import count, count_rows
+from rarefy.layer.passes import count, count_rows, write_mask_
 from rarefy.layer.select import keep_largest, keep_largest_in_groups
 
 Shape = tuple[int, int]
@@ -309,7 +309,8 @@ def _locked_first(scores: Scores, locked: Mask | None) -> Scores:
     """Scores that are infinite on ``locked``; by arithmetic, for torch fills a scattered mask four times slower."""
     if locked is None:
         return scores
-    return torch.maximum(scores, locked.to(scores.dtype).sub_(0.5).mul_(math.inf))
+    infinite = write_mask_(torch.empty_like(scores), locked).sub_(0.5).mul_(math.inf)
+    return torch.maximum(scores, infinite, out=infinite)
 
 
 def _percent(sparsity: float) -> str:

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from rarefy.layer.passes import by_numpy, compare, count, count_rows, places
+from rarefy.layer.passes import by_numpy, compare, count, count_rows, indices, places
 
 _MANY = 2**21  # values in a row from which on only some of them are copied and put in order
 _SAMPLE = 2**16
@@ -59,7 +59,7 @@ def _between(values: Float[Tensor, " n"], k: int) -> Float[Tensor, " one"] | Non
         at_least = compare(ge, chunk, low)
         larger = compare(gt, chunk, high)
         above += count(larger)
-        candidates.append(_where(chunk, at_least ^ larger))
+        candidates.append(chunk[indices(at_least ^ larger)])
     found = torch.cat(candidates)
     if not 1 <= k - above <= len(found) or len(found) > n // 4:  # many equals: as well all values
         return None
@@ -71,13 +71,6 @@ def _sorted(values: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
     if not by_numpy(values):
         return values.sort().values
     return torch.from_numpy(np.sort(values.detach().numpy()))
-
-
-def _where(values: Float[Tensor, " n"], mask: Bool[Tensor, " n"]) -> Float[Tensor, " few"]:
-    """values[mask], on the CPU by numpy: torch would go through indices of eight bytes each."""
-    if not by_numpy(values):
-        return values[mask]
-    return torch.from_numpy(values.detach().numpy()[np.flatnonzero(mask.numpy())])
 
 
 def keep_largest(scores: Float[Tensor, "*rows n"], k: int) -> Bool[Tensor, "*rows n"]:
