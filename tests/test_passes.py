@@ -50,6 +50,7 @@ def test_comparisons_counts_and_places(dtype: torch.dtype) -> None:
     assert passes.count(mask) == int(mask.sum())
     assert passes.count_rows(mask).tolist() == mask.sum(dim=1).tolist()
     assert passes.count_rows(mask[:1]).tolist() == [9]
+    assert passes.count_rows(torch.ones(2, 70_000, dtype=torch.bool)).tolist() == [70_000, 70_000]
     row, column = passes.places(mask)
     assert [row.tolist(), column.tolist()] == mask.nonzero().T.tolist()
 
