@@ -360,6 +360,15 @@ def test_a_start_token_comes_before_every_window(
     assert not (without[:, 0] == 1).any()
 
 
+def test_a_dry_run_counts_the_whole_model_only_where_it_writes_texts(
+    rarefy_: Rarefy, shelf: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rarefy.cli.memory.weights_bytes", lambda plan: 2**40)
+    monkeypatch.setattr("rarefy.cli.memory.writes_texts", lambda plan: True)
+    assert "estimated: 1024" in rarefy_(*prune_arguments(shelf, "--dry-run")).out
+    assert "estimated: 1024" not in rarefy_(*prune_arguments(shelf, "--dry-run", "--no-texts")).out
+
+
 def test_a_dry_run_prints_counts_and_writes_nothing(rarefy_: Rarefy, shelf: Path, tmp_path: Path) -> None:
     done = rarefy_(*prune_arguments(shelf, "-o", "out", "--dry-run", "--sparsity", "0.25"))
     assert done.status == 0, done.err

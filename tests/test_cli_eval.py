@@ -38,6 +38,13 @@ def test_eval_prints_one_object_that_says_what_was_measured(rarefy_: Rarefy, she
     assert with_start["perplexity"] != facts["perplexity"]
 
 
+def test_eval_says_the_label_of_a_text_unless_it_is_its_name(rarefy_: Rarefy, shelf: Path) -> None:
+    few = ("eval", shelf / "model", "--sequence-length", 32, "--max-windows", 3)
+    assert f"on {shelf / 'text.txt'}, 3" in rarefy_(*few, "--text", shelf / "text.txt").out
+    assert f"on text ({shelf / 'text.txt'})" not in rarefy_(*few, "--text", f"text={shelf / 'text.txt'}").out
+    assert f"on ex ({shelf / 'text.txt'}), 3" in rarefy_(*few, "--text", f"ex={shelf / 'text.txt'}").out
+
+
 def test_eval_reads_the_held_out_documentation_by_default_and_says_so(rarefy_: Rarefy, shelf: Path) -> None:
     done = rarefy_("eval", shelf / "model", "--max-windows", 2)
     assert done.status == 0, done.err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any
@@ -182,7 +183,9 @@ def _lines(found: dict[str, Any]) -> list[str]:
     for i, one in enumerate(found["perplexity"]):
         value = "not finite" if one["value"] is None else format(one["value"], ".2f")
         windows = f"{one['windows']} window{'s' * (one['windows'] > 1)} of {one['length']:,} tokens"
-        name = one["text"] if one["label"] in one["text"] else f"{one['label']} ({one['text']})"
+        label = re.escape(one["label"])  # most often the name of the text's file, which need not be said twice
+        named = re.search(rf"(?<![\w.-]){label}(?![\w-])", one["text"])
+        name = one["text"] if named else f"{one['label']} ({one['text']})"
         lines.append(f"perplexity {value} on {name}, {windows}")
         if found["divergence"]:
             distance = found["divergence"][i]

@@ -105,12 +105,12 @@ def give_back() -> None:
             ctypes.CDLL(None).malloc_trim(0)
 
 
-def estimated_bytes(plan: Plan) -> int:
-    """About the most memory that the run needs at once, on its device."""
+def estimated_bytes(plan: Plan, texts: bool) -> int:
+    """About the most memory that the run needs at once, on its device; ``texts``: it writes some for the report."""
     stages = [_pruning_bytes(plan)]
     if plan.windows is None:
         stages.append(_own_text_bytes(plan))
-    if not plan.streams or writes_texts(plan):
+    if not plan.streams or (texts and writes_texts(plan)):
         stages.append(weights_bytes(plan))
     return max(stages) + (0 if plan.device.type == "cuda" else _process_bytes())
 

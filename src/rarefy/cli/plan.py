@@ -141,8 +141,11 @@ def read_tokens(
     return token_stream(text, tokenizer, enough), tokenizer.bos_token_id if bos else None
 
 
-def print_plan(plan: Plan) -> None:
-    """What ``--dry-run`` shows: the layers by kind with their counts of weights to prune, and the memory it takes."""
+def print_plan(plan: Plan, texts: bool) -> None:
+    """What ``--dry-run`` shows: the layers by kind with their counts of weights to prune, and the memory it takes.
+
+    ``texts``: the models write some for the report.
+    """
     sites = [site for block in plan.blocks for site in block.sites]
     kinds = Counter((site.name.rpartition(".")[2], site.shape) for site in sites)
     rows = [["layer", "count", "shape", "to prune"]]
@@ -157,7 +160,7 @@ def print_plan(plan: Plan) -> None:
     print(f"{plan.method}, {plan.pattern}: {total:,} of {size:,} weights would be pruned")
     print(calibration_words(plan.recipe))
     each = "" if plan.num_ranks == 1 else f" for each of {plan.num_ranks} processes"
-    print(f"peak memory, estimated: {memory_words(estimated_bytes(plan))} on {plan.device}{each}")
+    print(f"peak memory, estimated: {memory_words(estimated_bytes(plan, texts))} on {plan.device}{each}")
 
 
 def calibration_words(recipe: Recipe) -> str:

@@ -149,7 +149,7 @@ def prune(
         for warning in plan.warnings:
             terminal.warn(warning)
         if dry_run or folder is None:
-            print_plan(plan)
+            print_plan(plan, texts)
         else:
             terminal.begin()
             command, chosen = ["rarefy", *context.obj], wanted.calibration is not None
