@@ -107,7 +107,7 @@ def test_several_texts_are_measured_at_once(rarefy_: Rarefy, shelf: Path) -> Non
     lines = rarefy_(*short(shelf, "--text", text, "--text", "docs=python-docs")).out.splitlines()
     assert [line.split(" on ")[1] for line in lines] == [
         f"{text}, 3 windows of 32 tokens",
-        "python-docs (held-out third), 3 windows of 32 tokens",
+        "docs (python-docs (held-out third)), 3 windows of 32 tokens",
     ]
     assert f" on mine ({text}), 3 windows of" in rarefy_(*short(shelf, "--text", f"mine={text}")).out
 
