@@ -19,7 +19,7 @@ from rarefy.layer.passes import by_numpy, compare, count, count_rows, indices, p
 _MANY = 2**21  # values in a row from which on only some of them are copied and put in order
 _SAMPLE = 2**16
 _CHUNK = 2**20
-_FEW, _OFTEN = 128, 0.35
+_FEW, _OFTEN = 128, 0.35  # values looked at, and the share of the lowest among them from which on a sort is faster
 
 
 def kth_largest(values: Float[Tensor, "*rows n"], k: int) -> Float[Tensor, "*rows"]:
