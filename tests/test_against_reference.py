@@ -31,9 +31,8 @@ OUT, INPUTS = 8, 24
 # The same mathematics in another order: rounding of 1e-16 times the condition 1e6 of the worst family,
 # times the growth of rounding in ten steps of conjugate gradients, which lose orthogonality.
 WEIGHTS_FLOAT64 = 1e-5
-# Outputs forget the directions that H hardly sees, so here rounding is all: a share of the dense energy, of
-# which ALPS's ten conjugate-gradient steps at a condition of 1e6 make 1.4e-12.
-OUTPUTS_FLOAT64 = 1e-11
+# Outputs forget the directions that H hardly sees, so here rounding is all: a share of the dense energy.
+OUTPUTS_FLOAT64 = 1e-12
 # Undamped conjugate gradients at a condition of 1e6 lose orthogonality within ten steps, after which two
 # orders of the same sums go separate ways; the rewrite, too, moves by this much when H changes by 1e-16.
 OUTPUTS_UNSTABLE = 1e-7

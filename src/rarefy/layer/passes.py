@@ -94,4 +94,4 @@ def row_dots(A: Float[Tensor, "rows n"], B: Float[Tensor, "rows n"]) -> Float[Te
     if not by_numpy(A):
         dots: Tensor = torch.linalg.vecdot(A, B)
         return dots
-    return torch.from_numpy(np.einsum("ij,ij->i", A.numpy(), B.numpy()))
+    return torch.from_numpy(np.vecdot(A.numpy(), B.numpy()))

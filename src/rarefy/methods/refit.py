@@ -114,7 +114,7 @@ def _strip_(
     R.mul_(M)
     P = D.copy_(R)
     Q = torch.empty_like(P)
-    squares = _row_squares(R)
+    squares = row_dots(R, R).unsqueeze(1)
     enough = squares * rtol**2
     sums = [float(squares.sum())]
     for _ in range(steps):
@@ -127,17 +127,11 @@ def _strip_(
         a = torch.where((squares > enough) & (curvature > 0), squares / curvature, 0)  # (2)
         W.addcmul_(P, a)
         R.addcmul_(Q.mul_(M), a, value=-1)  # (3)
-        before, squares = squares, _row_squares(R)
+        before, squares = squares, row_dots(R, R).unsqueeze(1)
         b = torch.where(a > 0, squares / before, 0)  # (4)
         torch.addcmul(R, P, b, out=P)  # (5)
         sums.append(float(squares.sum()))
     return sums
-
-
-def _row_squares(R: Tensor) -> Tensor:
-    """|R_i|^2 of each row as a column; by norms, which take a third of the time of row_dots(R, R)."""
-    norms: Tensor = torch.linalg.vector_norm(R, dim=1, keepdim=True)
-    return norms.square_()
 
 
 @dataclass(frozen=True)
