@@ -100,6 +100,10 @@ def prune(
         Path | None,
         typer.Option(metavar="FILE", help="YAML with any of these settings; options replace its keys."),
     ] = None,
+    allow_code: Annotated[
+        bool,
+        typer.Option("--allow-code", help="Let the --recipe name a method that is not Rarefy's (it runs that code)."),
+    ] = False,
     strict: Annotated[
         bool | None, typer.Option("--strict/--no-strict", help="Stop where the method fails on a layer.")
     ] = None,
@@ -145,7 +149,8 @@ def prune(
     world = World.current()
     folder = RunFolder(output) if output is not None else None
     with world.together():
-        wanted = Recipe.read({key: value for key, value in said.items() if value is not None}, recipe)
+        options = {key: value for key, value in said.items() if value is not None}
+        wanted = Recipe.read(options, recipe, allow_code=allow_code)
         if output is None and not dry_run:
             raise InputError.sentence("--output is missing: name a new or empty folder for the results (-o OUT).")
         if folder and world.leads:

@@ -1,40 +1,52 @@
 """The journal of a run that is under way: what is finished, so that after a kill the same command goes on.
 
-    OUT/unfinished/progress.json      whose run this is, how many blocks are finished, where the states are
+    OUT/unfinished/journal.json       whose run this is, how many blocks are finished, where the states are
     OUT/unfinished/block-NNNNN.jsonl  the records of one finished block's layers
     OUT/unfinished/states-*.bin       the hidden states that enter the first unfinished block
     OUT/unfinished/model/             the model so far
     OUT/unfinished/lock               held while a process works here
 
-A block is finished at the moment when the new progress.json takes the name of the old one; everything that
+A block is finished at the moment when the new journal.json takes the name of the old one; everything that
 it speaks of is on the disk by then, and what only the old one spoke of is removed afterwards. So a kill at
-any moment leaves one of the two, whole.
+any moment leaves one of the two, whole. The folder comes with its journal and loses its name before anything
+in it is removed, so a folder ``unfinished`` without a journal is not Rarefy's, and is left alone.
 """
 
 from __future__ import annotations
 
-import fcntl
+import errno
 import json
-import shutil
+import sys
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, BinaryIO, Self
+from typing import Any, Self
+
+from filelock import FileLock, Timeout
 
 from rarefy.calibration.spill import StatesPart
-from rarefy.errors import OutputError, RankError
-from rarefy.models.atomic import appears, refusals, remove_partial_files, replace_file, sync_folder
+from rarefy.errors import InputError, OutputError, RankError
+from rarefy.models.atomic import (
+    adding_folder,
+    appears,
+    refusals,
+    remove_folder,
+    remove_partial,
+    replace_file,
+    sync_folder,
+)
 from rarefy.parallel.world import Stopped
 from rarefy.pruning.records import LayerRecord
 from rarefy.runs.fingerprint import Fingerprint
+from rarefy.runs.folder import JOURNAL, is_unfinished_run
+from rarefy.runs.schema import parse_records, validated
 
-if TYPE_CHECKING:
-    pass
-
-_FORMAT = 1
+_FORMAT = 2
+#: How a file system says that it has no locks.
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 
 class Journal:
@@ -50,16 +62,16 @@ class Journal:
         self.folder = output / "unfinished"
         self.model = self.folder / "model"
         self.states: list[StatesPart] = []
-        self._journal = self.folder / "progress.json"
+        self._journal = self.folder / JOURNAL
         self._blocks: list[int] = []  # a checksum of the records of each finished block
         self._fingerprint: Fingerprint | None = None
-        self._lock: BinaryIO | None = None
+        self._lock: FileLock | None = None
 
     @classmethod
     def find(cls, output: Path) -> Self | None:
         """The journal in the folder ``output``, where there is one; nothing is read."""
-        progress = cls(output)
-        return progress if progress.folder.is_dir() else None
+        journal = cls(output)
+        return journal if is_unfinished_run(journal.folder) else None
 
     @property
     def finished(self) -> int:
@@ -69,11 +81,14 @@ class Journal:
     def check(self, fingerprint: Fingerprint) -> None:
         """Read the journal, if there is one yet, and make sure that it is of this run; changes nothing.
 
-        Raises OutputError where it is of another run, naming the difference, or is damaged.
+        Raises OutputError where it is of another run, naming the difference, or is damaged, or where the folder
+        is not Rarefy's.
         """
-        if not self._journal.is_file():  # killed before it was first written: nothing is finished
+        if not self.folder.exists():
             self._fingerprint, self._blocks, self.states = fingerprint, [], []
             return
+        if not is_unfinished_run(self.folder):
+            raise OutputError.sentence(f"{self.folder} holds no {JOURNAL}, so it is not Rarefy's to write into.")
         content = self._read_journal()
         if difference := content.difference(fingerprint):
             raise OutputError.sentence(
@@ -90,12 +105,13 @@ class Journal:
         if not self._leads:
             return self
         with refusals(self.folder):
-            self.folder.mkdir(parents=True, exist_ok=True)
+            self.folder.parent.mkdir(parents=True, exist_ok=True)
+            self.check(fingerprint)
+            if not self.folder.exists():
+                self._begin()
             self._take_lock()
             try:
-                self.check(fingerprint)
-                if not self._journal.is_file():
-                    self._write_journal()
+                self.check(fingerprint)  # nobody else changes it from now on
                 self._remove_stale_files()
             except BaseException:
                 self.close()
@@ -145,7 +161,10 @@ class Journal:
             content = self._read(path)
             if zlib.crc32(content) != checksum:
                 raise self._damaged(path)
-            records += [LayerRecord.from_json(line) for line in content.decode().splitlines()]
+            try:
+                records += parse_records(content, path)
+            except InputError as error:
+                raise self._damaged(path) from error
         return records
 
     @contextmanager
@@ -158,6 +177,8 @@ class Journal:
             with refusals(self.folder):
                 yield
         except OutputError as error:
+            if not self.finished:
+                raise
             raise OutputError.sentence(f"{str(error).rstrip('.')}; {self._kept()}.") from error
         except (RankError, Stopped) as error:
             kept = self._kept() if self.finished else "no block was finished yet, and the same command begins anew"
@@ -175,14 +196,16 @@ class Journal:
 
     def remove(self) -> None:
         """Remove the journal: the run is finished, or given up."""
+        if sys.platform == "win32":  # where a folder in which a file is open keeps its name
+            self.close()
+        if self._leads and is_unfinished_run(self.folder):
+            remove_folder(self.folder)
         self.close()
-        if self._leads:
-            shutil.rmtree(self.folder, ignore_errors=True)
 
     def close(self) -> None:
         """Let another process hold the journal."""
         if self._lock:
-            self._lock.close()
+            self._lock.release()
             self._lock = None
 
     def __enter__(self) -> Self:
@@ -198,17 +221,28 @@ class Journal:
     def _records_of(self, index: int) -> Path:
         return self.folder / f"block-{index:05d}.jsonl"
 
-    def _take_lock(self) -> None:
-        self._lock = (self.folder / "lock").open("wb")
+    def _begin(self) -> None:
+        """Make the folder with a journal in it, in which nothing is finished."""
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self.close()
-            raise OutputError.sentence(f"{self.folder.parent} is being written by another process.") from None
-        except OSError:
-            pass  # a file system without locks
+            with adding_folder(self.folder) as folder:
+                self._write_journal(folder)
+        except OutputError:
+            if not is_unfinished_run(self.folder):  # else another process was quicker
+                raise
 
-    def _write_journal(self) -> None:
+    def _take_lock(self) -> None:
+        self._lock = FileLock(self.folder / "lock", thread_local=False)
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            self._lock = None
+            raise OutputError.sentence(f"{self.folder.parent} is being written by another process.") from None
+        except (OSError, NotImplementedError) as error:
+            self._lock = None
+            if isinstance(error, OSError) and error.errno not in _NO_LOCKS:
+                raise
+
+    def _write_journal(self, folder: Path | None = None) -> None:
         assert self._fingerprint is not None
         content = {
             "format": _FORMAT,
@@ -217,7 +251,7 @@ class Journal:
             "states": [asdict(part) for part in self.states],
         }
         text = json.dumps({"checksum": _checksum(content), **content}, indent=1)
-        replace_file(self._journal, text.encode())
+        replace_file((folder or self.folder) / JOURNAL, text)
 
     def _read_journal(self) -> Fingerprint:
         """Take over what the journal says, and return whose it is."""
@@ -226,11 +260,14 @@ class Journal:
             checksum = content.pop("checksum")
             if checksum != _checksum(content) or content["format"] != _FORMAT:
                 raise ValueError("another checksum or format")
-            fingerprint = Fingerprint(**content["fingerprint"])
-            states = [StatesPart(**part) for part in content["states"]]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            fingerprint = validated(Fingerprint, content["fingerprint"])
+            blocks = validated(list[int], content["blocks"])
+            states = validated(list[StatesPart], content["states"])
+            if any(Path(part.file).name != part.file for part in states):
+                raise ValueError("a file in another folder")
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise self._damaged(self._journal) from error
-        self._blocks, self.states = content["blocks"], states
+        self._blocks, self.states = blocks, states
         return fingerprint
 
     def _read(self, path: Path) -> bytes:
@@ -248,7 +285,8 @@ class Journal:
         """Remove what the journal does not speak of; where that fails, nothing is lost but space."""
         known = {part.file for part in self.states} | {self._records_of(i).name for i in range(self.finished)}
         with suppress(OSError):
-            remove_partial_files(self.folder)
+            remove_partial(self.folder.parent, self.folder.name)
+            remove_partial(self.folder)
             for pattern in ("states-*.bin", "block-*.jsonl"):
                 for file in self.folder.glob(pattern):
                     if file.name not in known:
