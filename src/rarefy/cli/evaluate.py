@@ -81,6 +81,7 @@ def evaluate(
 
             measures = replace(measures, tasks=prepare(split(tasks), task_data), limit=limit)
         terminal.begin()
+        keeps = folder is not None and _keeps(folder, terminal)
         if sources and not text:
             terminal.note("text: the last third of Python's own documentation; --text names another")
         loaded, tokenizer = load_model(source, chosen_device, chosen_dtype)
@@ -89,7 +90,7 @@ def evaluate(
             found = measures.of(loaded, tokenizer, dense, watch)
         for one in found["divergence"]:
             one["against"] = against
-        if folder and folder.run.is_file():
+        if folder and keeps:
             _keep(folder, found, terminal)
         lines = _lines(found)
         for line in lines:
@@ -144,22 +145,40 @@ def _measures(
     return Measures(corpora(sources, tokenizer, length, bos), length, max_windows, bos_id, batch_size)
 
 
+def _keeps(folder: RunFolder, terminal: Terminal) -> bool:
+    """Whether measurements can be kept in ``folder``; a warning, before they are made, where its run is damaged."""
+    from rarefy.runs.card import model_card
+
+    if not folder.run.exists():
+        return False
+    try:
+        model_card(folder.read_run())
+    except InputError as error:
+        terminal.warn(f"what is measured will not be kept: {error}")
+        return False
+    return True
+
+
 def _keep(folder: RunFolder, found: dict[str, Any], terminal: Terminal) -> None:
     """Add measurements to run.json and the model card, in place of the same ones made before."""
     from rarefy.runs.card import model_card
 
-    facts = folder.read_run()
+    try:
+        facts = folder.read_run()
+        _add(facts, found)
+        folder.write_run(facts)
+        folder.write_card(model_card(facts))
+    except InputError as error:
+        terminal.warn(f"what was measured is not kept: {error}")
+
+
+def _add(facts: dict[str, Any], found: dict[str, Any]) -> None:
     for kind, names in (("perplexity", _SAME), ("divergence", (*_SAME, "against"))):
         new = found[kind]
         same = [[one[name] for name in names] for one in new]
         others = [old for old in facts.get(kind, []) if [old.get(name) for name in names] not in same]
         facts[kind] = [*others, *new]
     facts["tasks"] = {**facts.get("tasks", {}), **found["tasks"]}
-    try:
-        folder.write_run(facts)
-        folder.write_card(model_card(facts))
-    except OSError as error:
-        terminal.warn(f"{folder.run} could not be changed: {error.strerror or error}")
 
 
 #: Two measurements are of the same thing where these are equal.

@@ -158,6 +158,8 @@ def validated(kind: type[_T], values: object) -> _T:
 
 def _contradiction(record: LayerRecord) -> str | None:
     """What cannot be true of a layer, though each value is of its type."""
+    if not record.name or not (record.name + record.pattern + record.status).isprintable():
+        return "name, pattern or status cannot be printed"
     if len(record.shape) != 2 or not all(1 <= length <= _LONGEST for length in record.shape):
         return f"shape is {record.shape}, but must be [out, in]"
     if not 0 <= record.kept <= record.size:
