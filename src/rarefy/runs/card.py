@@ -90,7 +90,7 @@ def _licence(card: Path) -> str | None:
     """What a model's own card says of its licence; None where it says nothing that can be read."""
     try:
         with quiet():
-            licence = ModelCard(card.read_text(encoding="utf-8"), ignore_metadata_errors=True).data.license
+            licence = ModelCard(card.read_text(encoding="utf-8"), ignore_metadata_errors=True).data.get("license")
     except (OSError, ValueError, RecursionError, yaml.YAMLError):
         return None
     return licence if isinstance(licence, str) else None

@@ -49,6 +49,10 @@ _FORMAT = 2
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 
+class _DamageError(OutputError):
+    """What is finished is damaged, so the same command cannot go on."""
+
+
 class Journal:
     """The journal in the output folder of one run; one process at a time holds it.
 
@@ -177,7 +181,7 @@ class Journal:
             with refusals(self.folder):
                 yield
         except OutputError as error:
-            if not self.finished:
+            if not self.finished or isinstance(error, _DamageError):
                 raise
             raise OutputError.sentence(f"{str(error).rstrip('.')}; {self._kept()}.") from error
         except (RankError, Stopped) as error:
@@ -277,7 +281,7 @@ class Journal:
             raise OutputError.sentence(f"{path} cannot be read: {error.strerror or error}.") from error
 
     def _damaged(self, path: Path) -> OutputError:
-        return OutputError.sentence(
+        return _DamageError.sentence(
             f"{path} is damaged, so the unfinished run cannot go on: remove {self.folder} to begin anew."
         )
 
