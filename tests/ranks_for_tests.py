@@ -155,7 +155,7 @@ def add_up_unlike(folder: str) -> None:
     import torch
 
     from rarefy.layer.gram import Gram
-    from rarefy.parallel.reduce import add_up
+    from rarefy.parallel.reduce import all_reduce_grams
     from rarefy.parallel.world import World, joined
 
     with joined() as _:
@@ -165,7 +165,7 @@ def add_up_unlike(folder: str) -> None:
             one, other = Gram(3, means=True), Gram(3, means=True)
             one.update(inputs[world.rank])
             other.update(inputs[world.rank])
-            grams = add_up(world, {"a": one, "b": one if world.rank == sharing else other, "c": other})
+            grams = all_reduce_grams(world, {"a": one, "b": one if world.rank == sharing else other, "c": other})
             whole = Gram(3, means=True)
             whole.update(inputs)
             assert (grams["a"] is grams["b"]) == (sharing == 0)

@@ -29,9 +29,9 @@ from rarefy.methods import build as build_method
 from rarefy.models.sites import LinearSite
 from rarefy.parallel.sharing import Piece, _cost, share_out
 from rarefy.parallel.world import World
-from rarefy.pruning.block import solve_piece
 from rarefy.pruning.parts import join
-from rarefy.pruning.settings import PruneSettings
+from rarefy.pruning.settings import PruneSettings, Uniform
+from rarefy.pruning.solve import solve_piece
 from rarefy.runs.journal import Journal
 
 #: Of a matrix in float32, the norm of its difference by its own, and the share of weights of which one run
@@ -137,7 +137,7 @@ def _costs(pieces: Sequence[Piece], shapes: Sequence[tuple[int, int]], size: int
 @pytest.mark.parametrize("size", [1, 2, 3, 8])
 @pytest.mark.parametrize("can_be_cut", [True, False])
 def test_all_rows_are_shared_out_fairly(size: int, can_be_cut: bool) -> None:
-    pieces = share_out(_LLAMA, size, can_be_cut)
+    pieces = share_out(_LLAMA, size, [can_be_cut] * len(_LLAMA))
     rows = [(piece.layer, row) for piece in pieces for row in range(piece.start, piece.stop)]
     assert rows == [(layer, row) for layer, (out, _) in enumerate(_LLAMA) for row in range(out)]
     assert (len(pieces) > len(_LLAMA)) == (can_be_cut and size > 2)  # for two, one and the other six are alike
@@ -146,14 +146,17 @@ def test_all_rows_are_shared_out_fairly(size: int, can_be_cut: bool) -> None:
     # No process has more than a fair share and one more piece.
     assert max(loads) <= sum(loads) / size + max(cost for each in costs for cost in each)
     if can_be_cut:
-        whole = _costs(share_out(_LLAMA, size, False), _LLAMA, size)
+        whole = _costs(share_out(_LLAMA, size, [False] * len(_LLAMA)), _LLAMA, size)
         assert max(loads) < max(map(sum, whole)) or size < 3
 
 
 def test_a_layer_is_cut_only_where_it_is_more_than_a_fair_share() -> None:
-    assert len(share_out([(8, 4)] * 4, 2, True)) == 4
-    assert [(piece.start, piece.stop, piece.rank) for piece in share_out([(9, 4)], 2, True)] == [(0, 4, 1), (4, 9, 0)]
-    assert len(share_out([(3, 400)], 8, True)) == 3
+    assert len(share_out([(8, 4)] * 4, 2, [True] * 4)) == 4
+    assert [(piece.start, piece.stop, piece.rank) for piece in share_out([(9, 4)], 2, [True])] == [
+        (0, 4, 1),
+        (4, 9, 0),
+    ]
+    assert len(share_out([(3, 400)], 8, [True])) == 3
 
 
 _CUT: list[tuple[str, Pattern]] = [
@@ -177,9 +180,9 @@ def test_rows_that_are_solved_apart_are_those_of_the_whole(name: str, pattern: P
         linear = torch.nn.Linear(16, 24, bias=False)
         linear.weight.data.copy_(dense)
         site = LinearSite("layer", linear)
-        settings = PruneSettings(pattern, method)
+        settings = PruneSettings(Uniform(pattern), method)
         with torch.no_grad():
-            return linear.weight, join([solve_piece(site, piece, 0, gram, settings) for piece in pieces])
+            return linear.weight, join([solve_piece(site, piece, 0, gram, settings)[0] for piece in pieces])
 
     whole, expected = solved(Piece(0, 0, 24))
     weight, record = solved(Piece(0, 0, 7), Piece(0, 7, 8), Piece(0, 8, 24))
@@ -213,7 +216,7 @@ def test_two_processes_do_what_one_does(ranks: Ranks, shelf: Path, tmp_path: Pat
 def test_three_processes_share_seven_windows_and_rows(ranks: Ranks, shelf: Path, tmp_path: Path) -> None:
     more = ("--method", "wanda", "--offload-dir", tmp_path)
     shapes = [(64, 64), (32, 64), (32, 64), (64, 64), (160, 64), (160, 64), (64, 160)]
-    assert len(share_out(shapes, 3, True)) > len(shapes)  # so rows of a layer go to several of them
+    assert len(share_out(shapes, 3, [True] * len(shapes))) > len(shapes)  # so rows of a layer go to several of them
     assert ranks.run(3, *_arguments(shelf, tmp_path / "three", *more)) == [0, 0, 0], ranks.err()
     assert ranks.run(1, *_arguments(shelf, tmp_path / "one", *more)) == [0], ranks.err()
     _assert_alike(tmp_path / "three", tmp_path / "one")

@@ -20,7 +20,7 @@ from rarefy.errors import InputError, MethodError, PatternError, RecipeError
 from rarefy.layer.pattern import NM, Pattern, PerRow, Unstructured
 from rarefy.methods import all_settings, build
 from rarefy.methods.base import Method
-from rarefy.pruning.settings import PruneSettings
+from rarefy.pruning.settings import PruneSettings, Uniform
 
 DEFAULT_METHOD = "alps"
 DEFAULT_SPARSITY = 0.5
@@ -172,7 +172,12 @@ class Recipe(BaseModel):
     def prune_settings(self) -> PruneSettings:
         """What the loop over blocks is to do. Raises MethodError, PatternError."""
         return PruneSettings(
-            self.build_pattern(), self.build_method(), self.batch_size, self.include, self.exclude, self.strict
+            Uniform(self.build_pattern()),
+            self.build_method(),
+            self.batch_size,
+            self.include,
+            self.exclude,
+            self.strict,
         )
 
     def resolved(self, context: int | None) -> Self:

@@ -18,7 +18,8 @@ from rarefy.evaluation.measure import Measures, corpora, parse_texts
 from rarefy.models.blocks import find_blocks, select_sites
 from rarefy.models.checkpoint import load_tokenizer, resolve_device
 from rarefy.models.source import ModelSource, resolve_model
-from rarefy.pruning.loop import check_pattern
+from rarefy.pruning.loop import check_patterns
+from rarefy.pruning.settings import Uniform
 from rarefy.runs.fingerprint import file_digests
 from rarefy.runs.recipe import DEFAULT_CALIBRATION, DEFAULT_SPARSITY, Recipe
 from rarefy.sweeps.folder import SweepFolder
@@ -73,11 +74,7 @@ class Cell:
     @property
     def sparsity(self) -> float:
         """The fraction of zeros that was asked for."""
-        if self.recipe.pattern is not None:
-            keep, of = map(int, self.recipe.pattern.split(":"))
-            return 1 - keep / of
-        assert self.recipe.sparsity is not None
-        return self.recipe.sparsity
+        return self.recipe.build_pattern().nominal_sparsity()
 
     @property
     def pattern(self) -> str:
@@ -99,6 +96,8 @@ class Cell:
             "method": recipe.method,
             "paper": recipe.build_method().paper,
             "pattern": self.pattern,
+            "pattern_spec": recipe.build_pattern().spec(),
+            "pattern_words": recipe.build_pattern().describe(),
             "asked_sparsity": self.sparsity,
             "seed": recipe.seed,
             "calibration": {
@@ -154,7 +153,7 @@ def plan_sweep(options: Options, folder: SweepFolder) -> Plan:
     cells = [Cell(recipe.resolved(source.context)) for recipe in recipes]
     blocks = select_sites(find_blocks(source.skeleton()), options.include, options.exclude)
     for pattern in dict.fromkeys(cell.recipe.build_pattern() for cell in cells):
-        check_pattern(blocks, pattern)
+        check_patterns(blocks, Uniform(pattern))
 
     tokenizer = load_tokenizer(source)
     if tokenizer is None:
