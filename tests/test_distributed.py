@@ -21,7 +21,7 @@ from transformers import LlamaConfig
 
 import rarefy
 from models_for_tests import _GROUPED, build, save_folder
-from ranks_for_tests import Ranks, experts_and_windows
+from ranks_for_tests import Ranks, experts_and_windows, float64_grams, pruned_in_float64
 from rarefy.errors import OutputError
 from rarefy.layer.gram import Gram
 from rarefy.layer.pattern import NM, Fixed, Pattern, PerRow
@@ -30,14 +30,16 @@ from rarefy.models.sites import LinearSite
 from rarefy.parallel.sharing import Piece, _cost, share_out
 from rarefy.parallel.world import World
 from rarefy.pruning.parts import join
+from rarefy.pruning.records import geometric_mean
 from rarefy.pruning.settings import PruneSettings, Uniform
 from rarefy.pruning.solve import solve_piece
 from rarefy.runs.journal import Journal
 
-#: Of a matrix in float32, the norm of its difference by its own, and the share of weights of which one run
-#: keeps what the other prunes: sums in another order move scores that are nearly equal past each other. One
-#: process with another batch size differs by as much.
-WEIGHTS, FLIPPED = 0.02, 1e-3
+#: Two runs in float32 whose sums have another order: by how much the error of one layer differs, and the mean of all.
+#: On four processors and two batch sizes at most 0.03 and 0.01 were seen.
+LAYER_ERROR, MEAN_ERROR = 0.15, 0.03
+#: Two runs in float64: of a matrix, the norm of the difference by its own.
+FLOAT64_WEIGHTS = 1e-9
 #: Of layers.jsonl, what no two runs have in common.
 _MEASURED = ("seconds", "peak_bytes")
 
@@ -73,22 +75,32 @@ def _weights(output: Path) -> dict[str, Tensor]:
 
 
 def _assert_alike(found: Path, expected: Path) -> None:
+    """What holds on every machine: counts are exact, and errors differ by what a few other weights make of them.
+
+    In float32 a hard threshold keeps another weight of two that are nearly equal, depending on the order of sums;
+    which weights are kept is compared in float64 (test_the_same_supports_in_float64).
+    """
     assert sorted(path.name for path in found.iterdir()) == ["layers.jsonl", "model", "recipe.yaml", "run.json"]
-    for one, other in zip(_records(found), _records(expected), strict=True):
-        for key in ("name", "block", "shape", "pattern", "kept", "status", "failed", "steps"):
+    ones, others = _records(found), _records(expected)
+    for one, other in zip(ones, others, strict=True):
+        for key in ("name", "block", "shape", "pattern", "pattern_spec", "kept", "status", "failed", "steps"):
             assert one[key] == other[key], key
-        assert one["relative_error"] == pytest.approx(other["relative_error"], rel=0.01)
+        assert one["relative_error"] == pytest.approx(other["relative_error"], rel=LAYER_ERROR)
         assert one["peak_bytes"] > 0
-    _assert_weights(_weights(found), _weights(expected))
+    means = [geometric_mean(layer["relative_error"] for layer in layers) for layers in (ones, others)]
+    assert means[0] == pytest.approx(means[1], rel=MEAN_ERROR)
+    weights, expected_weights = _weights(found), _weights(expected)
+    assert weights.keys() == expected_weights.keys()
+    for name, tensor in expected_weights.items():
+        assert int((tensor == 0).sum()) == int((weights[name] == 0).sum()), name
 
 
-def _assert_weights(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+def _assert_same_supports(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
-        zeros, others = tensor == 0, found[name] == 0
-        assert int(zeros.sum()) == int(others.sum()), name
-        assert int((zeros != others).sum()) <= FLIPPED * tensor.numel(), name
-        assert float((found[name] - tensor).norm()) <= WEIGHTS * float(tensor.norm()), name
+        assert tensor.dtype == torch.float64
+        assert torch.equal(tensor == 0, found[name] == 0), name
+        assert float((found[name] - tensor).norm()) <= FLOAT64_WEIGHTS * float(tensor.norm()), name
 
 
 def _result(output: Path) -> dict[str, object]:
@@ -213,6 +225,15 @@ def test_two_processes_do_what_one_does(ranks: Ranks, shelf: Path, tmp_path: Pat
     _assert_alike(tmp_path / "two", tmp_path / "one")
 
 
+@pytest.mark.parametrize("method", ["sparsegpt", "wanda"])
+def test_the_same_supports_in_float64(ranks: Ranks, tmp_path: Path, method: str) -> None:
+    assert ranks.run(2, "call", "ranks_for_tests:prune_in_float64", tmp_path, method) == [0, 0], ranks.err()
+    expected = pruned_in_float64(method)
+    assert any(int((tensor == 0).sum()) for tensor in expected.values())
+    for rank in (0, 1):
+        _assert_same_supports(torch.load(tmp_path / f"{rank}.pt"), expected)
+
+
 def test_three_processes_share_seven_windows_and_rows(ranks: Ranks, shelf: Path, tmp_path: Path) -> None:
     more = ("--method", "wanda", "--offload-dir", tmp_path)
     shapes = [(64, 64), (32, 64), (32, 64), (64, 64), (160, 64), (160, 64), (64, 160)]
@@ -229,13 +250,14 @@ def test_grams_that_are_shared_on_some_processes_only(ranks: Ranks) -> None:
 @pytest.mark.filterwarnings("ignore:.* weights of experts were solved with all tokens")
 def test_experts_that_few_tokens_reach(ranks: Ranks, tmp_path: Path) -> None:
     assert ranks.run(2, "call", "ranks_for_tests:prune_experts", tmp_path) == [0, 0], ranks.err() + ranks.err(1)
-    model, windows = experts_and_windows()
-    report = rarefy.prune(model, windows, pattern=NM(2, 4), method=rarefy.DSnoT(), batch_size=1)
+    with float64_grams():
+        model, windows = experts_and_windows()
+        report = rarefy.prune(model, windows, pattern=NM(2, 4), method=rarefy.DSnoT(), batch_size=1)
     starved = [layer.name for layer in report.layers if "starved" in layer.details]
     assert 0 < len(starved) < sum("experts" in layer.name for layer in report.layers)
     for rank in (0, 1):
         weights, layers = torch.load(tmp_path / f"{rank}.pt", weights_only=False)
-        _assert_weights(weights, model.state_dict())
+        _assert_same_supports(weights, model.state_dict())
         assert [layer.name for layer in layers if "starved" in layer.details] == starved
         for layer, expected in zip(layers, report.layers, strict=True):
             assert (layer.name, layer.kept) == (expected.name, expected.kept)
