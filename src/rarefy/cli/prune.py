@@ -103,6 +103,17 @@ def prune(
     strict: Annotated[
         bool | None, typer.Option("--strict/--no-strict", help="Stop where the method fails on a layer.")
     ] = None,
+    match: Annotated[
+        Text,
+        typer.Option(
+            metavar="PASSES",
+            help="Train what is kept of each block to match the dense model: passes over the windows (default: 0).",
+        ),
+    ] = None,
+    match_lr: Annotated[
+        Text, typer.Option(metavar="RATE", help="Learning rate of --match, falling linearly (default: 2e-4).")
+    ] = None,
+    match_batch: Annotated[Text, typer.Option(metavar="N", help="Windows per step of --match (default: 4).")] = None,
     offload_dir: OffloadDir = None,
     texts: Annotated[
         bool,
@@ -141,6 +152,9 @@ def prune(
         "exclude": exclude or None,
         "settings": parse_settings(settings) if settings else None,
         "strict": strict,
+        "match": match,
+        "match_lr": match_lr,
+        "match_batch": match_batch,
     }
     world = World.current()
     folder = RunFolder(output) if output is not None else None

@@ -31,6 +31,7 @@ from rarefy.parallel.world import World
 from rarefy.pruning.advance import advance
 from rarefy.pruning.block import Masks, OnProgress, PartCounter, prune_layers
 from rarefy.pruning.collect import STARVED
+from rarefy.pruning.matching import Matching
 from rarefy.pruning.precision import compute_dtype
 from rarefy.pruning.records import LayerRecord, Report
 from rarefy.pruning.settings import PatternOf, PruneSettings, as_pattern_of
@@ -50,6 +51,7 @@ def prune(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     strict: bool = False,
+    matching: Matching | None = None,
     on_progress: OnProgress | None = None,
     on_layer: Callable[[LayerRecord], None] | None = None,
 ) -> Report:
@@ -57,7 +59,8 @@ def prune(
 
     ``windows`` (num, length) are int64 token ids for calibration, replayed ``batch_size`` at a time. ``pattern`` is
     one for all layers, or a function that gives the pattern of a ``Site``.
-    ``include`` and ``exclude`` are globs on full module names. ``on_progress(done, total, note)`` and
+    ``include`` and ``exclude`` are globs on full module names. ``matching`` trains what is kept of each block to
+    match the dense model. ``on_progress(done, total, note)`` and
     ``on_layer(record)`` are called as the run goes on. Raises PatternError before anything changes
     where the pattern does not fit a layer, NumericalError for NaN or infinity, and, if ``strict``,
     for a layer whose status is a failure.
@@ -66,7 +69,8 @@ def prune(
     same model, all windows and the same settings; they share the work, and each ends with the pruned model
     and the report. Raises InputError where they differ, RankError where one of them is gone.
     """
-    settings = PruneSettings(as_pattern_of(pattern), method, batch_size, include, exclude, strict)
+    steps = [matching] if matching is not None else []
+    settings = PruneSettings(as_pattern_of(pattern), method, batch_size, include, exclude, strict, steps)
     return prune_model(model, windows, settings, on_progress, on_layer)
 
 
@@ -193,7 +197,7 @@ def _check_alike(world: World, model: nn.Module, windows: Tensor, settings: Prun
         "windows": hashlib.sha256(windows.cpu().numpy().tobytes()).hexdigest(),
         "pattern": [str(settings.pattern_of(site)) for block in find_blocks(model) for site in block.sites],
         "method": re.sub(r" at 0x\w+", "", repr(settings.method)),  # addresses of what a method of one's own holds
-        **{key: str(getattr(settings, key)) for key in ("batch_size", "include", "exclude", "strict")},
+        **{key: str(getattr(settings, key)) for key in ("batch_size", "include", "exclude", "strict", "steps")},
     }
     everyone = world.gather(given)
     for key in given:
