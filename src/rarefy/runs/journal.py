@@ -2,6 +2,7 @@
 
     OUT/unfinished/journal.json       whose run this is, how many blocks are finished, where the states are
     OUT/unfinished/block-NNNNN.jsonl  the records of one finished block's layers
+    OUT/unfinished/weights-*          the pruned weights of one, where the model is in memory
     OUT/unfinished/states-*.bin       the hidden states that enter the first unfinished block
     OUT/unfinished/model/             the model so far
     OUT/unfinished/lock               held while a process works here
@@ -67,7 +68,8 @@ class Journal:
         self.model = self.folder / "model"
         self.states: list[StatesPart] = []
         self._journal = self.folder / JOURNAL
-        self._blocks: list[int] = []  # a checksum of the records of each finished block
+        self._finished = 0
+        self._files: dict[str, int] = {}  # the checksums of what is kept
         self._fingerprint: Fingerprint | None = None
         self._lock: FileLock | None = None
 
@@ -80,7 +82,7 @@ class Journal:
     @property
     def finished(self) -> int:
         """The number of finished blocks."""
-        return len(self._blocks)
+        return self._finished
 
     def check(self, fingerprint: Fingerprint) -> None:
         """Read the journal, if there is one yet, and make sure that it is of this run; changes nothing.
@@ -89,7 +91,7 @@ class Journal:
         is not Rarefy's.
         """
         if not self.folder.exists():
-            self._fingerprint, self._blocks, self.states = fingerprint, [], []
+            self._fingerprint, self._finished, self._files, self.states = fingerprint, 0, {}, []
             return
         if not is_unfinished_run(self.folder):
             raise OutputError.sentence(f"{self.folder} holds no {JOURNAL}, so it is not Rarefy's to write into.")
@@ -123,17 +125,43 @@ class Journal:
         return self
 
     @property
-    def position(self) -> tuple[list[int], list[StatesPart]]:
-        """What ``follow`` takes: of each finished block a checksum, and where the states are."""
-        return self._blocks, self.states
+    def position(self) -> tuple[int, dict[str, int], list[StatesPart]]:
+        """What ``follow`` takes: the number of finished blocks, what is kept of them, and where the states are."""
+        return self._finished, self._files, self.states
 
-    def follow(self, position: tuple[list[int], list[StatesPart]]) -> None:
+    def follow(self, position: tuple[int, dict[str, int], list[StatesPart]]) -> None:
         """Be where the journal of the process that leads is. Raises OutputError where its folder is not here."""
-        self._blocks, self.states = position
+        self._finished, self._files, self.states = position
         if not self._leads and not appears(self.folder):
             raise OutputError.sentence(
                 f"{self.folder.parent} is not the same folder for all processes of the run: name one that all share."
             )
+
+    def keep(self, name: str, content: bytes) -> None:
+        """Write a file of the block at hand beside the journal, which names it once the block is finished.
+
+        Raises OutputError.
+        """
+        replace_file(self.folder / name, content)
+        self._files = {**self._files, name: zlib.crc32(content)}
+
+    def kept(self, name: str) -> bytes | None:
+        """The content of a file of a finished block; None where it has none of that name.
+
+        Raises OutputError where the file is missing or damaged.
+        """
+        if name not in self._files:
+            return None
+        path = self.folder / name
+        try:
+            content = path.read_bytes()
+        except FileNotFoundError as error:
+            raise _DamageError.sentence(f"{path} is missing, {self._remove_it}.") from error
+        except OSError as error:
+            raise OutputError.sentence(f"{path} cannot be read: {error.strerror or error}.") from error
+        if zlib.crc32(content) != self._files[name]:
+            raise self.damaged(path)
+        return content
 
     def finish_block(self, index: int, records: Sequence[LayerRecord], states: Sequence[StatesPart]) -> None:
         """Note that block ``index`` is finished, with the states that enter the next, none after the last.
@@ -143,33 +171,39 @@ class Journal:
         """
         if index != self.finished:
             raise ValueError(f"Block {index} was finished, but {self.finished} is the next.")
-        if not self._leads:
-            self._blocks, self.states = [*self._blocks, 0], list(states)
-            return
-        content = "".join(record.to_json() + "\n" for record in records).encode()
-        replace_file(self._records_of(index), content)
-        before = self._blocks, self.states
-        self._blocks, self.states = [*self._blocks, zlib.crc32(content)], list(states)
+        before = self.position
         try:
-            self._write_journal()
+            if self._leads:
+                self.keep(_records_of(index), "".join(record.to_json() + "\n" for record in records).encode())
+            self._finished, self.states = index + 1, list(states)
+            if self._leads:
+                self._write_journal()
         except BaseException:
-            self._blocks, self.states = before
+            self._finished, self._files, self.states = before
             raise
-        self._remove_stale_files()
+        if self._leads:
+            self._remove_stale_files()
 
     def records(self) -> list[LayerRecord]:
         """The records of all finished blocks. Raises OutputError where a file is missing or damaged."""
         records = []
-        for index, checksum in enumerate(self._blocks):
-            path = self._records_of(index)
-            content = self._read(path)
-            if zlib.crc32(content) != checksum:
-                raise self._damaged(path)
+        for index in range(self.finished):
+            path = self.folder / _records_of(index)
             try:
-                records += parse_records(content, path)
+                records += parse_records(self.kept(path.name) or b"", path)
+            except OutputError:
+                raise
             except InputError as error:
-                raise self._damaged(path) from error
+                raise self.damaged(path) from error
         return records
+
+    def damaged(self, path: Path) -> OutputError:
+        """The error for a file of what is finished that holds something else than was written."""
+        return _DamageError.sentence(f"{path} is damaged, {self._remove_it}.")
+
+    @property
+    def _remove_it(self) -> str:
+        return f"so the unfinished run cannot go on: remove {self.folder} to begin anew"
 
     @contextmanager
     def keeping(self) -> Iterator[None]:
@@ -222,9 +256,6 @@ class Journal:
 
     # --- Files --------------------------------------------------------------------------------------------
 
-    def _records_of(self, index: int) -> Path:
-        return self.folder / f"block-{index:05d}.jsonl"
-
     def _begin(self) -> None:
         """Make the folder with a journal in it, in which nothing is finished."""
         try:
@@ -251,7 +282,8 @@ class Journal:
         content = {
             "format": _FORMAT,
             "fingerprint": asdict(self._fingerprint),
-            "blocks": self._blocks,
+            "finished": self._finished,
+            "files": self._files,
             "states": [asdict(part) for part in self.states],
         }
         text = json.dumps({"checksum": _checksum(content), **content}, indent=1)
@@ -260,38 +292,29 @@ class Journal:
     def _read_journal(self) -> Fingerprint:
         """Take over what the journal says, and return whose it is."""
         try:
-            content = json.loads(self._read(self._journal))
+            content = json.loads(self._journal.read_bytes())
             checksum = content.pop("checksum")
             if checksum != _checksum(content) or content["format"] != _FORMAT:
                 raise ValueError("another checksum or format")
             fingerprint = validated(Fingerprint, content["fingerprint"])
-            blocks = validated(list[int], content["blocks"])
+            finished, files = validated(int, content["finished"]), validated(dict[str, int], content["files"])
             states = validated(list[StatesPart], content["states"])
-            if any(Path(part.file).name != part.file for part in states):
+            if any(Path(name).name != name for name in (*files, *(part.file for part in states))):
                 raise ValueError("a file in another folder")
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise self._damaged(self._journal) from error
-        self._blocks, self.states = blocks, states
-        return fingerprint
-
-    def _read(self, path: Path) -> bytes:
-        try:
-            return path.read_bytes()
         except OSError as error:
-            raise OutputError.sentence(f"{path} cannot be read: {error.strerror or error}.") from error
-
-    def _damaged(self, path: Path) -> OutputError:
-        return _DamageError.sentence(
-            f"{path} is damaged, so the unfinished run cannot go on: remove {self.folder} to begin anew."
-        )
+            raise OutputError.sentence(f"{self._journal} cannot be read: {error.strerror or error}.") from error
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise self.damaged(self._journal) from error
+        self._finished, self._files, self.states = finished, files, states
+        return fingerprint
 
     def _remove_stale_files(self) -> None:
         """Remove what the journal does not speak of; where that fails, nothing is lost but space."""
-        known = {part.file for part in self.states} | {self._records_of(i).name for i in range(self.finished)}
+        known = {part.file for part in self.states} | self._files.keys()
         with suppress(OSError):
             remove_partial(self.folder.parent, self.folder.name)
             remove_partial(self.folder)
-            for pattern in ("states-*.bin", "block-*.jsonl"):
+            for pattern in ("states-*", "block-*", "weights-*"):
                 for file in self.folder.glob(pattern):
                     if file.name not in known:
                         file.unlink()
@@ -300,6 +323,10 @@ class Journal:
 def finished_blocks(number: int) -> str:
     """The subject and verb of a sentence about finished blocks."""
     return "1 finished block is" if number == 1 else f"{number:,} finished blocks are"
+
+
+def _records_of(index: int) -> str:
+    return f"block-{index:05d}.jsonl"
 
 
 def _checksum(content: Mapping[str, Any]) -> int:

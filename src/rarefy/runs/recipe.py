@@ -84,6 +84,9 @@ class Recipe(BaseModel):
     include: list[str] = Field([], description="a list of patterns of module names, such as '*.mlp.*'")
     exclude: list[str] = Field([], description="a list of patterns of module names, such as '*.mlp.*'")
     strict: bool = Field(False, description="true or false")
+    match: Whole = Field(0, ge=0, description="a whole number of at least 0 (passes over the windows; 0 = off)")
+    match_lr: Number = Field(2e-4, gt=0, lt=1, description="a number between 0 and 1, the learning rate")
+    match_batch: Whole = Field(4, ge=1, description="a whole number of at least 1 (windows)")
 
     @classmethod
     def read(cls, options: Mapping[str, Any], file: Path | None = None, *, allow_code: bool = False) -> Self:
@@ -188,10 +191,17 @@ class Recipe(BaseModel):
 
     def prune_settings(self) -> PruneSettings:
         """What the loop over blocks is to do. Raises MethodError, PatternError."""
-        from rarefy.pruning.settings import PruneSettings
+        from rarefy.pruning.matching import Matching
+        from rarefy.pruning.settings import PruneSettings, Uniform
 
         return PruneSettings(
-            self.build_pattern(), self.build_method(), self.batch_size, self.include, self.exclude, self.strict
+            Uniform(self.build_pattern()),
+            self.build_method(),
+            self.batch_size,
+            self.include,
+            self.exclude,
+            self.strict,
+            [Matching(self.match, self.match_lr, self.match_batch, seed=self.seed)] if self.match else [],
         )
 
     def resolved(self, context: int | None) -> Self:
