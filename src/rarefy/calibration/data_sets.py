@@ -89,7 +89,7 @@ class SavedRows(Source):
             if split not in found and len(found) > 1:
                 raise refused(
                     self.name,
-                    f"has no split {split} (its splits: {joined([*found])}): name one, as {self.name}/SPLIT",
+                    f"has no split {split} (its splits: {joined(found)}): name one, as {self.name}/SPLIT",
                 )
             found = found[split] if split in found else next(iter(found.values()))
         yield from found

@@ -41,8 +41,7 @@ _BEGINNINGS = (
 def _open_zstd(path: Path) -> IO[bytes]:
     import pyarrow as pa  # type: ignore[import-untyped, unused-ignore]
 
-    stream: Any = io.BufferedReader(pa.input_stream(str(path), compression="zstd"))
-    return stream  # type: ignore[no-any-return]
+    return io.BufferedReader(pa.input_stream(str(path), compression="zstd"))
 
 
 _OPENERS: dict[str, Callable[[Path], Any]] = {

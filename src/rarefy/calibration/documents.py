@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -72,7 +72,14 @@ def first_line(error: BaseException) -> str:
     return lines[0].rstrip(". ") if lines else type(error).__name__
 
 
-def joined(names: list[str], most: int = 12) -> str:
-    """Names in one line; of many or long ones only the beginnings."""
-    short = [name if len(name) <= 40 else name[:37] + "..." for name in names[:most]]
-    return ", ".join(short) + (f" and {len(names) - most} more" if len(names) > most else "") or "none"
+def joined(names: Iterable[Any], most: int = 12) -> str:
+    """The names of columns in one line; of many or long ones only the beginnings."""
+    short = [shortened(name) for name in names]
+    more = f" and {len(short) - most} more" if len(short) > most else ""
+    return ", ".join(short[:most]) + more or "none"
+
+
+def shortened(name: Any, most: int = 40) -> str:
+    """A name from a file, which may be anything, as it can stand in a sentence."""
+    words = " ".join(str(name).split())
+    return words if len(words) <= most else words[: most - 3] + "..."

@@ -114,16 +114,18 @@ class CsvFile(RowFile):
     """A CSV file with the names of its columns in the first line; the separator is what that line has most of."""
 
     def documents(self) -> Iterator[Document]:
-        lines = read_lines(self.name, self.path)
-        first = next(lines, "")
-        reader = csv.reader(chain([first], lines), delimiter=self._separator(first), strict=True)
-        header = self._next(reader)
-        if header is None:
+        lines = enumerate(read_lines(self.name, self.path), start=1)
+        start, first = next(((number, line) for number, line in lines if line.strip()), (1, ""))
+        text = chain([first], (line for _, line in lines))
+        reader = csv.reader(text, delimiter=self._separator(first), strict=True)
+        header = self._next(reader, start)
+        if not header:
             return
         layout = choose_layout(self.name, header, self.text_column)
-        line = reader.line_num + 1
-        while (fields := self._next(reader)) is not None:
-            place, line = f"line {line:,}", reader.line_num + 1
+        while True:
+            place = f"line {start + reader.line_num:,}"
+            if (fields := self._next(reader, start)) is None:
+                return
             if not fields:  # an empty line
                 continue
             if len(fields) != len(header):
@@ -131,8 +133,7 @@ class CsvFile(RowFile):
                 raise refused(self.name, f"is malformed: {place} has {count}")
             # A table without a value there writes nothing.
             row = {column: field or None for column, field in zip(header, fields, strict=True)}
-            document = layout.document(row, place)
-            if document is not None:
+            if (document := layout.document(row, place)) is not None:
                 yield document
 
     def _separator(self, header: str) -> str:
@@ -141,12 +142,13 @@ class CsvFile(RowFile):
             names = names.removesuffix(ending)
         return "\t" if names.endswith(".tsv") else max(",;\t|", key=header.count)
 
-    def _next(self, reader: Any) -> list[str] | None:
+    def _next(self, reader: Any, start: int) -> list[str] | None:
+        """The next row of ``reader``, whose first line is line ``start`` of the file; None at the end."""
         limit = csv.field_size_limit(_LONGEST_FIELD)
         try:
             return next(reader, None)
         except csv.Error as error:
-            line = max(reader.line_num, 1)
+            line = start + max(reader.line_num - 1, 0)
             raise refused(self.name, f"is malformed: line {line:,} is not CSV: {first_line(error)}") from None
         finally:
             csv.field_size_limit(limit)

@@ -64,7 +64,7 @@ def way_of_writing(model: PreTrainedModel) -> Way:
     Raises NumericalError where its logits are not finite, CalibrationError where it writes in no way at all;
     CalibrationWarning where only the slowest way works.
     """
-    size = int(embeddings(model))
+    size = embeddings(model)
     count = _TRIAL_TEXTS * _TRIAL_LENGTH
     ids = (torch.arange(count) * (size // count) + size // (2 * count)).view(_TRIAL_TEXTS, _TRIAL_LENGTH)
     ids = ids.to(model.device)
@@ -124,7 +124,13 @@ def _logits_on(
 def embeddings(model: PreTrainedModel) -> int:
     """How many tokens the model knows: those that it has embeddings for."""
     size = getattr(model.config.get_text_config(decoder=True), "vocab_size", None)
-    return size if isinstance(size, int) else len(model.get_input_embeddings().weight)
+    return size if isinstance(size, int) else embedding_shape(model)[0]
+
+
+def embedding_shape(model: PreTrainedModel) -> tuple[int, int]:
+    """(tokens, width) of the model's embeddings."""
+    weight: Any = model.get_input_embeddings().weight
+    return int(weight.shape[0]), int(weight.shape[1])
 
 
 def _forget(model: PreTrainedModel) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from rarefy.calibration.documents import Conversation, Document, joined, refused
+from rarefy.calibration.documents import Conversation, Document, joined, refused, shortened
 
 TEXT = "text"
 
@@ -27,6 +27,10 @@ _EXCHANGES: tuple[tuple[str, str | None, str], ...] = (
     ("prompt", None, "response"),
     ("question", None, "answer"),
 )
+
+# The keys of a message, and those of ShareGPT's.
+_ROLE_CONTENT = ("role", "content")
+_FROM_VALUE = ("from", "value")
 
 # ShareGPT's names for the roles that chat templates know.
 _ROLES = {
@@ -61,11 +65,11 @@ class Layout:
         for column in self.columns:
             if column not in row and column not in self.optional:
                 raise refused(
-                    self.source, f'is malformed: {place} has no "{column}" (its columns: {joined([*map(str, row)])})'
+                    self.source, f'is malformed: {place} has no "{shortened(column)}" (its columns: {joined(row)})'
                 )
         if len(self.columns) == 1:
-            return self.value(row[self.columns[0]], f'"{self.columns[0]}" in {place}', place)
-        parts = {column: self.value(row.get(column), f'"{column}" in {place}', place) for column in self.columns}
+            return self._in_column(row, self.columns[0], place)
+        parts = {column: self._in_column(row, column, place) for column in self.columns}
         first, answer = parts[self.columns[0]], parts[self.columns[-1]]
         if first is None or answer is None:
             return None
@@ -73,6 +77,9 @@ class Layout:
         if isinstance(first, str) and isinstance(extra, str) and extra.strip():
             first = f"{first}\n\n{extra}"
         return Conversation((*_messages(first, "user"), *_messages(answer, "assistant")), place)
+
+    def _in_column(self, row: Mapping[str, Any], column: str, place: str) -> Document | None:
+        return self.value(row.get(column), f'"{shortened(column)}" in {place}', place)
 
     def value(self, value: Any, what: str, place: str) -> Document | None:
         """The document that a single value is; ``what`` names it in errors."""
@@ -92,17 +99,16 @@ class Layout:
 
     def _message(self, message: Any, what: str) -> Mapping[str, Any]:
         """One message as chat templates want it: {role, content}, content being text."""
-        if not isinstance(message, dict):
+        if not isinstance(message, dict) or not message.keys() & {*_ROLE_CONTENT, *_FROM_VALUE}:
             raise refused(
-                self.source,
-                f"is malformed: {what} is a list of {_kind(message)}, neither text nor a list of messages",
+                self.source, f"is malformed: {what} is a list, but not of messages with role and content, nor text"
             )
-        role_key, content_key = ("from", "value") if "role" not in message and "from" in message else _ROLE_CONTENT
+        role_key, content_key = _FROM_VALUE if "role" not in message and "from" in message else _ROLE_CONTENT
         role = message.get(role_key)
         if not isinstance(role, str) or content_key not in message:
             raise refused(
                 self.source,
-                f"is malformed: {what} has a message without role and content (its keys: {joined([*message])})",
+                f"is malformed: {what} has a message without role and content (its keys: {joined(message)})",
             )
         # Tables fill up what a message does not have; a template takes that for given.
         rest = {
@@ -123,15 +129,16 @@ class Layout:
         for part in content:
             text = part.get("text") if isinstance(part, dict) else part
             if not isinstance(text, str):
-                kind = f"of the type {part['type']!r}" if isinstance(part, dict) and "type" in part else _kind(part)
+                kind = (
+                    f"of the type {shortened(part['type'])}"
+                    if isinstance(part, dict) and "type" in part
+                    else _kind(part)
+                )
                 raise refused(
                     self.source, f"cannot be used: {what} has a message with content {kind}, and not only text"
                 )
             texts.append(_sound(text))
         return "".join(texts)
-
-
-_ROLE_CONTENT = ("role", "content")
 
 
 def choose_layout(source: str, columns: Iterable[str], text_column: str | None = None) -> Layout:
@@ -143,7 +150,7 @@ def choose_layout(source: str, columns: Iterable[str], text_column: str | None =
     names = [*map(str, columns)]
     if text_column is not None:
         if text_column not in names:
-            raise refused(source, f'has no column "{text_column}" (its columns: {joined(names)})')
+            raise refused(source, f'has no column "{shortened(text_column)}" (its columns: {joined(names)})')
         return Layout(source, (text_column,))
     for name in (TEXT, *_MESSAGES):
         if name in names:

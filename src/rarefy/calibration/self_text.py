@@ -27,7 +27,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from rarefy.calibration.documents import CalibrationWarning
-from rarefy.calibration.generation import NO_STATE, Way, embeddings, way_of_writing
+from rarefy.calibration.generation import NO_STATE, Way, embedding_shape, embeddings, way_of_writing
 from rarefy.errors import InputError, NumericalError
 
 if TYPE_CHECKING:
@@ -181,7 +181,7 @@ def _fitting_batch(model: PreTrainedModel, length: int, way: Way) -> int:
     What models of other kinds keep is smaller than the keys and values of attention as wide as the model.
     """
     config = model.config.get_text_config(decoder=True)
-    width = _whole_number(config, "hidden_size") or model.get_input_embeddings().weight.shape[1]
+    width = _whole_number(config, "hidden_size") or embedding_shape(model)[1]
     layers = _whole_number(config, "num_hidden_layers") or 1
     item = next(model.parameters()).element_size()
     if way is NO_STATE:

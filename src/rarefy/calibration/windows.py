@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from fractions import Fraction
@@ -13,15 +12,8 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from rarefy.calibration.documents import (
-    SEPARATOR,
-    CalibrationWarning,
-    Conversation,
-    Document,
-    Source,
-    first_line,
-    refused,
-)
+from rarefy.calibration.chat_template import ChatTemplate
+from rarefy.calibration.documents import SEPARATOR, CalibrationWarning, Document, Source
 from rarefy.errors import CalibrationError, InputError
 
 if TYPE_CHECKING:
@@ -36,9 +28,6 @@ DRAW_FROM = 16
 _CHARACTERS_PER_TOKEN = 8
 
 _DOCUMENTS_PER_BATCH = 512
-
-# For templates that write today's date: the same text must come out every day.
-_TODAY = datetime.date(2025, 1, 1)
 
 
 def token_stream(
@@ -56,7 +45,7 @@ def token_stream(
     pieces: list[Tensor] = []
     count = 0
     stride = (source.characters or 0) // (_CHARACTERS_PER_TOKEN * enough) if enough else 1
-    template = _ChatTemplate(source.name, tokenizer)
+    template = ChatTemplate(source.name, tokenizer)
     texts = _texts(islice(source.documents(), 0, None, max(1, stride)), template)
     while batch := list(islice(texts, _DOCUMENTS_PER_BATCH)):
         # verbose=False: a stream is longer than any model's context, which the tokenizer would warn about.
@@ -70,7 +59,7 @@ def token_stream(
     return torch.cat(pieces) if pieces else torch.empty(0, dtype=torch.int64)
 
 
-def _texts(documents: Iterable[Document], template: _ChatTemplate) -> Iterator[str]:
+def _texts(documents: Iterable[Document], template: ChatTemplate) -> Iterator[str]:
     """Every document as it is tokenised, a plain text with the separator behind it unless it is the last."""
     waiting: str | None = None
     for document in documents:
@@ -83,50 +72,6 @@ def _texts(documents: Iterable[Document], template: _ChatTemplate) -> Iterator[s
             yield text
     if waiting is not None:
         yield waiting
-
-
-class _ChatTemplate:
-    """Makes text of conversations, and counts those that the template refuses."""
-
-    def __init__(self, source: str, tokenizer: PreTrainedTokenizerBase) -> None:
-        self._source, self._tokenizer = source, tokenizer
-        self._rendered = self._refused = 0
-        self._first_refusal = ""
-
-    def render(self, conversation: Conversation) -> str | None:
-        """The text of one conversation; None where the template refuses it. CalibrationError without a template."""
-        if not getattr(self._tokenizer, "chat_template", None):
-            raise refused(
-                self._source,
-                "holds conversations, but the model's tokenizer has no chat template that makes text of them: "
-                "prune a model that has one, or name a column of plain text with --text-column",
-            )
-        try:
-            text = self._tokenizer.apply_chat_template(
-                [dict(message) for message in conversation.messages],
-                tokenize=False,
-                strftime_now=_TODAY.strftime,
-            )
-        except Exception as error:  # noqa: BLE001 (a template is a program that raises what it likes)
-            self._refused += 1
-            self._first_refusal = self._first_refusal or f"{conversation.place}: {first_line(error)}"
-            return None
-        self._rendered += 1
-        return str(text)
-
-    def report(self) -> None:
-        """Warn of refused conversations; CalibrationError where all of them were."""
-        if self._refused and not self._rendered:
-            raise refused(
-                self._source, f"holds no conversation that the model's chat template takes ({self._first_refusal})"
-            )
-        if self._refused:
-            warnings.warn(
-                f"the model's chat template refuses {self._refused:,} of {self._refused + self._rendered:,} "
-                f"conversations of {self._source}, which are left out ({self._first_refusal})",
-                CalibrationWarning,
-                stacklevel=3,
-            )
 
 
 def check_token_ids(tokens: Int64[Tensor, "..."], vocabulary: int, model: str) -> None:
