@@ -18,12 +18,12 @@ import rarefy
 _RUNNER = """
 import importlib, json, os, sys, traceback
 import transformers.models.llama.modeling_llama, transformers.models.mixtral.modeling_mixtral
-import rarefy.cli.run, rarefy.cli.ranks, rarefy.homes, rarefy.report.card
-import rarefy.evaluation.verify, rarefy.evaluation.texts
+import rarefy.runs.run, rarefy.parallel.launch, rarefy.pruning.stores, rarefy.runs.card
+import rarefy.runs.verify, rarefy.runs.texts
 from rarefy.cli import main
 # Nobody reads what a random model writes, and to write it takes most of a run's time.
-rarefy.evaluation.texts.kept_texts = lambda *_: []
-rarefy.cli.held.writes_texts = lambda _: False
+rarefy.runs.texts.kept_texts = lambda *_: []
+rarefy.runs.model.writes_texts = lambda _: False
 for line in sys.stdin:
     arguments, port, size, more = json.loads(line)
     children = []
@@ -122,8 +122,8 @@ def prune_experts(folder: str) -> None:
     """Prune listed experts; rank 0 writes the weights and what the records say, of one process and of several."""
     import torch
 
-    from rarefy.distributed import World, joined
     from rarefy.errors import InputError
+    from rarefy.parallel.world import World, joined
 
     with joined() as _:
         world = World.current()
@@ -154,9 +154,9 @@ def add_up_unlike(folder: str) -> None:
     """Add up Grams that are shared on one process and not on the other, and some with means."""
     import torch
 
-    from rarefy.calibration.sums import add_up
-    from rarefy.distributed import World, joined
     from rarefy.layer.gram import Gram
+    from rarefy.parallel.reduce import add_up
+    from rarefy.parallel.world import World, joined
 
     with joined() as _:
         world = World.current()
@@ -178,8 +178,8 @@ def add_up_unlike(folder: str) -> None:
 
 def fail_on_one(folder: str) -> None:
     """An error of one process is everybody's, and what is none of Rarefy's names the process."""
-    from rarefy.distributed import World, joined
     from rarefy.errors import NumericalError, PatternError, RankError
+    from rarefy.parallel.world import World, joined
 
     with joined() as _:
         world = World.current()

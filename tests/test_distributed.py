@@ -22,16 +22,17 @@ from transformers import LlamaConfig
 import rarefy
 from models_for_tests import _GROUPED, build, save_folder
 from ranks_for_tests import Ranks, experts_and_windows
-from rarefy.distributed import World
 from rarefy.errors import OutputError
 from rarefy.layer.gram import Gram
 from rarefy.layer.pattern import NM, Fixed, Pattern, PerRow
 from rarefy.methods import build as build_method
 from rarefy.models.sites import LinearSite
-from rarefy.progress import Progress
-from rarefy.prune_settings import PruneSettings
-from rarefy.sharing import Piece, _cost, join, share_out
-from rarefy.turn import solve_piece
+from rarefy.parallel.sharing import Piece, _cost, share_out
+from rarefy.parallel.world import World
+from rarefy.pruning.block import solve_piece
+from rarefy.pruning.parts import join
+from rarefy.pruning.settings import PruneSettings
+from rarefy.runs.journal import Journal
 
 #: Of a matrix in float32, the norm of its difference by its own, and the share of weights of which one run
 #: keeps what the other prunes: sums in another order move scores that are nearly equal past each other. One
@@ -342,8 +343,8 @@ def test_a_run_that_is_told_to_stop_says_so_and_is_kept(ranks: Ranks, shelf: Pat
 
 
 def test_a_folder_that_is_not_shared_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rarefy.progress.appears", lambda path: path.exists())
-    progress = Progress(tmp_path / "out", leads=False)
+    monkeypatch.setattr("rarefy.runs.journal.appears", lambda path: path.exists())
+    progress = Journal(tmp_path / "out", leads=False)
     with pytest.raises(OutputError, match="not the same folder for all processes"):
         progress.follow(([], []))
     (tmp_path / "out" / "unfinished").mkdir(parents=True)

@@ -10,11 +10,11 @@ from safetensors.torch import load_file, save_file
 
 from models_for_tests import make_model, save_folder
 from rarefy.errors import InputError, ModelError
-from rarefy.evaluation.verify import inspect_folder
 from rarefy.layer.pattern import NM, Pattern, PerRow, Unstructured
 from rarefy.methods import build
-from rarefy.pruning import prune
-from rarefy.run_folder import RunFolder
+from rarefy.pruning.loop import prune
+from rarefy.runs.folder import RunFolder
+from rarefy.runs.verify import inspect_folder
 
 WINDOWS = torch.arange(4 * 16).view(4, 16)
 

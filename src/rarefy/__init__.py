@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     from rarefy.methods.sparsegpt import SparseGPT
     from rarefy.methods.swaps import Swaps
     from rarefy.methods.wanda import Wanda
-    from rarefy.pruning import prune, solve
-    from rarefy.report.records import Report
+    from rarefy.pruning.loop import prune, solve
+    from rarefy.pruning.records import Report
 
 __version__ = "0.1.0"
 
@@ -109,8 +109,8 @@ _HOME = {
     "rarefy.methods.sparsegpt": ("SparseGPT",),
     "rarefy.methods.swaps": ("Swaps",),
     "rarefy.methods.wanda": ("Wanda",),
-    "rarefy.pruning": ("prune", "solve"),
-    "rarefy.report.records": ("Report",),
+    "rarefy.pruning.loop": ("prune", "solve"),
+    "rarefy.pruning.records": ("Report",),
 }
 
 

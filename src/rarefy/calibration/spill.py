@@ -22,8 +22,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rarefy.disk import CHUNK, replacing
 from rarefy.errors import OutputError
+from rarefy.models.atomic import CHUNK, replacing
 
 
 def states_nbytes(shape: Sequence[int], dtype: torch.dtype) -> int:

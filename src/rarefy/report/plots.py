@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from rarefy.report.records import LayerRecord, geometric_mean
+from rarefy.pruning.records import LayerRecord, geometric_mean
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rarefy.pruning.records import Report, three_digits
 from rarefy.report.plots import (
     Picture,
     Point,
@@ -16,9 +17,8 @@ from rarefy.report.plots import (
     times,
     traces,
 )
-from rarefy.report.records import Report, three_digits
-from rarefy.report.results import Facts, Summary, measurements, perplexity_words, summarise, table
 from rarefy.report.views import Part, RunView, SweepView
+from rarefy.sweeps.results import Facts, Summary, measurements, perplexity_words, summarise, table
 
 
 def summary(view: RunView) -> Part:

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from rarefy.report.records import three_digits
+from rarefy.pruning.records import three_digits
 
 #: Models that Rarefy knows by a name of its own.
 _KNOWN: dict[str, dict[str, str | None]] = {
@@ -103,7 +103,7 @@ def _pattern_words(pattern: str) -> str:
 
 
 _ENVIRONMENT = Environment(
-    loader=PackageLoader("rarefy.report"),
+    loader=PackageLoader("rarefy.runs"),
     undefined=StrictUndefined,
     trim_blocks=True,
     lstrip_blocks=True,

@@ -1,8 +1,8 @@
-"""Homes of models whose pruning is written down block by block, so that a killed run can go on.
+"""Block stores: where the loop takes a block from, and where the pruned block goes.
 
-``KeptHome`` is for a model in memory: what it keeps of a block are its pruned weights, which the next run
-puts back. ``StreamedHome`` is for a model that stays on disk: blocks are loaded when their turn comes, and
-their pruned weights go into the copy of the checkpoint.
+``BlockStore`` is a model in memory and keeps nothing. ``JournaledStore`` is a model in memory whose pruned
+blocks are also saved beside the journal of the run, so that a killed run goes on. ``StreamedStore`` is a model
+on disk: a block is loaded when the loop reaches it, and written into a copy of the checkpoint.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from jaxtyping import Int64
@@ -18,40 +19,93 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from rarefy.calibration.spill import load_states, save_states
+from rarefy.calibration.spill import StatesPart, load_states, save_states
 from rarefy.calibration.stream import HiddenStates, convert_calls, record
-from rarefy.devices import compute_dtype, computing_in
-from rarefy.disk import refusals, replace_file
 from rarefy.errors import OutputError
+from rarefy.models.atomic import refusals, replace_file
 from rarefy.models.blocks import Block
 from rarefy.models.shards import ShardCopies
 from rarefy.models.streaming import StreamedModel
-from rarefy.progress import Progress
-from rarefy.pruning import Home
-from rarefy.report.records import LayerRecord
+from rarefy.parallel.world import World
+from rarefy.pruning.precision import compute_dtype, computing_in
+from rarefy.pruning.records import LayerRecord
+
+if TYPE_CHECKING:
+
+    class Journal(Protocol):
+        """What a store needs of a run's journal; runs/journal.py has it."""
+
+        folder: Path
+        model: Path
+        states: list[StatesPart]
+
+        @property
+        def finished(self) -> int: ...
+        def records(self) -> list[LayerRecord]: ...
+        def finish_block(self, index: int, records: Sequence[LayerRecord], states: Sequence[StatesPart]) -> None: ...
+
 
 _WINDOWS = "windows.safetensors"
 
 
-class KeptHome(Home):
-    """A model in memory, of which every pruned block is kept in the folder of an open ``progress``.
+class BlockStore:
+    """Where the blocks of a model are before their turn and after it: here, in memory all the time.
+
+    The loop calls ``record`` once, and for each block in order ``loaded``, within it ``store``, and then
+    ``finish``. Blocks before ``finished`` were done by an earlier run, whose ``records`` are these. Of several
+    processes, ``world``, each has a home; ``store`` is called on the first of them only.
+    """
+
+    finished = 0
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.world = World.current()
+
+    def records(self) -> list[LayerRecord]:
+        """The records of the finished blocks."""
+        return []
+
+    def record(
+        self, blocks: Sequence[Block], windows: Int64[Tensor, "num length"], batch_size: int, first: int = 0
+    ) -> HiddenStates:
+        """How every block is called, and the hidden states that enter the first unfinished one.
+
+        ``windows`` are this process's, of which the first is number ``first`` of the run.
+        """
+        return record(self.model, [block.module for block in blocks], windows, batch_size)
+
+    @contextmanager
+    def loaded(self, block: Block, following: Block | None) -> Iterator[None]:
+        """Within the scope, ``block`` is in memory; ``following`` is the one that will be loaded next."""
+        yield
+
+    def store(self, block: Block) -> None:
+        """Keep the weights of ``block``, which were pruned."""
+
+    def finish(self, block: Block, records: Sequence[LayerRecord], entering: HiddenStates | None) -> None:
+        """``block`` is done; ``entering`` are the states for the next one, None after the last."""
+
+
+class JournaledStore(BlockStore):
+    """A model in memory, of which every pruned block is kept in the folder of an open ``journal``.
 
     ``offload`` is a folder for the hidden states, which are in memory without it. Of several processes, the
     first keeps the blocks, and each the hidden states of its windows.
     """
 
-    def __init__(self, model: nn.Module, progress: Progress, offload: Path | None = None) -> None:
+    def __init__(self, model: nn.Module, journal: Journal, offload: Path | None = None) -> None:
         super().__init__(model)
-        self.progress = progress
+        self.journal = journal
         self.offload = offload
         self._first = 0  # the number of this process's first window
-        self.finished = progress.finished
+        self.finished = journal.finished
         for index in range(self.finished):
             self._restore(self._weights_of(index))
 
     def records(self) -> list[LayerRecord]:
         """The records of the finished blocks. Raises OutputError where a file is missing or damaged."""
-        return self.world.from_first(self.progress.records)
+        return self.world.from_first(self.journal.records)
 
     def record(
         self, blocks: Sequence[Block], windows: Int64[Tensor, "num length"], batch_size: int, first: int = 0
@@ -62,10 +116,10 @@ class KeptHome(Home):
         """
         self._first = first
         stream = self._record(blocks, windows, batch_size)
-        if not self.progress.states:
+        if not self.journal.states:
             return stream
         try:
-            load_states(self.progress.folder, self.progress.states, stream.states, first, stream.release)
+            load_states(self.journal.folder, self.journal.states, stream.states, first, stream.release)
         except OutputError as error:
             warnings.warn(f"{error} They are computed again from the finished blocks.", stacklevel=2)
             stream = self._record(blocks, windows, batch_size)  # some of them may be overwritten
@@ -103,14 +157,14 @@ class KeptHome(Home):
         parts = []
         with self.world.together():
             if entering is not None:
-                folder, number = self.progress.folder, block.index + 1
+                folder, number = self.journal.folder, block.index + 1
                 parts.append(save_states(folder, number, entering.states, self._first, entering.release))
         everyone = self.world.gather(parts)
         with self.world.together():
-            self.progress.finish_block(block.index, records, [part for parts in everyone for part in parts])
+            self.journal.finish_block(block.index, records, [part for parts in everyone for part in parts])
 
     def _weights_of(self, index: int) -> Path:
-        return self.progress.folder / f"weights-{index:05d}.safetensors"
+        return self.journal.folder / f"weights-{index:05d}.safetensors"
 
     def _restore(self, file: Path) -> None:
         """Put the pruned parameters of a finished block back; a block without pruned linears has no file."""
@@ -139,20 +193,20 @@ def kept_windows(output: Path) -> Int64[Tensor, "num length"] | None:
         return None
 
 
-class StreamedHome(KeptHome):
+class StreamedStore(JournaledStore):
     """A model on disk: one block of it is in memory at a time, on ``device``.
 
-    The copies of the checkpoint's files are made here, in the model folder of ``progress``. Raises
+    The copies of the checkpoint's files are made here, in the model folder of ``journal``. Raises
     OutputError where they cannot be.
     """
 
     def __init__(
-        self, streamed: StreamedModel, progress: Progress, device: torch.device, offload: Path | None = None
+        self, streamed: StreamedModel, journal: Journal, device: torch.device, offload: Path | None = None
     ) -> None:
-        super().__init__(streamed.model, progress, offload)
+        super().__init__(streamed.model, journal, offload)
         self.streamed = streamed
         self.device = device
-        self.copies = ShardCopies(streamed.shards, progress.model)
+        self.copies = ShardCopies(streamed.shards, journal.model)
 
     def prepare(self, num_blocks: int) -> None:
         """Make the copies, or check those of an earlier run unless it got through all ``num_blocks``."""

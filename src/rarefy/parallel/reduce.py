@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from rarefy.calibration.collect import Grams
-from rarefy.distributed import World
 from rarefy.layer.gram import Gram
+from rarefy.parallel.world import World
 
 
-def add_up(world: World, grams: Grams) -> Grams:
+def add_up(world: World, grams: dict[str, Gram]) -> dict[str, Gram]:
     """The Grams of all windows, by name of the site, from those of this process's.
 
     Which sites share a Gram is seen on the first batch, which is another one on each process; so it may
@@ -24,7 +23,7 @@ def add_up(world: World, grams: Grams) -> Grams:
         gram = grams[names[0]]
         shared = any(other is gram for other in parts.values())  # shared here, but not on rank 0
         parts[names[0]] = _copy(gram) if shared else gram
-    found: Grams = {}
+    found: dict[str, Gram] = {}
     for names in everyone[0][0]:
         gram = parts[names[0]]
         world.sum_(gram.sums_())

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rarefy.report.records import three_digits
+from rarefy.pruning.records import three_digits
 
 Facts = Mapping[str, Any]
 Value = str | float | int | None

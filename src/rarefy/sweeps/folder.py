@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from rarefy.errors import InputError, OutputError
-from rarefy.identity import versions
-from rarefy.report.results import summarise, to_csv, to_markdown
-from rarefy.run_folder import RunFolder, write_atomically
+from rarefy.runs.fingerprint import versions
+from rarefy.runs.folder import RunFolder, write_atomically
+from rarefy.sweeps.results import summarise, to_csv, to_markdown
 
 #: What a difference between two commands is called.
 _WORDS = {

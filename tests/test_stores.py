@@ -15,13 +15,14 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig
 import rarefy
 from models_for_tests import _EXPERTS, _GROUPED, VOCABULARY, build
 from rarefy.errors import OutputError
-from rarefy.homes import KeptHome, StreamedHome
 from rarefy.models.source import resolve_model
 from rarefy.models.streaming import StreamedModel
-from rarefy.progress import Fingerprint, Progress
-from rarefy.prune_settings import PruneSettings
-from rarefy.pruning import Home, prune_blocks
-from rarefy.report.records import LayerRecord, Report
+from rarefy.pruning.loop import BlockStore, prune_blocks
+from rarefy.pruning.records import LayerRecord, Report
+from rarefy.pruning.settings import PruneSettings
+from rarefy.pruning.stores import JournaledStore, StreamedStore
+from rarefy.runs.fingerprint import Fingerprint
+from rarefy.runs.journal import Journal
 
 _WINDOWS = torch.randint(3, VOCABULARY, (5, 20), generator=torch.Generator().manual_seed(0))
 _CONFIGS = {
@@ -50,18 +51,20 @@ def _in_memory(folder: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval().requires_grad_(False)
 
 
-def _prune(home: Home, include: Sequence[str] = (), on_layer: Callable[[LayerRecord], None] | None = None) -> Report:
+def _prune(
+    home: BlockStore, include: Sequence[str] = (), on_layer: Callable[[LayerRecord], None] | None = None
+) -> Report:
     settings = PruneSettings(rarefy.PerRow(0.5), rarefy.SparseGPT(), batch_size=2, include=include)
     return prune_blocks(home, _WINDOWS, settings, on_layer=on_layer)
 
 
-def _progress(output: Path, folder: Path) -> Progress:
-    return Progress(output).open(Fingerprint.of({"method": "sparsegpt"}, folder, _WINDOWS))
+def _progress(output: Path, folder: Path) -> Journal:
+    return Journal(output).open(Fingerprint.of({"method": "sparsegpt"}, folder, _WINDOWS))
 
 
 def _kept(folder: Path, output: Path, offload: Path | None = None, **more: Any) -> tuple[Report, dict[str, Tensor]]:
     with _progress(output, folder) as progress:
-        home = KeptHome(_in_memory(folder), progress, offload)
+        home = JournaledStore(_in_memory(folder), progress, offload)
         return _prune(home, **more), home.model.state_dict()
 
 
@@ -70,7 +73,7 @@ def _streamed(
 ) -> tuple[Report, dict[str, Tensor]]:
     streamed = StreamedModel(resolve_model(str(folder)))
     with _progress(output, folder) as progress:
-        home = StreamedHome(streamed, progress, torch.device("cpu"), offload)
+        home = StreamedStore(streamed, progress, torch.device("cpu"), offload)
         home.prepare(3)
         report = _prune(home, **more)
         assert all(parameter.is_meta for parameter in streamed.model.parameters())
@@ -99,7 +102,7 @@ def _assert_equal(found: tuple[Report, dict[str, Tensor]], expected: tuple[Repor
 def expected(folder: Path) -> tuple[Report, dict[str, Tensor]]:
     """What pruning in memory makes of the model."""
     model = _in_memory(folder)
-    return _prune(Home(model)), model.state_dict()
+    return _prune(BlockStore(model)), model.state_dict()
 
 
 @pytest.mark.filterwarnings("ignore:.*weights of experts were solved with all tokens")
@@ -176,7 +179,7 @@ def test_lost_states_are_computed_again(
 def test_blocks_without_a_layer_to_prune_are_finished_too(folder: Path, tmp_path: Path, way: Way) -> None:
     include = ["model.layers.1.*.o_proj"]
     model = _in_memory(folder)
-    expected = _prune(Home(model), include=include), model.state_dict()
+    expected = _prune(BlockStore(model), include=include), model.state_dict()
     _assert_equal(way(folder, tmp_path / "out", include=include), expected)
     with _progress(tmp_path / "out", folder) as progress:
         assert progress.finished == 2

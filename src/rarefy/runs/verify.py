@@ -23,8 +23,8 @@ from rarefy.errors import ModelError
 from rarefy.models.blocks import LinearSite, Site, find_blocks
 from rarefy.models.conversion import Plan, plan_conversion
 from rarefy.models.source import resolve_model
-from rarefy.report.records import LayerRecord
-from rarefy.run_folder import RunFolder
+from rarefy.pruning.records import LayerRecord
+from rarefy.runs.folder import RunFolder
 
 
 @dataclass

@@ -13,15 +13,15 @@ import torch
 from torch import Tensor
 
 from rarefy.calibration.sources import DRAW_FROM, SELF, Source, draw_windows, parse_source, token_stream
-from rarefy.comparing.folder import SweepFolder
 from rarefy.errors import InputError, ModelError
 from rarefy.evaluation.measure import Measures, corpora, parse_texts
-from rarefy.identity import file_digests
 from rarefy.models.blocks import find_blocks, select_sites
 from rarefy.models.checkpoint import load_tokenizer, resolve_device
 from rarefy.models.source import ModelSource, resolve_model
-from rarefy.pruning import check_pattern
-from rarefy.recipe import DEFAULT_CALIBRATION, DEFAULT_SPARSITY, Recipe
+from rarefy.pruning.loop import check_pattern
+from rarefy.runs.fingerprint import file_digests
+from rarefy.runs.recipe import DEFAULT_CALIBRATION, DEFAULT_SPARSITY, Recipe
+from rarefy.sweeps.folder import SweepFolder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -1,7 +1,7 @@
-"""The model of a pruning run: whole in memory, or on disk and loaded in parts.
+"""The model of a pruning run: whole in memory, or streamed from disk block by block.
 
-Both do the same things for ``run``: write text while the model is dense, give the loop over blocks its
-home, and write the pruned model into the run's folder.
+Both do the same things for a run: write text while the model is dense, give the loop its block store, and
+write the pruned model into the run's folder.
 """
 
 from __future__ import annotations
@@ -12,33 +12,34 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from rarefy.cli.memory import give_back, weights_bytes, writes_texts
-from rarefy.cli.words import memory_words
 from rarefy.errors import ModelError
+from rarefy.models.memory import give_back
+from rarefy.runs.memory import weights_bytes, writes_texts
+from rarefy.runs.words import memory_words
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from rarefy.cli.plan import Plan
-    from rarefy.cli.terminal import Terminal
     from rarefy.models.source import ModelSource
     from rarefy.models.streaming import StreamedModel
-    from rarefy.progress import Progress
-    from rarefy.pruning import Home
-    from rarefy.run_folder import RunFolder
+    from rarefy.pruning.stores import BlockStore
+    from rarefy.runs.events import Events
+    from rarefy.runs.folder import RunFolder
+    from rarefy.runs.journal import Journal
+    from rarefy.runs.plan import Plan
 
 _T = TypeVar("_T")
 
 
-class Held(ABC):
+class RunModel(ABC):
     """A model that is to be pruned. ``texts`` is what ``run.json`` says of what it writes."""
 
     dtype: torch.dtype
 
-    def __init__(self, plan: Plan, terminal: Terminal) -> None:
+    def __init__(self, plan: Plan, events: Events) -> None:
         self.plan = plan
-        self.terminal = terminal
+        self.events = events
         self.texts: dict[str, list[dict[str, str]]] = {"dense_texts": [], "texts": []}
 
     @abstractmethod
@@ -50,11 +51,11 @@ class Held(ABC):
         """Calibration windows that the dense model writes, token ids (num, length)."""
 
     @abstractmethod
-    def home(self, progress: Progress) -> Home:
-        """Where the loop over blocks finds them, with what is finished already."""
+    def store(self, journal: Journal) -> BlockStore:
+        """The block store of the loop, in which the blocks that the journal calls finished are finished."""
 
     @abstractmethod
-    def write(self, folder: RunFolder, progress: Progress) -> None:
+    def write(self, folder: RunFolder, journal: Journal) -> None:
         """Write the pruned model into ``folder``."""
 
     @abstractmethod
@@ -66,30 +67,30 @@ class Held(ABC):
 
     def _texts_of(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> list[dict[str, str]]:
         """What the model writes after three prompts, for the report; nothing where it cannot."""
-        from rarefy.evaluation.texts import kept_texts
+        from rarefy.runs.texts import kept_texts
 
         try:
-            with self.terminal.watch("writing texts"):
+            with self.events.watch("writing texts"):
                 return kept_texts(model, tokenizer)
         except Exception as error:  # noqa: BLE001 (a picture in a report must not cost the run)
-            self.terminal.warn(f"the model writes no texts for the report: {' '.join(str(error).split())}")
+            self.events.warn(f"the model writes no texts for the report: {' '.join(str(error).split())}")
             return []
 
     def _own_text_of(self, model: PreTrainedModel) -> torch.Tensor:
         from rarefy.calibration.self_text import write_text
 
         recipe = self.plan.recipe
-        with self.terminal.watch("writing tokens") as watch:
+        with self.events.watch("writing tokens") as watch:
             return write_text(model, *recipe.window_shape, recipe.seed, progress=watch)
 
 
-class Whole(Held):
+class WholeModel(RunModel):
     """A model in memory."""
 
-    def __init__(self, plan: Plan, terminal: Terminal) -> None:
+    def __init__(self, plan: Plan, events: Events) -> None:
         from rarefy.models.checkpoint import load_model
 
-        super().__init__(plan, terminal)
+        super().__init__(plan, events)
         self.model, self.tokenizer = load_model(plan.source, plan.device, plan.recipe.dtype)
         self.dtype = self.model.dtype
 
@@ -99,12 +100,12 @@ class Whole(Held):
     def own_text(self) -> torch.Tensor:
         return self._own_text_of(self.model)
 
-    def home(self, progress: Progress) -> Home:
-        from rarefy.homes import KeptHome
+    def store(self, journal: Journal) -> BlockStore:
+        from rarefy.pruning.stores import JournaledStore
 
-        return KeptHome(self.model, progress, self.plan.offload)
+        return JournaledStore(self.model, journal, self.plan.offload)
 
-    def write(self, folder: RunFolder, progress: Progress) -> None:
+    def write(self, folder: RunFolder, journal: Journal) -> None:
         from rarefy.models.checkpoint import save_model
 
         folder.write_model(lambda path: save_model(self.model, self.tokenizer, path, self.plan.source))
@@ -113,11 +114,11 @@ class Whole(Held):
         self.texts["texts"] = self._texts_of(self.model, self.tokenizer)
 
 
-class OnDisk(Held):
+class OnDiskModel(RunModel):
     """A model of which blocks are loaded one at a time, and the whole only for writing text."""
 
     @classmethod
-    def where_possible(cls, plan: Plan, terminal: Terminal) -> OnDisk | None:
+    def where_possible(cls, plan: Plan, events: Events) -> OnDiskModel | None:
         """The model of ``plan`` on disk; None where it cannot be had in parts, or not be written back so."""
         from rarefy.models.streaming import StreamedModel
 
@@ -127,16 +128,16 @@ class OnDisk(Held):
             streamed = StreamedModel(plan.source)
             streamed.check_storable(site.parameter_name for block in plan.blocks for site in block.sites)
         except ModelError as error:
-            terminal.note(f"the model is loaded as a whole: {error}")
+            events.note(f"the model is loaded as a whole: {error}")
             return None
-        return cls(plan, terminal, streamed)
+        return cls(plan, events, streamed)
 
-    def __init__(self, plan: Plan, terminal: Terminal, streamed: StreamedModel) -> None:
-        super().__init__(plan, terminal)
+    def __init__(self, plan: Plan, events: Events, streamed: StreamedModel) -> None:
+        super().__init__(plan, events)
         self.streamed = streamed
         self.dtype = streamed.model.dtype
         if streamed.surplus:
-            terminal.warn(
+            events.warn(
                 f"{plan.source.name} has {len(streamed.surplus)} tensors that its model has no place for, "
                 f"{min(streamed.surplus)} for instance; they are kept as they are."
             )
@@ -147,19 +148,19 @@ class OnDisk(Held):
     def own_text(self) -> torch.Tensor:
         return self._with_whole(self.plan.source, lambda model, _: self._own_text_of(model))
 
-    def home(self, progress: Progress) -> Home:
-        from rarefy.homes import StreamedHome
+    def store(self, journal: Journal) -> BlockStore:
+        from rarefy.pruning.stores import StreamedStore
 
-        home = StreamedHome(self.streamed, progress, self.plan.device, self.plan.offload)
-        home.prepare(1 + max(block.index for block in self.plan.blocks if block.sites))
-        return home
+        store = StreamedStore(self.streamed, journal, self.plan.device, self.plan.offload)
+        store.prepare(1 + max(block.index for block in self.plan.blocks if block.sites))
+        return store
 
-    def write(self, folder: RunFolder, progress: Progress) -> None:
+    def write(self, folder: RunFolder, journal: Journal) -> None:
         from rarefy.models.settings import copy_settings
 
-        if progress.model.exists():  # else it was published before the run was killed
-            copy_settings(self.streamed.shards.folder, progress.model)
-            progress.publish(folder.model)
+        if journal.model.exists():  # else it was published before the run was killed
+            copy_settings(self.streamed.shards.folder, journal.model)
+            journal.publish(folder.model)
         self.close()
 
     def close(self) -> None:
@@ -169,7 +170,7 @@ class OnDisk(Held):
         from rarefy.models.source import resolve_model
 
         if not writes_texts(self.plan):
-            self.terminal.note(
+            self.events.note(
                 f"the model is too large to be loaded as a whole ({memory_words(weights_bytes(self.plan))}), so the "
                 "report will have no texts that it writes"
             )
@@ -194,3 +195,8 @@ class OnDisk(Held):
             return use(*loaded())  # held by nobody but the call
         finally:
             give_back()
+
+
+def open_model(plan: Plan, events: Events) -> RunModel:
+    """The model of ``plan``, streamed where its files allow that. Raises ModelError."""
+    return OnDiskModel.where_possible(plan, events) or WholeModel(plan, events)

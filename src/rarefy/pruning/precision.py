@@ -1,9 +1,7 @@
-"""What a device computes a block in, and the most memory that was taken on it."""
+"""The dtype in which a block is computed on a device."""
 
 from __future__ import annotations
 
-import resource
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -39,11 +37,3 @@ def computing_in(module: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     finally:
         for tensor, original in changed:
             tensor.data = tensor.data.to(original)
-
-
-def peak_bytes(device: torch.device) -> int:
-    """Largest memory so far in bytes: of the GPU's allocator, or of the whole process on the CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes there, in KiB elsewhere
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -14,62 +14,30 @@ any moment leaves one of the two, whole.
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import shutil
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, BinaryIO, Self
 
 from rarefy.calibration.spill import StatesPart
-from rarefy.disk import appears, refusals, remove_partial_files, replace_file, sync_folder
-from rarefy.distributed import Stopped
 from rarefy.errors import OutputError, RankError
-from rarefy.identity import file_digests
-from rarefy.report.records import LayerRecord
+from rarefy.models.atomic import appears, refusals, remove_partial_files, replace_file, sync_folder
+from rarefy.parallel.world import Stopped
+from rarefy.pruning.records import LayerRecord
+from rarefy.runs.fingerprint import Fingerprint
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    pass
 
 _FORMAT = 1
 
 
-@dataclass(frozen=True)
-class Fingerprint:
-    """All that the result of a run depends on; runs with equal ones can go on with each other's blocks.
-
-    ``recipe`` is every setting by name, as plain values; ``model`` a digest of each of its files; ``text``
-    a digest of the calibration windows.
-    """
-
-    recipe: dict[str, Any]
-    model: dict[str, str]
-    text: str
-
-    @classmethod
-    def of(cls, recipe: Mapping[str, Any], model: Path, windows: Tensor) -> Self:
-        """The fingerprint of a recipe, a model's folder or file, and the token ids of all windows."""
-        content = repr(tuple(windows.shape)).encode() + windows.numpy().tobytes()
-        plain = json.loads(json.dumps(dict(recipe)))  # as it is read back: lists for tuples
-        return cls(plain, file_digests(model), hashlib.sha256(content).hexdigest())
-
-    def difference(self, other: Fingerprint) -> str | None:
-        """The first thing in which ``other`` differs, in words; None where nothing does."""
-        for key in (*self.recipe, *other.recipe):
-            mine, theirs = self.recipe.get(key), other.recipe.get(key)
-            if mine != theirs:
-                return f"with {key} {_shown(mine)}, not {_shown(theirs)}"
-        for name in (*self.model, *other.model):
-            if self.model.get(name) != other.model.get(name):
-                return f"of another model: {name} is not the same file"
-        return None if self.text == other.text else "on another calibration text"
-
-
-class Progress:
+class Journal:
     """The journal in the output folder of one run; one process at a time holds it.
 
     ``finished`` blocks are done, so the next one has this number; ``states`` says where the hidden states
@@ -294,7 +262,3 @@ def finished_blocks(number: int) -> str:
 
 def _checksum(content: Mapping[str, Any]) -> int:
     return zlib.crc32(json.dumps(content, sort_keys=True).encode())
-
-
-def _shown(value: Any) -> str:
-    return "unset" if value is None else str(value)

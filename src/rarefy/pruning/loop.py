@@ -3,7 +3,7 @@
 For each block in order, the hidden states of all windows are replayed through the still dense block
 while hooks feed its Gram matrices, every linear is solved, the sparse weights are written, and the
 hidden states are replayed through the pruned block to enter the next one. Where blocks come from and go
-to is a ``Home``'s affair: the loop is the same for a model in memory and for one that stays on disk. So it
+to is a ``BlockStore``'s affair: the loop is the same for a model in memory and for one that stays on disk. So it
 is for one process and for several, of which each holds the hidden states of some windows and solves some
 layers: Grams are summed, and weights handed round, so that all go on with the same block.
 """
@@ -14,8 +14,8 @@ import hashlib
 import re
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from itertools import zip_longest
 
 import torch
@@ -23,9 +23,7 @@ from jaxtyping import Int64
 from torch import Tensor, nn
 
 from rarefy.calibration.collect import turns
-from rarefy.calibration.stream import HiddenStates, convert_calls, record
-from rarefy.devices import compute_dtype, computing_in
-from rarefy.distributed import World
+from rarefy.calibration.stream import convert_calls
 from rarefy.errors import InputError
 from rarefy.layer.gram import Gram
 from rarefy.layer.pattern import Pattern
@@ -33,9 +31,12 @@ from rarefy.layer.problem import LayerProblem
 from rarefy.layer.solution import Solution
 from rarefy.methods.base import Method, run
 from rarefy.models.blocks import Block, find_blocks, select_sites
-from rarefy.prune_settings import PruneSettings
-from rarefy.report.records import LayerRecord, Report
-from rarefy.turn import STARVED, Progress, Ticks, prune_block
+from rarefy.parallel.world import World
+from rarefy.pruning.block import STARVED, Progress, Ticks, prune_block
+from rarefy.pruning.precision import compute_dtype, computing_in
+from rarefy.pruning.records import LayerRecord, Report
+from rarefy.pruning.settings import PruneSettings
+from rarefy.pruning.stores import BlockStore
 
 _NAMED = 8  # of these, so many are named in the warning
 
@@ -91,7 +92,7 @@ def prune_model(
     on_layer: Callable[[LayerRecord], None] | None = None,
 ) -> Report:
     """What ``prune`` does, with the settings in one piece."""
-    home = Home(model)
+    home = BlockStore(model)
     if home.world.size > 1:
         _check_alike(home.world, model, windows, settings)
     training = model.training
@@ -102,47 +103,8 @@ def prune_model(
         model.train(training)
 
 
-class Home:
-    """Where the blocks of a model are before their turn and after it: here, in memory all the time.
-
-    The loop calls ``record`` once, and for each block in order ``loaded``, within it ``store``, and then
-    ``finish``. Blocks before ``finished`` were done by an earlier run, whose ``records`` are these. Of several
-    processes, ``world``, each has a home; ``store`` is called on the first of them only.
-    """
-
-    finished = 0
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-        self.world = World.current()
-
-    def records(self) -> list[LayerRecord]:
-        """The records of the finished blocks."""
-        return []
-
-    def record(
-        self, blocks: Sequence[Block], windows: Int64[Tensor, "num length"], batch_size: int, first: int = 0
-    ) -> HiddenStates:
-        """How every block is called, and the hidden states that enter the first unfinished one.
-
-        ``windows`` are this process's, of which the first is number ``first`` of the run.
-        """
-        return record(self.model, [block.module for block in blocks], windows, batch_size)
-
-    @contextmanager
-    def loaded(self, block: Block, following: Block | None) -> Iterator[None]:
-        """Within the scope, ``block`` is in memory; ``following`` is the one that will be loaded next."""
-        yield
-
-    def store(self, block: Block) -> None:
-        """Keep the weights of ``block``, which were pruned."""
-
-    def finish(self, block: Block, records: Sequence[LayerRecord], entering: HiddenStates | None) -> None:
-        """``block`` is done; ``entering`` are the states for the next one, None after the last."""
-
-
 def prune_blocks(
-    home: Home,
+    home: BlockStore,
     windows: Int64[Tensor, "num length"],
     settings: PruneSettings,
     on_progress: Progress | None = None,

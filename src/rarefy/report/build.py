@@ -8,13 +8,13 @@ from typing import Any
 
 import yaml
 
-from rarefy.comparing.folder import SweepFolder
 from rarefy.errors import InputError, OutputError, RarefyError
+from rarefy.pruning.records import LayerRecord
 from rarefy.report.page import render
-from rarefy.report.records import LayerRecord
 from rarefy.report.views import LayerProof, RunView, SweepView
-from rarefy.run_folder import RunFolder, write_atomically
-from rarefy.watching import Watch, unwatched
+from rarefy.runs.events import Watch, unwatched
+from rarefy.runs.folder import RunFolder, write_atomically
+from rarefy.sweeps.folder import SweepFolder
 
 
 def write_report(
@@ -104,7 +104,7 @@ def _proof(folder: RunFolder, layers: Sequence[LayerRecord]) -> list[LayerProof]
     """The zeros in the written files; nothing where no model was written."""
     if not folder.model.is_dir():
         return []
-    from rarefy.evaluation.verify import inspect_folder
+    from rarefy.runs.verify import inspect_folder
 
     promised = {layer.name: layer.pruned for layer in layers}
     return [
@@ -139,9 +139,9 @@ def _texts(
 
 def _written_by(name: str, device: str) -> Texts:
     from rarefy.errors import ModelError
-    from rarefy.evaluation.texts import PROMPTS, write_texts
     from rarefy.models.checkpoint import load_model
     from rarefy.models.source import resolve_model
+    from rarefy.runs.texts import PROMPTS, write_texts
 
     model, tokenizer = load_model(resolve_model(name), device)
     if tokenizer is None:

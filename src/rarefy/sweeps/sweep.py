@@ -14,17 +14,17 @@ import torch
 from torch import Tensor
 
 from rarefy.calibration.sources import draw_windows
-from rarefy.comparing.folder import SweepFolder
-from rarefy.comparing.plan import Cell, Plan
-from rarefy.evaluation.texts import kept_texts
-from rarefy.identity import versions
 from rarefy.models.blocks import Block, find_blocks
 from rarefy.models.checkpoint import load_model, save_model
-from rarefy.pruning import prune_model
-from rarefy.report.card import base_model, model_card
-from rarefy.report.records import Report, three_digits
-from rarefy.run_folder import RunFolder
-from rarefy.watching import Watch, unwatched
+from rarefy.pruning.loop import prune_model
+from rarefy.pruning.records import Report, three_digits
+from rarefy.runs.card import base_model, model_card
+from rarefy.runs.events import Watch, unwatched
+from rarefy.runs.fingerprint import versions
+from rarefy.runs.folder import RunFolder
+from rarefy.runs.texts import kept_texts
+from rarefy.sweeps.folder import SweepFolder
+from rarefy.sweeps.plan import Cell, Plan
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

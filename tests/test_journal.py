@@ -22,8 +22,9 @@ from rarefy.errors import OutputError
 from rarefy.models.shards import ShardCopies
 from rarefy.models.source import resolve_model
 from rarefy.models.streaming import StreamedModel
-from rarefy.progress import Fingerprint, Progress, file_digests
-from rarefy.report.records import LayerRecord
+from rarefy.pruning.records import LayerRecord
+from rarefy.runs.fingerprint import Fingerprint, file_digests
+from rarefy.runs.journal import Journal
 
 _WINDOWS = torch.randint(3, 100, (3, 6), generator=torch.Generator().manual_seed(0))
 _BLOCKS = [f"model.layers.{index}" for index in range(3)]
@@ -38,7 +39,7 @@ def _record(block: int, name: str = "up_proj", error: float = 0.25) -> LayerReco
     return LayerRecord(f"model.layers.{block}.{name}", block, [2, 3], "50 %", 3, error, "done", trace={"loss": [1.0]})
 
 
-def _finish(progress: Progress, index: int, states: Tensor | None = None) -> list[StatesPart]:
+def _finish(progress: Journal, index: int, states: Tensor | None = None) -> list[StatesPart]:
     parts = [save_states(progress.folder, index + 1, torch.zeros(2, 3, 4) if states is None else states)]
     progress.finish_block(index, [_record(index), _record(index, "down_proj")], parts)
     return parts
@@ -52,8 +53,8 @@ def _full(*_: object) -> None:
 
 
 def test_what_is_finished_is_there_again(tmp_path: Path) -> None:
-    assert Progress.find(tmp_path) is None
-    with Progress(tmp_path / "new" / "out").open(_fingerprint()) as progress:
+    assert Journal.find(tmp_path) is None
+    with Journal(tmp_path / "new" / "out").open(_fingerprint()) as progress:
         assert (progress.finished, progress.states, progress.records()) == (0, [], [])
         assert progress.folder == tmp_path / "new" / "out" / "unfinished"
         for index in range(3):
@@ -61,11 +62,11 @@ def test_what_is_finished_is_there_again(tmp_path: Path) -> None:
             assert (progress.finished, progress.states) == (index + 1, parts)
             with pytest.raises(ValueError, match=f"Block {index} was finished, but {index + 1} is the next"):
                 progress.finish_block(index, [], [])
-    found = Progress.find(tmp_path / "new" / "out")
+    found = Journal.find(tmp_path / "new" / "out")
     assert found is not None
     found.check(_fingerprint())
     assert found.finished == 3
-    with Progress(tmp_path / "new" / "out").open(_fingerprint()) as again:
+    with Journal(tmp_path / "new" / "out").open(_fingerprint()) as again:
         assert (again.finished, again.states) == (3, parts)
         names = [(record.block, record.name, record.trace) for record in again.records()]
         expected = [
@@ -85,7 +86,7 @@ def test_what_is_finished_is_there_again(tmp_path: Path) -> None:
 
 
 def test_the_model_takes_its_name_once(tmp_path: Path) -> None:
-    progress = Progress(tmp_path).open(_fingerprint())
+    progress = Journal(tmp_path).open(_fingerprint())
     progress.model.mkdir()
     (progress.model / "config.json").write_text("{}")
     for _ in range(2):
@@ -99,11 +100,11 @@ def test_the_model_takes_its_name_once(tmp_path: Path) -> None:
 
 
 def test_two_processes_do_not_write_the_same_folder(tmp_path: Path) -> None:
-    first = Progress(tmp_path).open(_fingerprint())
+    first = Journal(tmp_path).open(_fingerprint())
     with pytest.raises(OutputError, match=f"{tmp_path} is being written by another process"):
-        Progress(tmp_path).open(_fingerprint())
+        Journal(tmp_path).open(_fingerprint())
     first.close()
-    Progress(tmp_path).open(_fingerprint()).close()
+    Journal(tmp_path).open(_fingerprint()).close()
 
 
 def test_a_run_that_was_killed_before_its_journal_was_written_begins(tmp_path: Path) -> None:
@@ -111,14 +112,14 @@ def test_a_run_that_was_killed_before_its_journal_was_written_begins(tmp_path: P
     stale = [tmp_path / "unfinished" / name for name in (".block-00000.jsonl.partial", "states-00001-000000.bin")]
     for file in stale:
         file.write_text("{")
-    found = Progress.find(tmp_path)
+    found = Journal.find(tmp_path)
     assert found is not None
     found.check(_fingerprint())
     with found.open(_fingerprint()):
         assert found.finished == 0
         assert not any(file.exists() for file in stale)
     with pytest.raises(OutputError, match="unfinished run with sparsity"):
-        Progress(tmp_path).check(_fingerprint(sparsity=0.6))
+        Journal(tmp_path).check(_fingerprint(sparsity=0.6))
 
 
 # --- Whose run it is --------------------------------------------------------------------------------------
@@ -142,17 +143,17 @@ def test_a_run_that_was_killed_before_its_journal_was_written_begins(tmp_path: P
 def test_a_run_of_another_recipe_model_or_text_is_refused_and_left_alone(
     tmp_path: Path, other: Fingerprint, difference: str
 ) -> None:
-    with Progress(tmp_path).open(_fingerprint()) as progress:
+    with Journal(tmp_path).open(_fingerprint()) as progress:
         _finish(progress, 0)
     before = {file.name: file.read_bytes() for file in progress.folder.iterdir()}
-    for attempt in (Progress(tmp_path).check, Progress(tmp_path).open):
+    for attempt in (Journal(tmp_path).check, Journal(tmp_path).open):
         with pytest.raises(OutputError) as error:
             attempt(other)
         message = str(error.value)
         assert message.startswith(f"{tmp_path} holds an unfinished run {difference}")
         assert message.endswith(": repeat its command to go on with it, or choose another folder.")
     assert {file.name: file.read_bytes() for file in progress.folder.iterdir()} == before
-    Progress(tmp_path).open(_fingerprint()).close()  # the lock was given back
+    Journal(tmp_path).open(_fingerprint()).close()  # the lock was given back
 
 
 def test_a_fingerprint_depends_on_all_that_the_result_depends_on(tmp_path: Path) -> None:
@@ -188,7 +189,7 @@ def test_a_fingerprint_depends_on_all_that_the_result_depends_on(tmp_path: Path)
 
 @pytest.mark.parametrize("damage", ["bit", "cut", "empty", "list", "format"])
 def test_a_damaged_journal_is_one_sentence_and_nothing_is_removed(tmp_path: Path, damage: str) -> None:
-    with Progress(tmp_path).open(_fingerprint()) as progress:
+    with Journal(tmp_path).open(_fingerprint()) as progress:
         _finish(progress, 0)
     journal = progress.folder / "progress.json"
     text = journal.read_text()
@@ -202,7 +203,7 @@ def test_a_damaged_journal_is_one_sentence_and_nothing_is_removed(tmp_path: Path
     assert changed != text
     journal.write_text(changed)
     files = sorted(progress.folder.iterdir())
-    for attempt in (Progress(tmp_path).check, Progress(tmp_path).open):
+    for attempt in (Journal(tmp_path).check, Journal(tmp_path).open):
         with pytest.raises(
             OutputError, match=r"progress\.json is damaged, so the unfinished run cannot go on"
         ) as error:
@@ -212,7 +213,7 @@ def test_a_damaged_journal_is_one_sentence_and_nothing_is_removed(tmp_path: Path
 
 
 def test_damaged_or_lost_records_are_one_sentence(tmp_path: Path) -> None:
-    with Progress(tmp_path).open(_fingerprint()) as progress:
+    with Journal(tmp_path).open(_fingerprint()) as progress:
         _finish(progress, 0)
         path = progress.folder / "block-00000.jsonl"
         content = path.read_text()
@@ -228,7 +229,7 @@ def test_damaged_or_lost_records_are_one_sentence(tmp_path: Path) -> None:
 def test_a_full_disk_loses_nothing_that_was_finished(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, survived: int
 ) -> None:
-    with Progress(tmp_path).open(_fingerprint()) as progress:
+    with Journal(tmp_path).open(_fingerprint()) as progress:
         parts = _finish(progress, 0)
         fsync, calls = os.fsync, []
 
@@ -246,7 +247,7 @@ def test_a_full_disk_loses_nothing_that_was_finished(
         message = "No space left on device; 1 finished block is kept, and the same command goes on from there."
         assert str(error.value).endswith(f"cannot be written: {message}")
         assert (progress.finished, progress.states) == (1, parts)
-    with Progress(tmp_path).open(_fingerprint()) as again:
+    with Journal(tmp_path).open(_fingerprint()) as again:
         assert (again.finished, again.states) == (1, parts)
         load_states(again.folder, again.states, torch.empty(2, 3, 4))
         _finish(again, 1)
@@ -254,7 +255,7 @@ def test_a_full_disk_loses_nothing_that_was_finished(
 
 
 def test_what_the_disk_refuses_anywhere_says_what_is_kept(tmp_path: Path) -> None:
-    progress = Progress(tmp_path).open(_fingerprint())
+    progress = Journal(tmp_path).open(_fingerprint())
     with pytest.raises(OutputError, match=r"No space left on device; 0 finished blocks are kept"), progress.keeping():
         _full()
     with pytest.raises(KeyError), progress.keeping():
@@ -280,7 +281,7 @@ def _run(streamed: StreamedModel, output: Path) -> int:
     names = [f"{block}.{parameter}" for block in _BLOCKS for parameter in _PARAMETERS]
     streamed.check_storable(names)
     fingerprint = Fingerprint.of({"rule": "mean"}, streamed.shards.folder, _WINDOWS)
-    with Progress(output).open(fingerprint) as progress, progress.keeping():
+    with Journal(output).open(fingerprint) as progress, progress.keeping():
         copies = ShardCopies(streamed.shards, progress.model)
         if progress.finished == len(_BLOCKS):
             pass
@@ -371,7 +372,7 @@ def test_a_run_that_is_killed_at_any_moment_ends_with_the_same_bits(
 
 def test_a_lost_file_of_the_model_so_far_is_one_sentence(streamed: StreamedModel, tmp_path: Path) -> None:
     fingerprint = Fingerprint.of({"rule": "mean"}, streamed.shards.folder, _WINDOWS)
-    with Progress(tmp_path).open(fingerprint) as progress:
+    with Journal(tmp_path).open(fingerprint) as progress:
         ShardCopies(streamed.shards, progress.model).make()
         _finish(progress, 0)
     lost = progress.model / streamed.shards.files[1].name

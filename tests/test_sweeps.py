@@ -22,10 +22,6 @@ from transformers import AutoModelForCausalLM
 from cli_for_tests import Rarefy, is_one_sentence
 from models_for_tests import make_model, make_tokenizer, save_folder
 from rarefy.calibration.sources import draw_windows, parse_source, token_stream
-from rarefy.comparing import sweep as module
-from rarefy.comparing.folder import SweepFolder
-from rarefy.comparing.plan import Options, plan_sweep
-from rarefy.comparing.sweep import DenseWeights, run_sweep
 from rarefy.errors import InputError
 from rarefy.evaluation.perplexity import perplexity
 from rarefy.layer.pattern import NM, Pattern, Unstructured
@@ -34,7 +30,11 @@ from rarefy.layer.solution import Solution
 from rarefy.methods import build
 from rarefy.methods.base import Method
 from rarefy.models.blocks import find_blocks
-from rarefy.pruning import prune, prune_model
+from rarefy.pruning.loop import prune, prune_model
+from rarefy.sweeps import sweep as module
+from rarefy.sweeps.folder import SweepFolder
+from rarefy.sweeps.plan import Options, plan_sweep
+from rarefy.sweeps.sweep import DenseWeights, run_sweep
 from task_files import write_task_files
 
 Folders = Callable[[str], Path]
@@ -206,7 +206,7 @@ def test_settings_reach_their_method(options: Options, tmp_path: Path) -> None:
 
 def test_a_failing_cell_is_recorded_and_the_others_go_on(options: Options, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    asked = replace(options, methods=["wanda", "test_comparing:Failing", "magnitude"], patterns=[])
+    asked = replace(options, methods=["wanda", "test_sweeps:Failing", "magnitude"], patterns=[])
     cells = sweep(asked, out)
     assert [cell["status"] for cell in cells] == ["done", "failed", "done"]
     failed = rows_of(out)[1]
@@ -221,7 +221,7 @@ def test_a_failing_cell_is_recorded_and_the_others_go_on(options: Options, tmp_p
 def test_a_failed_cell_is_only_tried_again_on_request(
     options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked = replace(options, methods=["test_comparing:Failing"], patterns=[])
+    asked = replace(options, methods=["test_sweeps:Failing"], patterns=[])
     sweep(asked, tmp_path / "out")
     monkeypatch.setattr(
         Failing, "solve", lambda _, problem, pattern, start: build("magnitude").solve(problem, pattern)

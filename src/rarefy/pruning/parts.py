@@ -1,9 +1,4 @@
-"""Who solves what: layers, or rows of them, shared out among processes by what they cost; records put together.
-
-Costs are estimates from shapes alone, so that every process comes to the same answer without asking. What
-counts is how layers compare: a row of a layer with ``in`` inputs costs a multiple of in^2 with every method
-(products W @ H, and the grade), and a layer, or a part of it, some share of in^3 for its factorisations.
-"""
+"""Puts the record of a layer together from those of its parts, which different processes have solved."""
 
 from __future__ import annotations
 
@@ -13,11 +8,7 @@ from dataclasses import dataclass, replace
 
 from rarefy.layer.problem import error_ratio
 from rarefy.layer.solution import Status
-from rarefy.report.records import LayerRecord
-
-#: Of in^3, per layer, beside out * in^2: ALPS with 8 factorisations to 58 products, SparseGPT with one to a
-#: product and its grades.
-_FACTORISATIONS = 1 / 8
+from rarefy.pruning.records import LayerRecord
 
 #: Statuses from the one that says most to the one that says least about a layer of which a part has it.
 _GRAVITY = (
@@ -33,59 +24,12 @@ _JOINED: dict[str, Callable[[Sequence[float]], float]] = {
 
 
 @dataclass(frozen=True)
-class Piece:
-    """Rows ``start`` to ``stop`` of layer number ``layer``, which process ``rank`` solves."""
-
-    layer: int
-    start: int
-    stop: int
-    rank: int = 0
-
-    @property
-    def rows(self) -> slice:
-        """The rows as an index."""
-        return slice(self.start, self.stop)
-
-
-@dataclass(frozen=True)
 class Part:
     """The record of a piece, the output energy that was lost in its rows, and theirs in the dense layer."""
 
     record: LayerRecord
     lost: float
     dense: float
-
-
-def share_out(shapes: Sequence[tuple[int, int]], size: int, can_be_cut: bool) -> list[Piece]:
-    """All rows of layers of these ``shapes`` (out, in), shared out among ``size`` processes.
-
-    The most expensive goes to the process that has least, and so on. Where layers ``can_be_cut``, one that
-    costs more than a process's fair share is cut into equal parts, if the last process is done sooner then:
-    every part costs factorisations. In the order of rows.
-    """
-    fair = sum(_cost(*shape) for shape in shapes) / size
-    whole = [Piece(layer, 0, out) for layer, (out, _) in enumerate(shapes)]
-    cut = []
-    for layer, (out, inputs) in enumerate(shapes):
-        parts = min(out, size, math.ceil(_cost(out, inputs) / fair))
-        cut += [Piece(layer, out * i // parts, out * (i + 1) // parts) for i in range(parts)]
-    plans = [_dealt(pieces, shapes, size) for pieces in ([whole, cut] if can_be_cut else [whole])]
-    return min(plans, key=lambda plan: plan[0])[1]
-
-
-def _dealt(pieces: Sequence[Piece], shapes: Sequence[tuple[int, int]], size: int) -> tuple[float, list[Piece]]:
-    """Pieces with their ranks, and what those of the process that has most cost."""
-    loads = [0.0] * size
-    ranks = [0] * len(pieces)
-    costs = [_cost(piece.stop - piece.start, shapes[piece.layer][1]) for piece in pieces]
-    for i in sorted(range(len(pieces)), key=lambda i: -costs[i]):  # of equals the first: sorting is stable
-        ranks[i] = loads.index(min(loads))
-        loads[ranks[i]] += costs[i]
-    return max(loads), [replace(piece, rank=rank) for piece, rank in zip(pieces, ranks)]
-
-
-def _cost(rows: int, inputs: int) -> float:
-    return rows * inputs**2 + _FACTORISATIONS * inputs**3
 
 
 def join(parts: Sequence[Part]) -> LayerRecord:

@@ -20,7 +20,7 @@ from rarefy.errors import InputError, MethodError, PatternError, RecipeError
 from rarefy.layer.pattern import NM, Pattern, PerRow, Unstructured
 from rarefy.methods import all_settings, build
 from rarefy.methods.base import Method
-from rarefy.prune_settings import PruneSettings
+from rarefy.pruning.settings import PruneSettings
 
 DEFAULT_METHOD = "alps"
 DEFAULT_SPARSITY = 0.5

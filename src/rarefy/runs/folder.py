@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from rarefy.errors import InputError, OutputError
-from rarefy.report.records import LayerRecord, read_records
+from rarefy.pruning.records import LayerRecord, read_records
 
 
 class RunFolder:

@@ -8,17 +8,19 @@ import torch
 
 from rarefy.calibration.collect import Grams, collect, collect_all_tokens, starved, turns
 from rarefy.calibration.stream import HiddenStates
-from rarefy.calibration.sums import add_up
-from rarefy.devices import computing_in, peak_bytes
-from rarefy.distributed import World
 from rarefy.errors import NumericalError
 from rarefy.layer.gram import Gram
 from rarefy.layer.problem import LayerProblem, error_ratio
 from rarefy.methods.base import run
 from rarefy.models.blocks import Block, Site
-from rarefy.prune_settings import PruneSettings
-from rarefy.report.records import LayerRecord, three_digits
-from rarefy.sharing import Part, Piece, join, share_out
+from rarefy.models.memory import peak_bytes
+from rarefy.parallel.reduce import add_up
+from rarefy.parallel.sharing import Piece, share_out
+from rarefy.parallel.world import World
+from rarefy.pruning.parts import Part, join
+from rarefy.pruning.precision import computing_in
+from rarefy.pruning.records import LayerRecord, three_digits
+from rarefy.pruning.settings import PruneSettings
 
 STARVED = "starved"  # what a record's details call a weight of an expert that saw too few tokens
 

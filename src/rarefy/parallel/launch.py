@@ -7,31 +7,35 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 
-from rarefy.cli.terminal import complain
-from rarefy.distributed import Meeting, Stopped, World, joined
 from rarefy.errors import InputError, RankError
+from rarefy.parallel.world import Meeting, Stopped, World, joined
 
 #: Seconds for which the first process may say why the run ends, before another one does.
 _PATIENCE = 3.0
 _STOPPED = 143  # as a shell reports a process that SIGTERM has ended
 
 
-def answer_together(answer: Callable[[], int]) -> int:
+Complain = Callable[[str, int], int]
+
+
+def answer_together(answer: Callable[[], int], complain: Complain) -> int:
     """The exit status of ``answer``, which all processes call, and of which only the first prints anything.
+
+    ``complain`` prints a sentence about what went wrong and returns the exit status that it is given.
 
     Where a process is lost, the first of the others that can says so. What is no error of Rarefy's is
     raised, so that its traceback is seen, whichever process it is.
     """
     try:
         with joined() as meeting:
-            return _answer(answer, meeting)
+            return _answer(answer, meeting, complain)
     except InputError as error:
         return complain(str(error), 2)
     except RankError as error:  # nobody was met
         return complain(str(error), 1)
 
 
-def _answer(answer: Callable[[], int], meeting: Meeting) -> int:
+def _answer(answer: Callable[[], int], meeting: Meeting, complain: Complain) -> int:
     leads = World.current().leads
     status, reason = 1, ""
     try:
