@@ -264,6 +264,13 @@ def test_an_input_stands_below_its_instruction(tmp_path: Path) -> None:
     assert isinstance(conversation, Conversation)
     assert conversation.messages == say("Translate.\n\nHaus", "house")
     assert conversation.characters == len("Translate.\n\nHaus" + "house")
+    lines = '{"instruction": "a", "output": "b"}\n' + json.dumps(row)
+    assert documents(write(tmp_path / "a.jsonl", lines)) == [
+        Conversation(say("a", "b"), "line 1"),
+        Conversation(say("Translate.\n\nHaus", "house"), "line 2"),
+    ]
+    parquet.write_table(pa.Table.from_pylist([{**row, "n": 1}]), tmp_path / "a.parquet")
+    assert documents(tmp_path / "a.parquet") == [Conversation(say("Translate.\n\nHaus", "house"), "row 1")]
 
 
 def test_what_a_template_may_ask_for_is_kept(tmp_path: Path) -> None:
@@ -478,7 +485,9 @@ def no_traceback(path: Path) -> None:
         assert "\n" not in str(error)  # noqa: PT017 (either is right)
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 @given(name=st.sampled_from(sorted(SEEDS)), data=st.data())
 def test_damaged_files_leave_no_traceback(tmp_path: Path, name: str, data: st.DataObject) -> None:
     content = bytearray(SEEDS[name])
@@ -488,7 +497,9 @@ def test_damaged_files_leave_no_traceback(tmp_path: Path, name: str, data: st.Da
     no_traceback(write(tmp_path / name, bytes(content)))
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 @given(rows=st.lists(any_json(), max_size=4), lines=st.booleans())
 def test_any_json_leaves_no_traceback(tmp_path: Path, rows: list[Any], lines: bool) -> None:
     text = "\n".join(map(json.dumps, rows)) if lines else json.dumps(rows, indent=1)

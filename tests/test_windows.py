@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from transformers import LlamaConfig
 
 from models_for_tests import make_tokenizer
 from rarefy.calibration.documents import CalibrationWarning, Conversation, Document, Source
@@ -200,14 +201,17 @@ def test_no_window_is_an_error() -> None:
 
 
 def test_a_token_beyond_the_models_embeddings_is_one_sentence() -> None:
-    check_token_ids(torch.tensor([0, 99]), 100, "model")
-    check_token_ids(torch.tensor([], dtype=torch.int64), 100, "model")
+    config = LlamaConfig(vocab_size=1000)
+    check_token_ids(torch.tensor([0, 999]), config, "model", bos_id=999)
+    check_token_ids(torch.tensor([], dtype=torch.int64), config, "model")
     with pytest.raises(CalibrationError) as caught:
-        check_token_ids(torch.tensor([[0, 1000], [99, 100]]), 1000, "./model")
+        check_token_ids(torch.tensor([[0, 1000], [99, 100]]), config, "./model")
     assert str(caught.value) == (
-        "The tokenizer beside ./model gives token 1,000, but the model has embeddings for 1,000 tokens only: it is "
-        "another model's tokenizer, or the model was not resized for added tokens."
+        "The tokenizer of ./model gives token 1,000, but its model has embeddings for 1,000 tokens only: it is "
+        "another model's tokenizer, or the model was not resized when tokens were added."
     )
+    with pytest.raises(CalibrationError, match="gives token 2,000, but"):
+        check_token_ids(torch.tensor([0]), config, "./model", bos_id=2000)
 
 
 # --- Several sources ----------------------------------------------------------------------------------------
@@ -222,6 +226,7 @@ def test_windows_are_apportioned_by_the_largest_remainder() -> None:
     assert apportion(7, [0.1]) == [7]
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(st.floats(0.01, 100), min_size=1, max_size=6), st.integers(1, 300))
 def test_apportioned_windows_add_up_and_are_within_one_of_their_quota(shares: list[float], num: int) -> None:
     total = sum(map(Fraction, shares))

@@ -165,7 +165,8 @@ class ParquetFile(RowFile):
         try:
             with parquet.ParquetFile(self.path) as file:
                 layout = choose_layout(self.name, file.schema_arrow.names, self.text_column)
-                there = [column for column in layout.columns if column in file.schema_arrow.names]
+                wanted = {*layout.columns, layout.request_input}
+                there = [column for column in file.schema_arrow.names if column in wanted]
                 number = 0
                 for batch in file.iter_batches(_ROWS_PER_BATCH, columns=there):
                     for row in batch.select(there).to_pylist():

@@ -47,15 +47,15 @@ _ROLES = {
 
 @dataclass(frozen=True)
 class Layout:
-    """The columns of a row that hold its document: one, or those of a request, its input and the answer.
+    """The columns of a row that hold its document: one, or those of a request and its answer.
 
     ``source`` is named by every error. Text is a document as it stands; a list of messages is a conversation.
+    ``request_input`` is the column with what a request is about, which a row may lack.
     """
 
     source: str
     columns: tuple[str, ...]
-    #: Columns that a row may lack.
-    optional: tuple[str, ...] = ()
+    request_input: str | None = None
 
     def document(self, row: Mapping[str, Any], place: str) -> Document | None:
         """The document of ``row``, which stands at ``place`` ("line 3"); None where the row has no value.
@@ -63,20 +63,19 @@ class Layout:
         Raises CalibrationError where a value is neither text nor a list of messages.
         """
         for column in self.columns:
-            if column not in row and column not in self.optional:
+            if column not in row:
                 raise refused(
                     self.source, f'is malformed: {place} has no "{shortened(column)}" (its columns: {joined(row)})'
                 )
         if len(self.columns) == 1:
             return self._in_column(row, self.columns[0], place)
-        parts = {column: self._in_column(row, column, place) for column in self.columns}
-        first, answer = parts[self.columns[0]], parts[self.columns[-1]]
-        if first is None or answer is None:
+        request, answer = (self._in_column(row, column, place) for column in self.columns)
+        if request is None or answer is None:
             return None
-        extra = parts[self.columns[1]] if len(self.columns) == 3 else None
-        if isinstance(first, str) and isinstance(extra, str) and extra.strip():
-            first = f"{first}\n\n{extra}"
-        return Conversation((*_messages(first, "user"), *_messages(answer, "assistant")), place)
+        about = self._in_column(row, self.request_input, place) if self.request_input else None
+        if isinstance(request, str) and isinstance(about, str) and about.strip():
+            request = f"{request}\n\n{about}"
+        return Conversation((*_messages(request, "user"), *_messages(answer, "assistant")), place)
 
     def _in_column(self, row: Mapping[str, Any], column: str, place: str) -> Document | None:
         return self.value(row.get(column), f'"{shortened(column)}" in {place}', place)
@@ -155,10 +154,9 @@ def choose_layout(source: str, columns: Iterable[str], text_column: str | None =
     for name in (TEXT, *_MESSAGES):
         if name in names:
             return Layout(source, (name,))
-    for request, extra, answer in _EXCHANGES:
+    for request, request_input, answer in _EXCHANGES:
         if request in names and answer in names:
-            given = (request, extra, answer) if extra in names else (request, answer)
-            return Layout(source, tuple(map(str, given)), (extra,) if extra else ())
+            return Layout(source, (request, answer), request_input)
     if len(names) == 1:
         return Layout(source, (names[0],))
     raise refused(

@@ -5,10 +5,10 @@ next token is drawn from the model's own distribution, unchanged. An end-of-text
 and writing goes on after it: that is how the model saw documents follow each other in training, and forbidding
 the token would bend the distribution at the place where it is most certain.
 
-The loop is lean: keys and values go into a cache that is allocated once, and a token is drawn by inverting
-the cumulated distribution, which needs one random number instead of one for every word of the vocabulary
-(those alone cost a third of a step of a small model). All random numbers are drawn before the first step, so
-the text depends on the seed and not on the batch size, apart from rounding.
+A token is drawn by inverting the cumulated distribution, which needs one random number instead of one for every
+word of the vocabulary (those alone cost a third of a step of a small model). All random numbers are drawn before
+the first step, so the text depends on the seed and not on the batch size, apart from rounding. ``generation.py``
+knows what models of different kinds keep of the tokens before.
 """
 
 from __future__ import annotations

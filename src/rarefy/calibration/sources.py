@@ -14,24 +14,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rarefy.calibration.data_sets import HubRows, SavedRows
-from rarefy.calibration.documents import (
-    CalibrationWarning,  # noqa: F401 (until the move)
-    Conversation,
-    Document,
-    Part,
-    Source,
-    first_line,
-    refused,
-)
+from rarefy.calibration.documents import Conversation, Document, Part, Source, first_line, refused
 from rarefy.calibration.files import ENDINGS, Files, RowFile, find_files
 from rarefy.calibration.python_docs import PythonDocs, python_docs
-from rarefy.calibration.windows import DRAW_FROM, draw_windows, token_stream  # noqa: F401 (until the move)
 from rarefy.errors import CalibrationError
 
 NAMES: dict[Part, tuple[str, ...]] = {
     "calibration": ("self", "python-docs", "c4", "wikitext2"),
     "evaluation": ("python-docs", "wikitext2"),
 }
+
+# Of these names, no column can be chosen.
+_WITHOUT_COLUMNS = ("self", "python-docs", "c4", "wikitext2")
 
 
 @dataclass(frozen=True)
@@ -59,7 +53,7 @@ def parse_source(
     the hub's split: WikiText-2's training rows calibrate, its test rows are evaluated. For ``part="evaluation"``
     there is neither "self" nor "c4".
     """
-    if text_column is not None and text in ("self", "c4", "wikitext2", "python-docs"):
+    if text_column is not None and text in _WITHOUT_COLUMNS:
         raise CalibrationError("--text-column", text_column, f"left out with {text}, which has no columns to choose")
     if text == "python-docs":
         python_docs(part)
@@ -76,6 +70,20 @@ def parse_source(
     if text.startswith("hub:"):
         return _parse_hub(text, argument, part, text_column)
     return _parse_file(text, argument, part, text_column)
+
+
+def has_columns(text: str) -> bool:
+    """Whether ``text`` names something with columns, of which one can be chosen. Nothing is read."""
+    if text.startswith("hub:") or text in _WITHOUT_COLUMNS:
+        return text.startswith("hub:")
+    try:
+        if SavedRows.is_there(Path(text).expanduser()):
+            return True
+        source = find_files(text, None)
+    except (CalibrationError, OSError):
+        return False  # what is wrong with it is said where it is read
+    files = source.files if isinstance(source, Files) else (source,)
+    return any(isinstance(file, RowFile) for file in files)
 
 
 def _parse_hub(text: str, argument: str, part: Part, text_column: str | None) -> HubRows:

@@ -17,7 +17,7 @@ from rarefy.calibration.documents import SEPARATOR, CalibrationWarning, Document
 from rarefy.errors import CalibrationError, InputError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 # A shard of C4 holds about 170 million tokens. Sixteen times the tokens that the windows hold keeps overlaps
 # rare (a token is in a sixteenth of a window on average) and takes seconds.
@@ -74,16 +74,20 @@ def _texts(documents: Iterable[Document], template: ChatTemplate) -> Iterator[st
         yield waiting
 
 
-def check_token_ids(tokens: Int64[Tensor, "..."], vocabulary: int, model: str) -> None:
-    """Raise CalibrationError where ``tokens`` holds an id that ``model``, with ``vocabulary`` embeddings, lacks.
+def check_token_ids(
+    tokens: Int64[Tensor, "..."], config: PreTrainedConfig, model: str, bos_id: int | None = None
+) -> None:
+    """Raise CalibrationError where ``tokens``, or the start token, is beyond the embeddings of ``model``.
 
     A model often has more embeddings than its tokenizer has tokens. Fewer are the sign of another model's
     tokenizer, or of embeddings that were not resized when tokens were added; only what occurs is refused.
     """
-    if tokens.numel() and (largest := int(tokens.max())) >= vocabulary:
+    size = getattr(config.get_text_config(decoder=True), "vocab_size", None)
+    largest = max(int(tokens.max()) if tokens.numel() else 0, bos_id or 0)
+    if isinstance(size, int) and largest >= size:
         raise CalibrationError.sentence(
-            f"The tokenizer beside {model} gives token {largest:,}, but the model has embeddings for {vocabulary:,} "
-            "tokens only: it is another model's tokenizer, or the model was not resized for added tokens."
+            f"The tokenizer of {model} gives token {largest:,}, but its model has embeddings for {size:,} tokens "
+            "only: it is another model's tokenizer, or the model was not resized when tokens were added."
         )
 
 

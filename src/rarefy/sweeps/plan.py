@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from rarefy.calibration.sources import DRAW_FROM, SELF, Source, draw_windows, parse_source, token_stream
+from rarefy.calibration.documents import Source
+from rarefy.calibration.sources import SELF, has_columns, parse_source
+from rarefy.calibration.windows import DRAW_FROM, check_token_ids, draw_windows, token_stream
 from rarefy.errors import InputError, ModelError
 from rarefy.evaluation.measure import Measures, corpora, parse_texts
 from rarefy.models.blocks import find_blocks, select_sites
@@ -45,6 +47,7 @@ class Options:
     scope: str | None = None
     settings: Mapping[str, str] = field(default_factory=dict)
     calibration: str | None = None
+    text_column: str | None = None
     num_samples: str | int | None = None
     sequence_length: str | int | None = None
     batch_size: str | int | None = None
@@ -59,7 +62,7 @@ class Options:
     eval_batch_size: int = 1
     tasks: Sequence[str] = ()
     task_data: str | Path | None = None
-    limit: int | None = None
+    limit: int | float | None = None
     save: bool = False
     retry: bool = False
 
@@ -139,16 +142,19 @@ def plan_sweep(options: Options, folder: SweepFolder) -> Plan:
     for argument, number in (
         ("--max-windows", options.max_windows),
         ("--eval-batch-size", options.eval_batch_size),
-        ("--limit", options.limit),
     ):
         if number is not None and number < 1:
             raise InputError(argument, number, "a whole number of at least 1")
+    limit = options.limit
+    if limit is not None and not (0 < limit < 1 or (isinstance(limit, int) and limit >= 1)):
+        raise InputError("--limit", limit, "a whole number of at least 1, or a fraction between 0 and 1")
     for argument, given in (("--task-data", options.task_data), ("--limit", options.limit)):
         if given is not None and not options.tasks:
             raise InputError.sentence(f"{argument} goes with --tasks, which is not given.")
     device = resolve_device(options.device)
-    texts = parse_texts(options.texts)
-    calibration = parse_source(options.calibration or DEFAULT_CALIBRATION)
+    column = _calibration_column(options)
+    texts = parse_texts(options.texts, options.text_column, must_apply=column is None)
+    calibration = parse_source(options.calibration or DEFAULT_CALIBRATION, text_column=column)
     folder.check()
     source = resolve_model(options.model)
     cells = [Cell(recipe.resolved(source.context)) for recipe in recipes]
@@ -170,7 +176,7 @@ def plan_sweep(options: Options, folder: SweepFolder) -> Plan:
     bos_id = tokenizer.bos_token_id if options.bos else None
     recipe = cells[0].recipe
     measures = Measures(
-        corpora(texts, tokenizer, length, options.bos),
+        corpora(texts, tokenizer, length, bos_id, source),
         length,
         options.max_windows,
         bos_id,
@@ -182,6 +188,7 @@ def plan_sweep(options: Options, folder: SweepFolder) -> Plan:
     if calibration is not SELF:
         num, window = recipe.window_shape
         tokens = token_stream(calibration, tokenizer, enough=DRAW_FROM * num * window)
+        check_token_ids(tokens, source.config, source.name, bos_id)
         # Drawn once for its errors; warnings come when the sweep runs.
         if len(tokens) < window - options.bos:
             draw_windows(tokens, num, window, 0, bos_id, name=f"the text of {calibration.name}")
@@ -241,6 +248,7 @@ def _recipes(options: Options) -> list[Recipe]:
     common = {
         "model": options.model,
         "calibration": options.calibration,
+        "text_column": _calibration_column(options),
         "num_samples": options.num_samples,
         "sequence_length": options.sequence_length,
         "batch_size": options.batch_size,
@@ -267,6 +275,11 @@ def _recipes(options: Options) -> list[Recipe]:
     if unused := next((key for key in options.settings if key not in used), None):
         raise InputError("--set", unused, "METHOD.KEY=VALUE with METHOD one of " + ", ".join(options.methods))
     return recipes
+
+
+def _calibration_column(options: Options) -> str | None:
+    """The column that the user named, which belongs to all that has columns, if the calibration has some."""
+    return options.text_column if has_columns(options.calibration or DEFAULT_CALIBRATION) else None
 
 
 def _settings_of(method: str, settings: Mapping[str, str]) -> dict[str, str]:
