@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import rarefy
 from cli_for_tests import Rarefy, is_one_sentence, prune_arguments
-from models_for_tests import ARCHITECTURES, CONTEXT
+from models_for_tests import ARCHITECTURES, CONTEXT, build, make_model, save_folder
 from rarefy.methods import METHODS
 from rarefy.models.checkpoint import load_model
 from rarefy.models.source import resolve_model
@@ -67,6 +67,13 @@ from rarefy.runs.texts import PROMPTS, write_texts
         ("--calibration SHELF/binary.txt", "binary.txt' is binary"),
         ("--calibration SHELF/short.txt", "one window needs 32"),
         ("--calibration nonsense", "'nonsense'"),
+        ("--text-column body", "text.txt' is plain text, in which --text-column cannot name a column"),
+        ("--calibration SHELF/rows.csv", "(its columns: id, body): --text-column names one of them"),
+        ("--calibration SHELF/rows.csv --text-column bodi", 'has no column "bodi" (its columns: id, body)'),
+        (
+            "--calibration python-docs --text-column body",
+            "--text-column is 'body', but must be left out with python-",
+        ),
         ("--recipe SHELF/unknown_key.yaml", "unknown_key.yaml is no key of a recipe"),
         ("--recipe SHELF/wrong.yaml", "sparsity in SHELF/wrong.yaml is 1.5, but must be"),
         ("--recipe SHELF/missing.yaml", "missing.yaml cannot be read"),
@@ -320,6 +327,41 @@ def test_only_chosen_linears_are_pruned(rarefy_: Rarefy, shelf: Path) -> None:
     assert rarefy_(*prune_arguments(shelf, *more)).status == 0
     names = [record.name for record in RunFolder("out").read_layers()]
     assert names == ["model.layers.0.mlp.gate_proj", "model.layers.0.mlp.up_proj"]
+
+
+def test_rows_and_conversations_calibrate(rarefy_: Rarefy, shelf: Path) -> None:
+    assert rarefy_(*prune_arguments(shelf, "-o", "text")).status == 0
+    rows = shelf / "rows.csv"
+    assert rarefy_(*prune_arguments(shelf, "-o", "rows", "--calibration", rows, "--text-column", "body")).status == 0
+    assert "text_column: body" in Path("rows/recipe.yaml").read_text()
+    chat = {"messages": [{"role": "user", "content": "the quick brown fox; " * 20}]}
+    Path("chat.jsonl").write_text(json.dumps(chat) * 1)
+    assert rarefy_(*prune_arguments(shelf, "-o", "chat", "--calibration", "chat.jsonl")).status == 0
+    weights = [Path(run, "model/model.safetensors").read_bytes() for run in ("text", "rows", "chat")]
+    assert weights[0] == weights[1]  # the same text in one document
+    assert weights[0] != weights[2]
+
+
+def test_a_tokenizer_larger_than_the_model_is_one_sentence(
+    rarefy_: Rarefy, shelf: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_model("llama").config
+    config.vocab_size = 30
+    save_folder(build(config), Path("small"))
+    monkeypatch.setattr("rarefy.models.checkpoint.load_model", lambda *_: pytest.fail("a model was loaded"))
+    text = ("--num-samples", 4, "--sequence-length", 16)
+    for command in (
+        ("prune", "small", "-o", "out", "--calibration", shelf / "text.txt", *text),
+        ("eval", "small", "--text", shelf / "text.txt"),
+        ("compare", "small", "-o", "out", "--methods", "wanda", "--text", shelf / "text.txt"),
+        ("compare", "small", "-o", "out", "--methods", "wanda", "--calibration", shelf / "text.txt", *text),
+    ):
+        done = rarefy_(*command)
+        assert is_one_sentence(done.err), done.err
+        assert "The tokenizer of small gives token " in done.err
+        assert "its model has embeddings for 30 tokens only" in done.err
+        assert (done.status, done.out) == (2, "")
+        assert not Path("out").exists()
 
 
 def test_without_a_calibration_the_model_writes_its_own_text(rarefy_: Rarefy, shelf: Path) -> None:

@@ -7,7 +7,20 @@ from typing import Annotated
 
 import typer
 
-from rarefy.cli.options import Exclude, Include, Limit, Log, Quiet, TaskData, TaskNames, Text, Texts, split
+from rarefy.cli.options import (
+    Exclude,
+    Include,
+    Limit,
+    Log,
+    Quiet,
+    TaskData,
+    TaskNames,
+    Text,
+    TextColumn,
+    Texts,
+    parse_limit,
+    split,
+)
 from rarefy.cli.terminal import Terminal
 
 
@@ -40,6 +53,7 @@ def compare(
     calibration: Annotated[
         Text, typer.Option(metavar="SOURCE", help="As in `rarefy prune` (default: the same).")
     ] = None,
+    text_column: TextColumn = None,
     num_samples: Annotated[Text, typer.Option(metavar="N", help="Calibration windows.")] = None,
     sequence_length: Annotated[Text, typer.Option(metavar="L", help="Tokens per calibration window.")] = None,
     batch_size: Annotated[
@@ -94,6 +108,7 @@ def compare(
                 scope=scope,
                 settings=parse_settings(settings or []),
                 calibration=calibration,
+                text_column=text_column,
                 num_samples=num_samples,
                 sequence_length=sequence_length,
                 batch_size=batch_size,
@@ -108,7 +123,7 @@ def compare(
                 eval_batch_size=eval_batch_size,
                 tasks=split(tasks),
                 task_data=task_data,
-                limit=limit,
+                limit=parse_limit(limit),
                 save=save,
                 retry=retry,
             ),

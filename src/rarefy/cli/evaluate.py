@@ -10,7 +10,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rarefy.cli.options import Device, Dtype, Json, Limit, Log, Quiet, TaskData, TaskNames, Texts, split
+from rarefy.cli.options import (
+    Device,
+    Dtype,
+    Json,
+    Limit,
+    Log,
+    Quiet,
+    TaskData,
+    TaskNames,
+    TextColumn,
+    Texts,
+    parse_limit,
+    split,
+)
 from rarefy.cli.terminal import Terminal
 from rarefy.errors import InputError, ModelError
 from rarefy.pruning.records import aligned, three_digits
@@ -27,6 +40,7 @@ _FULL_LENGTH = 2048
 def evaluate(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="What `prune` takes, or a folder that it wrote.")],
     text: Texts = None,
+    text_column: TextColumn = None,
     against: Annotated[
         str | None,
         typer.Option(
@@ -65,13 +79,14 @@ def evaluate(
     from rarefy.models.source import resolve_model
 
     started = time.perf_counter()
+    items = parse_limit(limit)
     chosen_device, chosen_dtype = resolve_device(device or "auto"), dtype or "auto"
     resolve_dtype(chosen_dtype)
     for option, given in (("--task-data", task_data), ("--limit", limit)):
         if given is not None and not tasks:
             raise InputError.sentence(f"{option} goes with --tasks, which is not given.")
     with Terminal(quiet, log) as terminal:
-        sources = parse_texts(text or []) if text or against or not tasks else {}
+        sources = parse_texts(text or [], text_column) if text or against or not tasks else {}
         folder = RunFolder.find(model)
         source = resolve_model(str(folder.model if folder else model))
         dense_source = _dense(against, source) if against else None
@@ -79,7 +94,7 @@ def evaluate(
         if tasks:
             from rarefy.evaluation.tasks import prepare
 
-            measures = replace(measures, tasks=prepare(split(tasks), task_data), limit=limit)
+            measures = replace(measures, tasks=prepare(split(tasks), task_data), limit=items)
         terminal.begin()
         keeps = folder is not None and _keeps(folder, terminal)
         if sources and not text:
@@ -142,7 +157,8 @@ def _measures(
     elif contexts and length > min(contexts):
         raise InputError("--sequence-length", length, f"at most {min(contexts)}, the model's longest context")
     bos_id = tokenizer.bos_token_id if bos else None
-    return Measures(corpora(sources, tokenizer, length, bos), length, max_windows, bos_id, batch_size)
+    texts = corpora(sources, tokenizer, length, bos_id, source)
+    return Measures(texts, length, max_windows, bos_id, batch_size)
 
 
 def _keeps(folder: RunFolder, terminal: Terminal) -> bool:

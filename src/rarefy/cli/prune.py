@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from rarefy.cli.options import Device, Dtype, Exclude, Include, Log, OffloadDir, Quiet, Text
+from rarefy.cli.options import Device, Dtype, Exclude, Include, Log, OffloadDir, Quiet, Text, TextColumn
 from rarefy.cli.terminal import Terminal, print_table
 from rarefy.errors import InputError
 from rarefy.pruning.records import three_digits
@@ -68,9 +68,10 @@ def prune(
         typer.Option(
             metavar="SOURCE",
             help="self (the model's own text), python-docs, c4, wikitext2, hub:NAME\\[:CONFIG\\[:SPLIT]], "
-            "or a .txt, .jsonl, .jsonl.gz or .parquet file.",
+            "or a .txt, .jsonl, .json, .csv, .tsv or .parquet file, a folder of them, or a pattern.",
         ),
     ] = None,
+    text_column: TextColumn = None,
     num_samples: Annotated[
         Text,
         typer.Option(metavar="N", help="Calibration windows (default: 128, or 32 without --calibration)."),
@@ -145,6 +146,7 @@ def prune(
         "pattern": pattern,
         "scope": scope,
         "calibration": calibration,
+        "text_column": text_column,
         "num_samples": num_samples,
         "sequence_length": sequence_length,
         "batch_size": batch_size,

@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from rarefy.calibration.sources import Source, parse_source, token_stream
+from rarefy.calibration.documents import Source
+from rarefy.calibration.sources import has_columns, parse_source
+from rarefy.calibration.windows import check_token_ids, token_stream
 from rarefy.errors import CalibrationError, InputError
 from rarefy.evaluation.divergence import HeadInputs, divergence, record_head_inputs
 from rarefy.evaluation.perplexity import perplexity
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from rarefy.evaluation.tasks import Tasks
+    from rarefy.models.source import ModelSource
 
 Progress = Callable[[int, int, str], None]
 
@@ -52,7 +55,7 @@ class Measures:
     bos_id: int | None = None
     batch_size: int = 1
     tasks: Tasks | None = None
-    limit: int | None = None
+    limit: int | float | None = None
 
     def record(self, dense: PreTrainedModel, progress: Progress | None = None) -> list[HeadInputs]:
         """What enters the dense model's head on each text, for ``of`` to compare pruned models with."""
@@ -140,47 +143,69 @@ class Measures:
         }
 
 
-def parse_texts(texts: Sequence[str]) -> dict[str, Source]:
+def parse_texts(texts: Sequence[str], text_column: str | None = None, must_apply: bool = True) -> dict[str, Source]:
     """The texts that ``--text`` names, by label; the held-out third of Python's documentation for none.
 
     A text is a file, wikitext2, python-docs or hub:..., or LABEL= and one of these. Without a label, a file
-    is called as its name is, and as its folder and name are where two would be the same. Raises
-    CalibrationError where a text is missing, empty or binary, InputError where two have one label.
+    is called as its name is, and as its folder and name are where two would be the same. ``text_column`` is
+    that of every text that has columns; one must, where it ``must_apply``. Raises CalibrationError where a text
+    is missing, empty or binary, InputError where two have one label.
     """
     sources: dict[str, Source] = {}
+    with_columns = 0
     for text in texts or ("python-docs",):
         found = re.fullmatch(r"([\w.-]+)=(.+)", text)
         named = found if found and not Path(text).exists() else None
-        source = parse_source(named[2] if named else text, argument="--text", part="evaluation")
+        name = named[2] if named else text
+        column = text_column if text_column is not None and has_columns(name) else None
+        with_columns += column is not None
+        source = parse_source(name, argument="--text", part="evaluation", text_column=column)
         label = named[1] if named else _label(text)
         if label in sources and named is None:
             label = f"{Path(text).parent.name}-{label}"
         if label in sources:
             raise InputError.sentence(f"--text gives two texts the label {label}: write LABEL=TEXT.")
         sources[label] = source
+    if text_column is not None and must_apply and not with_columns:
+        raise InputError("--text-column", text_column, "left out, because no text has columns")
     return sources
 
 
-def corpora(sources: dict[str, Source], tokenizer: PreTrainedTokenizerBase, length: int, bos: bool) -> list[Corpus]:
-    """The tokens of all texts. Raises CalibrationError where one is shorter than a window."""
+def corpora(
+    sources: dict[str, Source],
+    tokenizer: PreTrainedTokenizerBase,
+    length: int,
+    bos_id: int | None,
+    model: ModelSource,
+) -> list[Corpus]:
+    """The tokens of all texts, which ``model`` is to read in windows of ``length`` that may begin with ``bos_id``.
+
+    Raises CalibrationError where a text is shorter than a window, or has tokens that the model does not know.
+    """
     found = []
     for label, source in sources.items():
         tokens = token_stream(source, tokenizer)
-        if len(tokens) < length - bos:
+        check_token_ids(tokens, model.config, model.name, bos_id)
+        body = length - (bos_id is not None)
+        if len(tokens) < body:
             raise CalibrationError.sentence(
-                f"The text of {source.name} has {len(tokens):,} tokens, but one window needs {length - bos:,}."
+                f"The text of {source.name} has {len(tokens):,} tokens, but one window needs {body:,}."
             )
         found.append(Corpus(label, source.name, tokens))
     return found
+
+
+# Of compression first, behind which the others stand.
+_ENDINGS = (".gz", ".bz2", ".xz", ".zst", ".txt", ".raw", ".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 
 
 def _label(text: str) -> str:
     if text.startswith("hub:"):
         return re.sub(r"[^\w.-]+", "-", text[4:])
     name = Path(text).name
-    for ending in (".gz", ".txt", ".raw", ".jsonl", ".json", ".parquet"):
+    for ending in _ENDINGS:
         name = name.removesuffix(ending)
-    return re.sub(r"[^\w.-]+", "-", name) or "text"
+    return re.sub(r"[^\w.-]+", "-", name).strip("-") or "text"
 
 
 def finite(value: float) -> float | None:

@@ -12,7 +12,7 @@ from rarefy.runs.plan import Plan
 if TYPE_CHECKING:
     import torch
 
-    from rarefy.calibration.sources import Source
+    from rarefy.calibration.documents import Source
     from rarefy.models.source import ModelSource
     from rarefy.runs.recipe import Recipe
 
@@ -22,7 +22,8 @@ def make_plan(recipe: Recipe, output: Path | None = None, offload: Path | None =
 
     ``output`` may hold an unfinished run, which must be this one. ``offload`` is where hidden states go.
     """
-    from rarefy.calibration.sources import DRAW_FROM, SELF, draw_windows, parse_source
+    from rarefy.calibration.sources import SELF, parse_source
+    from rarefy.calibration.windows import DRAW_FROM, draw_windows
     from rarefy.models.blocks import find_blocks, select_sites
     from rarefy.models.checkpoint import resolve_device
     from rarefy.models.source import resolve_model
@@ -38,7 +39,7 @@ def make_plan(recipe: Recipe, output: Path | None = None, offload: Path | None =
     method, pattern = recipe.build_method(), recipe.build_pattern()
     world = World.current()
     device = world.place(resolve_device(recipe.device))
-    text = parse_source(recipe.calibration or DEFAULT_CALIBRATION)
+    text = parse_source(recipe.calibration or DEFAULT_CALIBRATION, text_column=recipe.text_column)
     source = resolve_model(recipe.model)
     recipe = recipe.resolved(source.context)
     if recipe.window_shape[0] < world.size:
@@ -77,7 +78,7 @@ def read_tokens(
     source: ModelSource, text: Source, bos: bool, enough: int | None = None
 ) -> tuple[torch.Tensor, int | None]:
     """The tokens of ``text`` in one row, and the start token if ``bos`` asks for it."""
-    from rarefy.calibration.sources import token_stream
+    from rarefy.calibration.windows import check_token_ids, token_stream
     from rarefy.models.checkpoint import load_tokenizer
 
     tokenizer = load_tokenizer(source)
@@ -87,4 +88,6 @@ def read_tokens(
         )
     if bos and tokenizer.bos_token_id is None:
         raise InputError.sentence(f"--bos asks for a start token, but the tokenizer of {source.name} has none.")
-    return token_stream(text, tokenizer, enough), tokenizer.bos_token_id if bos else None
+    tokens, bos_id = token_stream(text, tokenizer, enough), tokenizer.bos_token_id if bos else None
+    check_token_ids(tokens, source.config, source.name, bos_id)
+    return tokens, bos_id

@@ -70,6 +70,7 @@ class Recipe(BaseModel):
     pattern: str | None = Field(None, description="text such as 2:4")
     scope: Literal["layer", "row"] | None = Field(None, description="layer or row")
     calibration: str | None = Field(None, min_length=1, description="a source of text, such as self or a .txt file")
+    text_column: str | None = Field(None, min_length=1, description="the name of a column of the calibration's rows")
     num_samples: Whole | None = Field(None, ge=1, description="a whole number of at least 1 (windows)")
     sequence_length: Whole | None = Field(None, ge=2, description="a whole number of at least 2 (tokens)")
     batch_size: Whole = Field(4, ge=1, description="a whole number of at least 1 (windows)")

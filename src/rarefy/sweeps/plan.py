@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from rarefy.calibration.sources import DRAW_FROM, SELF, Source, draw_windows, parse_source, token_stream
+from rarefy.calibration.documents import Source
+from rarefy.calibration.sources import SELF, has_columns, parse_source
+from rarefy.calibration.windows import DRAW_FROM, check_token_ids, draw_windows, token_stream
 from rarefy.errors import InputError, ModelError
 from rarefy.evaluation.measure import Measures, corpora, parse_texts
 from rarefy.models.blocks import find_blocks, select_sites
@@ -46,6 +48,7 @@ class Options:
     scope: str | None = None
     settings: Mapping[str, str] = field(default_factory=dict)
     calibration: str | None = None
+    text_column: str | None = None
     num_samples: str | int | None = None
     sequence_length: str | int | None = None
     batch_size: str | int | None = None
@@ -60,7 +63,7 @@ class Options:
     eval_batch_size: int = 1
     tasks: Sequence[str] = ()
     task_data: str | Path | None = None
-    limit: int | None = None
+    limit: int | float | None = None
     save: bool = False
     retry: bool = False
 
@@ -137,8 +140,9 @@ def plan_sweep(options: Options, folder: SweepFolder) -> Plan:
     recipes = _recipes(options)
     _check_numbers(options)
     device = resolve_device(options.device)
-    texts = parse_texts(options.texts)
-    calibration = parse_source(options.calibration or DEFAULT_CALIBRATION)
+    column = _calibration_column(options)
+    texts = parse_texts(options.texts, options.text_column, must_apply=column is None)
+    calibration = parse_source(options.calibration or DEFAULT_CALIBRATION, text_column=column)
     folder.check()
     source = resolve_model(options.model)
     cells = [Cell(recipe.resolved(source.context)) for recipe in recipes]
@@ -156,6 +160,7 @@ def plan_sweep(options: Options, folder: SweepFolder) -> Plan:
     if calibration is not SELF:
         num, length = recipe.window_shape
         tokens = token_stream(calibration, tokenizer, enough=DRAW_FROM * num * length)
+        check_token_ids(tokens, source.config, source.name, measures.bos_id)
         # Drawn once for its errors; warnings come when the sweep runs.
         if len(tokens) < length - options.bos:
             draw_windows(tokens, num, length, 0, measures.bos_id, name=f"the text of {calibration.name}")
@@ -182,10 +187,12 @@ def _check_numbers(options: Options) -> None:
     for argument, number in (
         ("--max-windows", options.max_windows),
         ("--eval-batch-size", options.eval_batch_size),
-        ("--limit", options.limit),
     ):
         if number is not None and number < 1:
             raise InputError(argument, number, "a whole number of at least 1")
+    limit = options.limit
+    if limit is not None and not (0 < limit < 1 or (isinstance(limit, int) and limit >= 1)):
+        raise InputError("--limit", limit, "a whole number of at least 1, or a fraction between 0 and 1")
     for argument, given in (("--task-data", options.task_data), ("--limit", options.limit)):
         if given is not None and not options.tasks:
             raise InputError.sentence(f"{argument} goes with --tasks, which is not given.")
@@ -201,11 +208,12 @@ def _measures(
         from rarefy.evaluation.tasks import prepare
 
         tasks = prepare(options.tasks, options.task_data)
+    bos_id = tokenizer.bos_token_id if options.bos else None
     return Measures(
-        corpora(texts, tokenizer, length, options.bos),
+        corpora(texts, tokenizer, length, bos_id, source),
         length,
         options.max_windows,
-        tokenizer.bos_token_id if options.bos else None,
+        bos_id,
         batch_size=options.eval_batch_size,
         tasks=tasks,
         limit=options.limit,
@@ -257,6 +265,7 @@ def _recipes(options: Options) -> list[Recipe]:
     common = {
         "model": options.model,
         "calibration": options.calibration,
+        "text_column": _calibration_column(options),
         "num_samples": options.num_samples,
         "sequence_length": options.sequence_length,
         "batch_size": options.batch_size,
@@ -283,6 +292,11 @@ def _recipes(options: Options) -> list[Recipe]:
     if unused := next((key for key in options.settings if key not in used), None):
         raise InputError("--set", unused, "METHOD.KEY=VALUE with METHOD one of " + ", ".join(options.methods))
     return recipes
+
+
+def _calibration_column(options: Options) -> str | None:
+    """The column that the user named, which belongs to all that has columns, if the calibration has some."""
+    return options.text_column if has_columns(options.calibration or DEFAULT_CALIBRATION) else None
 
 
 def _settings_of(method: str, settings: Mapping[str, str]) -> dict[str, str]:
