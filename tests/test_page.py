@@ -22,7 +22,8 @@ from rarefy.report.page import render
 from rarefy.report.views import LayerProof, RunView
 from rarefy.runs.folder import RunFolder
 from rarefy.sweeps.folder import SweepFolder
-from rarefy.sweeps.plan import Options, plan_sweep
+from rarefy.sweeps.options import Options
+from rarefy.sweeps.plan import plan_sweep
 from rarefy.sweeps.sweep import run_sweep
 
 Folders = Callable[[str], Path]

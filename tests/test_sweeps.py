@@ -34,7 +34,8 @@ from rarefy.models.blocks import find_blocks
 from rarefy.pruning.loop import prune, prune_model
 from rarefy.sweeps import sweep as module
 from rarefy.sweeps.folder import SweepFolder
-from rarefy.sweeps.plan import Options, plan_sweep
+from rarefy.sweeps.options import Options
+from rarefy.sweeps.plan import plan_sweep
 from rarefy.sweeps.sweep import DenseWeights, run_sweep
 from task_files import write_task_files
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -74,20 +76,28 @@ def evaluate(
     Windows do not overlap and have no special tokens. Tasks alone are measured where only --tasks is given.
     What is measured of a folder that `prune` wrote is kept there, in run.json and in the model card.
     """
-    from rarefy.evaluation.measure import parse_texts
-    from rarefy.models.checkpoint import load_model, resolve_device, resolve_dtype
-    from rarefy.models.source import resolve_model
+    from rarefy.evaluation.texts import parse_texts
+    from rarefy.models.locate import locate
+    from rarefy.runs.arguments import check_device, check_dtype, check_goes_with_tasks
 
     started = time.perf_counter()
-    items = parse_limit(limit)
-    chosen_device, chosen_dtype = resolve_device(device or "auto"), dtype or "auto"
-    resolve_dtype(chosen_dtype)
-    for option, given in (("--task-data", task_data), ("--limit", limit)):
-        if given is not None and not tasks:
-            raise InputError.sentence(f"{option} goes with --tasks, which is not given.")
+    items, chosen_dtype = parse_limit(limit), dtype or "auto"
+    check_device(device or "auto")
+    check_dtype(chosen_dtype)
+    check_goes_with_tasks(tasks, task_data=task_data, limit=limit)
     with Terminal(quiet, log) as terminal:
-        sources = parse_texts(text or [], text_column) if text or against or not tasks else {}
         folder = RunFolder.find(model)
+        locate(str(folder.model if folder else model))
+        if against:
+            with _naming_against():
+                locate(against)
+        sources = parse_texts(text or [], text_column) if text or against or not tasks else {}
+
+        # What follows imports torch, which takes seconds.
+        from rarefy.models.checkpoint import load_model, resolve_device
+        from rarefy.models.source import resolve_model
+
+        chosen_device = resolve_device(device or "auto")
         source = resolve_model(str(folder.model if folder else model))
         dense_source = _dense(against, source) if against else None
         measures = _measures(sources, source, dense_source, sequence_length, max_windows, batch_size, bos)
@@ -118,14 +128,20 @@ def evaluate(
         print("\n".join(lines))
 
 
+@contextmanager
+def _naming_against() -> Iterator[None]:
+    try:
+        yield
+    except ModelError as error:
+        raise ModelError.sentence(f"--against: {error}") from None
+
+
 def _dense(name: str, source: ModelSource) -> ModelSource:
     """The model to compare with, which must know the same number of tokens."""
     from rarefy.models.source import resolve_model
 
-    try:
+    with _naming_against():
         dense = resolve_model(name)
-    except ModelError as error:
-        raise ModelError.sentence(f"--against: {error}") from None
     size, dense_size = (one.config.get_text_config(decoder=True).vocab_size for one in (source, dense))
     if size != dense_size:
         raise InputError(

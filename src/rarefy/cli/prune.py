@@ -137,7 +137,6 @@ def prune(
     from rarefy.parallel.world import World
     from rarefy.runs.make_plan import make_plan
     from rarefy.runs.recipe import Recipe, parse_settings
-    from rarefy.runs.run import execute
 
     said = {
         "model": model,
@@ -179,6 +178,8 @@ def prune(
         if dry_run or folder is None:
             _print_plan(plan, texts)
         else:
+            from rarefy.runs.run import execute
+
             terminal.begin()
             command, chosen = ["rarefy", *context.obj], wanted.calibration is not None
             result = execute(plan, folder, command, terminal, chosen=chosen, texts=texts)

@@ -12,6 +12,7 @@ from rarefy.models.atomic import replace_file
 from rarefy.pruning.records import LayerRecord
 from rarefy.report.page import render
 from rarefy.report.views import LayerProof, RunView, SweepView
+from rarefy.runs.arguments import check_device
 from rarefy.runs.events import Watch, unwatched
 from rarefy.runs.folder import RunFolder
 from rarefy.runs.recipe_file import read_yaml
@@ -41,6 +42,7 @@ def write_report(
     file = Path(output) if output is not None else folders[0].path / "report.html"
     if file.is_dir() or not file.absolute().parent.is_dir():
         raise OutputError("--output", str(file), "a file in a folder that exists")
+    check_device(device)
     write = _Writer(device, watch or unwatched, note or (lambda _: None)) if texts else None
     for folder in folders:
         if isinstance(folder, SweepFolder):

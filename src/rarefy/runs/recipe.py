@@ -17,6 +17,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from rarefy.errors import InputError, MethodError, PatternError, RecipeError
+from rarefy.runs.arguments import DEVICE_WORDS, DEVICES
 from rarefy.runs.recipe_file import read_yaml
 
 if TYPE_CHECKING:
@@ -30,8 +31,6 @@ DEFAULT_CALIBRATION = "self"
 #: Windows x tokens per window: without ``--calibration`` what a laptop does in minutes, with it the papers'.
 QUICK_WINDOWS = (32, 1024)
 FULL_WINDOWS = (128, 2048)
-#: How a device is written; which of them this machine has, torch knows.
-DEVICES = r"^(auto|cpu|mps|cuda(:[0-9]{1,3})?)$"
 
 
 def _no_bool(value: object) -> object:
@@ -78,7 +77,7 @@ class Recipe(BaseModel):
         0, ge=0, lt=2**63, description="a whole number of at least 0"
     )
     bos: bool = Field(False, description="true or false")
-    device: str = Field("auto", pattern=DEVICES, description="auto, cpu, cuda, cuda:N or mps")
+    device: str = Field("auto", pattern=DEVICES, description=DEVICE_WORDS)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="auto, float32, bfloat16 or float16"
     )
