@@ -25,7 +25,7 @@ from rarefy.methods.wanda import Wanda
 
 OUT, INPUTS_ = 12, 24
 # Hard choices fork on rounding: in float32 another mask of nearly the same loss may be found.
-FLOAT32_ERROR = 0.01
+FLOAT32_ERROR = 0.03
 # The loss of a mask in float32 against its loss in float64.
 FLOAT32_ROUNDING = 1e-5
 
@@ -218,7 +218,7 @@ def test_the_certificate_holds_on_wide_rows(pattern: Pattern) -> None:
 # --- alpha
 
 
-@pytest.mark.parametrize("pattern_name", ["layer", "row", "2:4", "1:3"])
+@pytest.mark.parametrize("pattern_name", ["layer", "row", "1:3"])
 def test_alpha_1_is_the_warm_start(pattern_name: str) -> None:
     pattern, _ = PATTERNS[pattern_name]
     problem = _problem("correlated")
@@ -226,6 +226,14 @@ def test_alpha_1_is_the_warm_start(pattern_name: str) -> None:
     assert torch.equal(solution.mask, run(Wanda(), problem, pattern).mask)
     assert solution.status is Status.TRIVIAL
     assert solution.steps == 0
+
+
+def test_alpha_1_leaves_a_group_something_to_choose() -> None:
+    problem = _problem("ill_conditioned")
+    start, found = run(Wanda(), problem, NM(3, 6)), run(SparseFW(alpha=1), problem, NM(3, 6))
+    changed = (start.mask & ~found.mask).view(-1, 6).sum(dim=1)
+    assert int(changed.max()) == 1
+    assert found.relative_error < start.relative_error
 
 
 def test_steps_0_is_the_warm_start() -> None:
