@@ -63,9 +63,9 @@ def save_layers(model_name: str, calibration: str, blocks: tuple[int, ...], num:
     from rarefy.calibration.collect import collect
     from rarefy.calibration.sources import draw_windows, parse_source, token_stream
     from rarefy.calibration.stream import convert_calls, record
-    from rarefy.devices import compute_dtype, computing_in
     from rarefy.models.blocks import find_blocks
     from rarefy.models.checkpoint import load_model, resolve_model
+    from rarefy.pruning.precision import compute_dtype, computing_in
 
     model, tokenizer = load_model(resolve_model(model_name), "auto", "auto")
     tokens = token_stream(parse_source(calibration), tokenizer)

@@ -19,9 +19,9 @@ import torch
 import rarefy
 from rarefy.calibration.sources import draw_windows, parse_source, token_stream
 from rarefy.calibration.stream import convert_calls, record
-from rarefy.devices import compute_dtype, computing_in
 from rarefy.models.blocks import find_blocks
 from rarefy.models.checkpoint import load_model, resolve_model
+from rarefy.pruning.precision import compute_dtype, computing_in
 
 
 def plain_passes(model: torch.nn.Module, windows: torch.Tensor, batch_size: int) -> None:

@@ -209,7 +209,8 @@ def sparsegpt(W0: Matrix, H: Matrix, pattern: Pattern, block_size: int = 128, da
 
     H^-1 is that of the columns not yet passed; column j is passed by Gaussian elimination of its row and
     column. The pivot [H^-1]_jj at that moment is diag(U)_j^2 of the paper's Cholesky factor, known before
-    the sweep. Damping is added to diag H as a share of each entry. Masks are chosen per block of columns by W^2 / pivot on entering the block: with K kept of
+    the sweep. Damping is added to diag H as a share of each entry. Masks are chosen per block of columns by
+    W^2 / pivot on entering the block: with K kept of
     `in` columns, the blocks up to column b have kept floor(K b / in), over all rows ("layer") or in every
     row ("row"); N:M masks on entering each group.
     Choices: a dead input's diagonal becomes 1 and its weight 0; N:M groups do not care where blocks end.
@@ -689,8 +690,8 @@ def swaps(
     `start` is a mask, by default Wanda's under the pattern. N:M swaps stay within a group; "layer" keeps
     the row counts of the start; a fixed pattern returns its mask. Weights are those of W0.
     Choices: "lowers" means by more than `tolerance` times the sum of w_j^2 H_jj over what the row's mask prunes
-    (rounding could cycle); ties go to the lowest pruned index u, then the lowest revived p; c is computed anew for every
-    swap.
+    (rounding could cycle); ties go to the lowest pruned index u, then the lowest revived p; c is computed anew
+    for every swap.
     """
     W, G = _floats(W0), _floats(H)
     if pattern[0] == "fixed":

@@ -16,12 +16,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import rarefy
 from cli_for_tests import Rarefy, is_one_sentence, prune_arguments
 from models_for_tests import ARCHITECTURES, CONTEXT
-from rarefy.evaluation.texts import PROMPTS, write_texts
 from rarefy.methods import METHODS
 from rarefy.models.checkpoint import load_model
 from rarefy.models.source import resolve_model
-from rarefy.recipe import Recipe
-from rarefy.run_folder import RunFolder
+from rarefy.runs.folder import RunFolder
+from rarefy.runs.recipe import Recipe
+from rarefy.runs.texts import PROMPTS, write_texts
 
 # --- mistakes ---------------------------------------------------------------------------------------------
 
@@ -233,7 +233,7 @@ def test_a_run_folder_tells_the_whole_run(rarefy_: Rarefy, shelf: Path, tmp_path
 def test_no_texts_are_written_where_none_are_wanted(
     rarefy_: Rarefy, shelf: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("rarefy.evaluation.texts.write_texts", lambda *_: pytest.fail("a text was written"))
+    monkeypatch.setattr("rarefy.runs.texts.write_texts", lambda *_: pytest.fail("a text was written"))
     assert rarefy_(*prune_arguments(shelf, "-o", "out", "--no-texts")).status == 0
     facts = RunFolder("out").read_run()
     assert facts["dense_texts"] == facts["texts"] == []
@@ -261,7 +261,7 @@ def test_a_model_that_cannot_write_is_pruned_all_the_same(
     def broken(*_: object) -> None:
         raise RuntimeError("no\ncache")
 
-    monkeypatch.setattr("rarefy.evaluation.texts.write_texts", broken)
+    monkeypatch.setattr("rarefy.runs.texts.write_texts", broken)
     done = rarefy_(*prune_arguments(shelf, "-o", "out"))
     assert done.status == 0
     assert "warning: the model writes no texts for the report: no cache\n" in done.err
@@ -351,7 +351,7 @@ def test_a_start_token_comes_before_every_window(
         seen.append(windows)
         raise rarefy.NumericalError("enough seen.")
 
-    monkeypatch.setattr("rarefy.pruning.prune_blocks", stop)
+    monkeypatch.setattr("rarefy.runs.run.prune_blocks", stop)
     for more in ((), ("--bos",)):
         assert rarefy_(*prune_arguments(shelf, "-o", "out", *more)).status == 1
     without, with_start = seen
@@ -363,8 +363,8 @@ def test_a_start_token_comes_before_every_window(
 def test_a_dry_run_counts_the_whole_model_only_where_it_writes_texts(
     rarefy_: Rarefy, shelf: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("rarefy.cli.memory.weights_bytes", lambda plan: 2**40)
-    monkeypatch.setattr("rarefy.cli.memory.writes_texts", lambda plan: True)
+    monkeypatch.setattr("rarefy.runs.memory.weights_bytes", lambda plan: 2**40)
+    monkeypatch.setattr("rarefy.runs.memory.writes_texts", lambda plan: True)
     assert "estimated: 1024" in rarefy_(*prune_arguments(shelf, "--dry-run")).out
     assert "estimated: 1024" not in rarefy_(*prune_arguments(shelf, "--dry-run", "--no-texts")).out
 
@@ -387,7 +387,7 @@ def test_a_failing_run_leaves_nothing(
     def broken(*_: object, **__: object) -> None:
         raise rarefy.NumericalError("model.layers.0.mlp.up_proj: its weight holds NaN.")
 
-    monkeypatch.setattr("rarefy.pruning.prune_blocks", broken)
+    monkeypatch.setattr("rarefy.runs.run.prune_blocks", broken)
     done = rarefy_(*prune_arguments(shelf, "-o", "deep/out"))
     assert done.status == 1
     assert done.err.endswith("error: model.layers.0.mlp.up_proj: its weight holds NaN.\n")
@@ -400,7 +400,7 @@ def test_an_interrupted_run_leaves_nothing_and_says_so_in_a_line(
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("rarefy.pruning.prune_blocks", interrupted)
+    monkeypatch.setattr("rarefy.runs.run.prune_blocks", interrupted)
     done = rarefy_(*prune_arguments(shelf, "-o", "out"))
     assert done.status == 130
     assert done.err.endswith("\nerror: interrupted.\n")
@@ -421,7 +421,7 @@ def test_running_out_of_memory_is_one_sentence(rarefy_: Rarefy, shelf: Path, mon
     def greedy(*_: object, **__: object) -> None:
         raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
 
-    monkeypatch.setattr("rarefy.pruning.prune_blocks", greedy)
+    monkeypatch.setattr("rarefy.runs.run.prune_blocks", greedy)
     done = rarefy_(*prune_arguments(shelf, "-o", "out"))
     assert done.status == 1
     assert "error: Out of memory" in done.err

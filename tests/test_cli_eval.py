@@ -18,7 +18,7 @@ from rarefy.calibration.sources import parse_source, token_stream
 from rarefy.evaluation.divergence import divergence
 from rarefy.models.checkpoint import load_model
 from rarefy.models.source import resolve_model
-from rarefy.run_folder import RunFolder
+from rarefy.runs.folder import RunFolder
 from task_files import write_task_files
 
 needs_lm_eval = pytest.mark.skipif(find_spec("lm_eval") is None, reason="needs pip install 'rarefy[tasks]'")

@@ -20,11 +20,11 @@ from models_for_tests import EXPERT_ARCHITECTURES, VOCABULARY, make_model, save_
 from rarefy.calibration.collect import collect, collect_all_tokens, starved, turns
 from rarefy.calibration.stream import record
 from rarefy.errors import InputError, ModelError
-from rarefy.evaluation.verify import inspect_folder
 from rarefy.layer.gram import Gram
 from rarefy.layer.pattern import NM, Pattern, Unstructured
 from rarefy.models.blocks import Block, find_blocks, select_sites
-from rarefy.run_folder import RunFolder
+from rarefy.runs.folder import RunFolder
+from rarefy.runs.verify import inspect_folder
 
 NUM, LENGTH, BATCH = 5, 48, 2  # enough tokens for every expert; the last batch is a half
 # A sum of some 100 products in float32, relative to its largest entry.
@@ -385,7 +385,7 @@ def test_taking_turns_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         model = make_model("mixtral")
         steps: list[tuple[int, int]] = []
         with monkeypatch.context() as patch:
-            for module in ("pruning", "turn"):
+            for module in ("pruning.loop", "pruning.block"):
                 patch.setattr(f"rarefy.{module}.turns", partial(turns, gram_bytes=gram_bytes))
             report = prune(model, NM(2, 4), on_progress=lambda *step, steps=steps: steps.append(step[:2]))
         assert steps == [(done, steps[-1][0]) for done in range(1, len(steps) + 1)]

@@ -15,15 +15,15 @@ from typing import Any
 import pytest
 
 from cli_for_tests import Rarefy, is_one_sentence
-from rarefy.comparing.folder import SweepFolder
-from rarefy.comparing.plan import Options, plan_sweep
-from rarefy.comparing.sweep import run_sweep
 from rarefy.errors import InputError
+from rarefy.pruning.records import LayerRecord
+from rarefy.report.build import write_report
 from rarefy.report.page import render
-from rarefy.report.records import LayerRecord
 from rarefy.report.views import LayerProof, RunView
-from rarefy.reporting import write_report
-from rarefy.run_folder import RunFolder
+from rarefy.runs.folder import RunFolder
+from rarefy.sweeps.folder import SweepFolder
+from rarefy.sweeps.plan import Options, plan_sweep
+from rarefy.sweeps.sweep import run_sweep
 
 Folders = Callable[[str], Path]
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -192,7 +192,7 @@ def swept(model_folder: Folders, tmp_path_factory: pytest.TempPathFactory) -> Pa
     text.write_text("The rain in the north is another thing than the rain at sea. " * 12)
     options = Options(
         model=str(model_folder("llama")),
-        methods=["wanda", "alps", "test_comparing:Failing"],
+        methods=["wanda", "alps", "test_sweeps:Failing"],
         sparsities=["0.5"],
         patterns=["2:4"],
         seeds=2,

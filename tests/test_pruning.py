@@ -21,7 +21,7 @@ from rarefy.methods.base import Method
 from rarefy.methods.compose import Then
 from rarefy.methods.refit import PCG
 from rarefy.models.blocks import Block, find_blocks
-from rarefy.report.records import LayerRecord
+from rarefy.pruning.records import LayerRecord
 
 NUM, LENGTH, BATCH = 5, 20, 2  # longer than a sliding window of 16; the last batch is a half
 
@@ -251,7 +251,7 @@ def test_errors_are_those_of_the_weights_as_written() -> None:
     # The first block's Grams are known: its first layer is graded on what is in the model now.
     site = blocks[0].sites[0]
     from rarefy.calibration.stream import convert_calls
-    from rarefy.devices import compute_dtype, computing_in
+    from rarefy.pruning.precision import compute_dtype, computing_in
 
     convert_calls(stream, compute_dtype(stream.states.dtype, stream.device))
     with computing_in(blocks[0].module, stream.compute_dtype):

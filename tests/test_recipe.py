@@ -6,7 +6,7 @@ import pytest
 
 from rarefy.errors import InputError, MethodError, PatternError, RecipeError
 from rarefy.layer.pattern import NM, PerRow, Unstructured
-from rarefy.recipe import DEFAULT_CALIBRATION, FULL_WINDOWS, QUICK_WINDOWS, Recipe, parse_settings
+from rarefy.runs.recipe import DEFAULT_CALIBRATION, FULL_WINDOWS, QUICK_WINDOWS, Recipe, parse_settings
 
 
 def read(**options: object) -> Recipe:

@@ -360,7 +360,7 @@ def test_alps_restarts_with_a_smaller_penalty_where_the_support_does_not_move() 
 
 
 def test_methods_keep_the_order_of_the_papers() -> None:
-    """On inputs without outlier channels, with which damping by the mean diagonal, as ALPS's paper has it, is heavy."""
+    """On inputs without outlier channels, with which damping by the mean diagonal (ALPS's paper) is heavy."""
     names = ("alps", "admm", "admm1", "sparsegpt", "wanda", "magnitude")
     errors = dict.fromkeys((*names, "alps-geometric"), 1.0)
     for name, seed in itertools.product(errors, range(3)):

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from rarefy.report.results import summarise, table, to_csv
+from rarefy.sweeps.results import summarise, table, to_csv
 
 
 def cell(seed: int, **more: Any) -> dict[str, Any]:

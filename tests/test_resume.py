@@ -19,7 +19,7 @@ from transformers import LlamaConfig
 import rarefy
 from cli_for_tests import Rarefy, is_one_sentence
 from models_for_tests import _GROUPED, build, save_folder
-from rarefy.run_folder import RunFolder
+from rarefy.runs.folder import RunFolder
 
 #: Of layers.jsonl, what no two runs have in common.
 _MEASURED = ("seconds", "peak_bytes")
@@ -49,7 +49,7 @@ def _arguments(shelf: Path, output: Path, *more: object) -> list[str]:
 _RUNNER = """
 import json, os, sys
 import transformers.models.llama.modeling_llama
-import rarefy.cli.run, rarefy.homes, rarefy.evaluation.verify, rarefy.report.card
+import rarefy.runs.run, rarefy.pruning.stores, rarefy.runs.verify, rarefy.runs.card
 from rarefy.cli import main
 for line in sys.stdin:
     child = os.fork()
@@ -176,16 +176,16 @@ def test_killed_runs_of_a_model_in_memory_end_with_the_same_bits(shelf: Path, tm
 
 def _interrupt_after(monkeypatch: pytest.MonkeyPatch, blocks: int, error: BaseException) -> None:
     """Let a run end with ``error`` when it has finished ``blocks`` blocks."""
-    from rarefy.homes import KeptHome
+    from rarefy.pruning.stores import JournaledStore
 
-    store = KeptHome.finish
+    store = JournaledStore.finish
 
-    def finish(self: KeptHome, block: object, *arguments: object) -> None:
+    def finish(self: JournaledStore, block: object, *arguments: object) -> None:
         store(self, block, *arguments)  # type: ignore[arg-type]
-        if self.progress.finished == blocks:
+        if self.journal.finished == blocks:
             raise error
 
-    monkeypatch.setattr(KeptHome, "finish", finish)
+    monkeypatch.setattr(JournaledStore, "finish", finish)
 
 
 @pytest.mark.parametrize("more", [(), ("--dtype", "float32")], ids=["on disk", "in memory"])

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from rarefy.errors import InputError, OutputError
-from rarefy.report.records import LayerRecord, Report, geometric_mean, read_records
-from rarefy.run_folder import RunFolder, write_atomically
+from rarefy.pruning.records import LayerRecord, Report, geometric_mean, read_records
+from rarefy.runs.folder import RunFolder, write_atomically
 
 
 def record(name: str = "model.layers.0.mlp.up_proj", **changes: object) -> LayerRecord:

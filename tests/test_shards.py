@@ -16,9 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from models_for_tests import make_model
-from rarefy import disk
 from rarefy.errors import ModelError, OutputError
-from rarefy.models import shards
+from rarefy.models import atomic, shards
 from rarefy.models.shards import ShardCopies, Shards
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.int8, torch.uint8)
@@ -44,7 +43,7 @@ def _sentence(error: pytest.ExceptionInfo[Exception]) -> str:
 
 @pytest.fixture(autouse=True)
 def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is on the disk when is another matter (test_progress.py)."""
+    """What is on the disk when is another matter (test_journal.py)."""
     monkeypatch.setattr(os, "fsync", lambda _: None)
 
 
@@ -292,7 +291,7 @@ def test_a_disk_that_fills_up_while_copying(
 def test_without_the_kernels_help_files_are_copied_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     content = os.urandom(1000)
     (tmp_path / "file").write_bytes(content)
-    monkeypatch.setattr(disk, "CHUNK", 300)
+    monkeypatch.setattr(atomic, "CHUNK", 300)
 
     def half(source: int, target: int, count: int, at: int, to: int) -> int:
         if at:
@@ -301,21 +300,21 @@ def test_without_the_kernels_help_files_are_copied_in_pieces(tmp_path: Path, mon
 
     for name, function in (("half", half), ("nothing", lambda *_: 0)):
         monkeypatch.setattr(os, "copy_file_range", function, raising=False)
-        disk.copy_file(tmp_path / "file", tmp_path / name)
+        atomic.copy_file(tmp_path / "file", tmp_path / name)
         assert (tmp_path / name).read_bytes() == content
 
 
 def test_a_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_text("old")
-    with pytest.raises(KeyError), disk.replacing(path) as file:
+    with pytest.raises(KeyError), atomic.replacing(path) as file:
         file.write(b"new")
         raise KeyError
     assert path.read_text() == "old"
-    with disk.replacing(path) as file:
+    with atomic.replacing(path) as file:
         file.write(b"new")
         assert path.read_text() == "old"
     assert path.read_text() == "new"
     with pytest.raises(OutputError, match=r"none/file cannot be written: No such file or directory\."):
-        disk.replace_file(tmp_path / "none" / "file", b"")
+        atomic.replace_file(tmp_path / "none" / "file", b"")
     assert [file.name for file in tmp_path.iterdir()] == ["file"]

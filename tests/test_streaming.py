@@ -48,7 +48,7 @@ _ALL = (*ARCHITECTURES, *_MIXTURES)
 
 @pytest.fixture(autouse=True)
 def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is on the disk when is another matter (test_progress.py)."""
+    """What is on the disk when is another matter (test_journal.py)."""
     monkeypatch.setattr(os, "fsync", lambda _: None)
 
 

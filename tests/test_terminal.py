@@ -14,9 +14,9 @@ from cli_for_tests import Rarefy, is_one_sentence, prune_arguments
 from rarefy.cli import watch as module
 from rarefy.cli.terminal import Terminal
 from rarefy.cli.watch import LayerTable
-from rarefy.cli.words import memory_words, time_words
 from rarefy.errors import OutputError
-from rarefy.report.records import LayerRecord, three_digits
+from rarefy.pruning.records import LayerRecord, three_digits
+from rarefy.runs.words import memory_words, time_words
 
 TIME = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d[+-]\d\d:\d\d "
 
@@ -253,6 +253,6 @@ def test_a_failure_is_the_last_line_of_the_log(rarefy_: Rarefy, shelf: Path, mon
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("rarefy.pruning.prune_blocks", interrupted)
+    monkeypatch.setattr("rarefy.runs.run.prune_blocks", interrupted)
     assert rarefy_(*prune_arguments(shelf, "-o", "out", "--log", "run.log")).status == 130
     assert Path("run.log").read_text().endswith(" ended: KeyboardInterrupt\n")

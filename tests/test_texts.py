@@ -9,7 +9,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 
 from models_for_tests import ARCHITECTURES, make_model, make_tokenizer
-from rarefy.evaluation.texts import PROMPTS, kept_texts, write_texts
+from rarefy.runs.texts import PROMPTS, kept_texts, write_texts
 
 
 def slowly(model: PreTrainedModel, prompt: str, num_tokens: int) -> str:

@@ -33,8 +33,12 @@ if TYPE_CHECKING:
     from rarefy.methods.sparsegpt import SparseGPT
     from rarefy.methods.swaps import Swaps
     from rarefy.methods.wanda import Wanda
-    from rarefy.pruning import prune, solve
-    from rarefy.report.records import Report
+    from rarefy.pruning.loop import prune
+    from rarefy.pruning.records import Report
+    from rarefy.pruning.solve import solve
+    from rarefy.runs.recipe import Recipe
+    from rarefy.runs.run import RunResult, forecast, run
+    from rarefy.runs.verify import inspect_folder
 
 __version__ = "0.1.0"
 
@@ -64,8 +68,10 @@ __all__ = [
     "PerRow",
     "RankError",
     "RarefyError",
+    "Recipe",
     "RecipeError",
     "Report",
+    "RunResult",
     "Solution",
     "SparseFW",
     "SparseGPT",
@@ -75,7 +81,10 @@ __all__ = [
     "Unstructured",
     "VerificationError",
     "Wanda",
+    "forecast",
+    "inspect_folder",
     "prune",
+    "run",
     "solve",
 ]
 
@@ -110,8 +119,12 @@ _HOME = {
     "rarefy.methods.sparsegpt": ("SparseGPT",),
     "rarefy.methods.swaps": ("Swaps",),
     "rarefy.methods.wanda": ("Wanda",),
-    "rarefy.pruning": ("prune", "solve"),
-    "rarefy.report.records": ("Report",),
+    "rarefy.pruning.loop": ("prune",),
+    "rarefy.pruning.records": ("Report",),
+    "rarefy.pruning.solve": ("solve",),
+    "rarefy.runs.recipe": ("Recipe",),
+    "rarefy.runs.run": ("RunResult", "forecast", "run"),
+    "rarefy.runs.verify": ("inspect_folder",),
 }
 
 

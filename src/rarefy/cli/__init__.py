@@ -43,9 +43,9 @@ def main(arguments: list[str] | None = None) -> int:
     if _several_started():
         # Where the process is gone through which they meet, torch warns with a page of C++ frames.
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-        from rarefy.cli.ranks import answer_together
+        from rarefy.parallel.launch import answer_together
 
-        return answer_together(lambda: _answer(arguments))
+        return answer_together(lambda: _answer(arguments), complain)
     return _answer(arguments)
 
 

@@ -75,12 +75,12 @@ def compare(
 
     The same command on the same folder goes on where it was stopped.
     """
-    from rarefy.comparing.folder import SweepFolder
-    from rarefy.comparing.plan import Options, plan_sweep
-    from rarefy.comparing.sweep import run_sweep
-    from rarefy.recipe import parse_settings
-    from rarefy.report.records import aligned
-    from rarefy.report.results import table
+    from rarefy.pruning.records import aligned
+    from rarefy.runs.recipe import parse_settings
+    from rarefy.sweeps.folder import SweepFolder
+    from rarefy.sweeps.plan import Options, plan_sweep
+    from rarefy.sweeps.results import table
+    from rarefy.sweeps.sweep import run_sweep
 
     folder = SweepFolder(output)
     with Terminal(quiet, log) as terminal:

@@ -13,8 +13,8 @@ import typer
 from rarefy.cli.options import Device, Dtype, Json, Limit, Log, Quiet, TaskData, TaskNames, Texts, split
 from rarefy.cli.terminal import Terminal
 from rarefy.errors import InputError, ModelError
-from rarefy.report.records import aligned, three_digits
-from rarefy.run_folder import RunFolder
+from rarefy.pruning.records import aligned, three_digits
+from rarefy.runs.folder import RunFolder
 
 if TYPE_CHECKING:
     from rarefy.evaluation.measure import Measures
@@ -146,7 +146,7 @@ def _measures(
 
 def _keep(folder: RunFolder, found: dict[str, Any], terminal: Terminal) -> None:
     """Add measurements to run.json and the model card, in place of the same ones made before."""
-    from rarefy.report.card import model_card
+    from rarefy.runs.card import model_card
 
     facts = folder.read_run()
     for kind, names in (("perplexity", _SAME), ("divergence", (*_SAME, "against"))):

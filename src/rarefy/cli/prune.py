@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperCommand
 
 from rarefy.cli.options import Device, Dtype, Exclude, Include, Log, OffloadDir, Quiet, Text
-from rarefy.cli.terminal import Terminal
+from rarefy.cli.terminal import Terminal, print_table
 from rarefy.errors import InputError
-from rarefy.run_folder import RunFolder
+from rarefy.pruning.records import three_digits
+from rarefy.runs.folder import RunFolder
+from rarefy.runs.words import memory_words
+
+if TYPE_CHECKING:
+    from rarefy.runs.plan import Plan
+    from rarefy.runs.run import RunResult
 
 
 class PruneCommand(TyperCommand):
@@ -111,10 +118,10 @@ def prune(
 
     MODEL and -o are required, but a --recipe may name MODEL instead, and --dry-run needs no -o.
     """
-    from rarefy.cli.plan import make_plan, print_plan
-    from rarefy.cli.run import run
-    from rarefy.distributed import World
-    from rarefy.recipe import Recipe, parse_settings
+    from rarefy.parallel.world import World
+    from rarefy.runs.make_plan import make_plan
+    from rarefy.runs.recipe import Recipe, parse_settings
+    from rarefy.runs.run import execute
 
     said = {
         "model": model,
@@ -149,8 +156,48 @@ def prune(
         for warning in plan.warnings:
             terminal.warn(warning)
         if dry_run or folder is None:
-            print_plan(plan, texts)
+            _print_plan(plan, texts)
         else:
             terminal.begin()
             command, chosen = ["rarefy", *context.obj], wanted.calibration is not None
-            run(plan, folder, command, terminal, chosen, texts)
+            result = execute(plan, folder, command, terminal, chosen=chosen, texts=texts)
+            if result is not None:
+                _print_result(result, plan, terminal)
+
+
+def _print_result(result: RunResult, plan: Plan, terminal: Terminal) -> None:
+    report, model = result.report, result.folder.model
+    if result.went_on:
+        print(f"{model} holds the model; the run had been finished")
+        return
+    title = f"{report.method}, {report.pattern}: {report.pruned:,} of {report.size:,} weights are zero"
+    print_table(report.rows(), title)
+    for layer in report.failed:
+        terminal.warn(f"{layer.name}: {layer.status}")
+    print(f"{model} holds the model; its files were read again and hold every promised zero")
+    each = "" if plan.num_ranks == 1 else f", the most of {plan.num_ranks} processes"
+    terminal.note(f"peak memory: {memory_words(result.facts['peak_bytes'])} on {plan.device}{each}")
+    terminal.log(f"{title}, relative error {three_digits(report.relative_error)}; {model} holds the model")
+
+
+def _print_plan(plan: Plan, texts: bool) -> None:
+    """What ``--dry-run`` shows: the layers by kind with their counts of weights to prune, and the memory it takes.
+
+    ``texts``: the models write some for the report.
+    """
+    from rarefy.runs.plan import calibration_words
+    from rarefy.runs.run import forecast_of
+
+    forecast = forecast_of(plan, texts)
+    sites = [site for block in plan.blocks for site in block.sites]
+    kinds = Counter((site.name.rpartition(".")[2], site.shape) for site in sites)
+    rows = [["layer", "count", "shape", "to prune"]]
+    for (kind, shape), count in kinds.items():
+        pruned = count * (shape[0] * shape[1] - plan.pattern.count(shape))
+        rows.append([kind, f"{count:,}", f"{shape[0]} x {shape[1]}", f"{pruned:,}"])
+    rows.append(["all", f"{len(sites):,}", "", f"{forecast.pruned:,}"])
+    print_table(rows)
+    print(f"{plan.method}, {plan.pattern}: {forecast.pruned:,} of {forecast.size:,} weights would be pruned")
+    print(calibration_words(plan.recipe))
+    each = "" if plan.num_ranks == 1 else f" for each of {plan.num_ranks} processes"
+    print(f"peak memory, estimated: {memory_words(forecast.peak_bytes)} on {plan.device}{each}")

@@ -24,7 +24,7 @@ def report(
     quiet: Quiet = False,
 ) -> None:
     """Draw runs on one HTML page that needs no network."""
-    from rarefy.reporting import write_report
+    from rarefy.report.build import write_report
 
     with Terminal(quiet) as terminal:
         file = write_report(runs, output, texts=texts, device=device, watch=terminal.watch)

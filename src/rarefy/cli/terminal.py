@@ -21,7 +21,7 @@ from rich.table import Table
 
 from rarefy.cli.watch import Watch
 from rarefy.errors import OutputError
-from rarefy.report.records import aligned
+from rarefy.pruning.records import aligned
 
 
 class Terminal:

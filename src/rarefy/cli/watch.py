@@ -15,8 +15,8 @@ from rich.live import Live
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 from rich.table import Table
 
-from rarefy.cli.words import memory_words, time_words
-from rarefy.report.records import LayerRecord, three_digits
+from rarefy.pruning.records import LayerRecord, three_digits
+from rarefy.runs.words import memory_words, time_words
 
 #: Seconds between two progress lines where standard error is no terminal.
 _SECONDS_BETWEEN_LINES = 15.0

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rarefy.disk import copy_file, refusals
+from rarefy.models.atomic import copy_file, refusals
 from rarefy.models.checkpoint import forget_origin
 
 _KINDS = ("*.json", "*.jinja", "*.txt", "*.model", "additional_chat_templates/*.jinja")

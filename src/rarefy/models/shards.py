@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rarefy.disk import CHUNK, copy_file, refusals, remove_partial_files
 from rarefy.errors import ModelError, OutputError
+from rarefy.models.atomic import CHUNK, copy_file, refusals, remove_partial_files
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"

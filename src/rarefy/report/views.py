@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from rarefy.pruning.records import LayerRecord
 from rarefy.report.plots import Picture
-from rarefy.report.records import LayerRecord
-from rarefy.report.results import Facts
+from rarefy.sweeps.results import Facts
 
 
 @dataclass(frozen=True)

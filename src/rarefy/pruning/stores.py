@@ -1,0 +1,275 @@
+"""Block stores: where the loop takes a block from, and where the pruned block goes.
+
+``BlockStore`` is a model in memory and keeps nothing. ``JournaledStore`` is a model in memory whose pruned
+blocks are also saved beside the journal of the run, so that a killed run goes on. ``StreamedStore`` is a model
+on disk: a block is loaded when the loop reaches it, and written into a copy of the checkpoint.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from jaxtyping import Int64
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor, nn
+
+from rarefy.calibration.spill import DENSE, PRUNED, StatesPart, load_states, save_states
+from rarefy.calibration.stream import HiddenStates, convert_calls, record
+from rarefy.errors import OutputError
+from rarefy.models.atomic import refusals, replace_file
+from rarefy.models.blocks import Block
+from rarefy.models.shards import ShardCopies
+from rarefy.models.streaming import StreamedModel
+from rarefy.parallel.world import World
+from rarefy.pruning.precision import compute_dtype, computing_in
+from rarefy.pruning.records import LayerRecord
+
+if TYPE_CHECKING:
+
+    class Journal(Protocol):
+        """What a store needs of a run's journal; runs/journal.py has it."""
+
+        folder: Path
+        model: Path
+        states: list[StatesPart]
+
+        @property
+        def finished(self) -> int: ...
+        def records(self) -> list[LayerRecord]: ...
+        def finish_block(self, index: int, records: Sequence[LayerRecord], states: Sequence[StatesPart]) -> None: ...
+
+
+_WINDOWS = "windows.safetensors"
+
+
+class BlockStore:
+    """A model in memory, of which nothing is kept; the interface of all stores.
+
+    The loop calls ``hidden_states`` once, and for each block in order ``loaded``, within it ``store``, and then
+    ``finish``. Blocks before number ``finished`` were done by an earlier run, whose ``records`` these are. Each
+    process of ``world`` has a store; ``store`` is called on the first of them only.
+    """
+
+    finished = 0
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.world = World.current()
+
+    def records(self) -> list[LayerRecord]:
+        """The records of the finished blocks."""
+        return []
+
+    def hidden_states(
+        self,
+        blocks: Sequence[Block],
+        windows: Int64[Tensor, "num length"],
+        batch_size: int,
+        first: int = 0,
+        *,
+        dense_path: bool = False,
+    ) -> tuple[HiddenStates, HiddenStates | None]:
+        """The hidden states that enter the first unfinished block, with how every block is called.
+
+        The second is the same of the dense model, if ``dense_path`` asks for it. ``windows`` are this process's,
+        of which the first is number ``first`` of the run.
+        """
+        entering = record(self.model, [block.module for block in blocks], windows, batch_size)
+        return entering, entering.fork() if dense_path else None
+
+    @contextmanager
+    def loaded(self, block: Block, following: Block | None) -> Iterator[None]:
+        """Within the scope, ``block`` is in memory; ``following`` is the one that will be loaded next."""
+        yield
+
+    def store(self, block: Block, names: Collection[str]) -> None:
+        """Keep those parameters of ``block`` that were changed, by their full ``names``."""
+
+    def finish(
+        self,
+        block: Block,
+        records: Sequence[LayerRecord],
+        entering: HiddenStates | None,
+        entering_dense: HiddenStates | None = None,
+    ) -> None:
+        """``block`` is done; ``entering`` are the states for the next one on both paths, None after the last."""
+
+
+class JournaledStore(BlockStore):
+    """A model in memory, of which every pruned block is kept in the folder of an open ``journal``.
+
+    ``offload`` is a folder for the hidden states, which are in memory without it. Of several processes, the
+    first keeps the blocks, and each the hidden states of its windows.
+    """
+
+    def __init__(self, model: nn.Module, journal: Journal, offload: Path | None = None) -> None:
+        super().__init__(model)
+        self.journal = journal
+        self.offload = offload
+        self._first = 0  # the number of this process's first window
+        self.finished = journal.finished
+        for index in range(self.finished):
+            self._restore(self._weights_of(index))
+
+    def records(self) -> list[LayerRecord]:
+        """The records of the finished blocks. Raises OutputError where a file is missing or damaged."""
+        return self.world.from_first(self.journal.records)
+
+    def hidden_states(
+        self,
+        blocks: Sequence[Block],
+        windows: Int64[Tensor, "num length"],
+        batch_size: int,
+        first: int = 0,
+        *,
+        dense_path: bool = False,
+    ) -> tuple[HiddenStates, HiddenStates | None]:
+        """The hidden states that enter the first unfinished block: those that were saved last, if any.
+
+        Where states of the pruned path are lost or damaged, they are computed again from the finished blocks.
+        Raises OutputError where states of the dense path are, since the dense blocks may be gone.
+        """
+        self._first = first
+        entering = self._record(blocks, windows, batch_size)
+        dense = entering.fork(self.offload) if dense_path else None
+        if not self.journal.states:
+            return entering, dense
+        saved = {path: [part for part in self.journal.states if part.path == path] for path in (PRUNED, DENSE)}
+        try:
+            load_states(self.journal.folder, saved[PRUNED], entering.states, first, entering.release)
+        except OutputError as error:
+            warnings.warn(f"{error} They are computed again from the finished blocks.", stacklevel=2)
+            entering = self._record(blocks, windows, batch_size)  # some of them may be overwritten
+            self._replay(entering, blocks[: self.finished])
+        if dense is not None:
+            load_states(self.journal.folder, saved[DENSE], dense.states, first, dense.release)
+        return entering, dense
+
+    def _record(self, blocks: Sequence[Block], windows: Int64[Tensor, "num length"], batch_size: int) -> HiddenStates:
+        return record(self.model, [block.module for block in blocks], windows, batch_size, self.offload)
+
+    def _replay(self, stream: HiddenStates, blocks: Sequence[Block]) -> None:
+        """Bring the states that enter the first block behind ``blocks``, which are pruned: the bits as before."""
+        dtype = compute_dtype(stream.states.dtype, stream.device)
+        convert_calls(stream, dtype)
+        for block in blocks:
+            with self._pruned(block), computing_in(block.module, dtype):
+                stream.advance(block.module, block.index)
+
+    @contextmanager
+    def _pruned(self, block: Block) -> Iterator[None]:
+        """Within the scope, a finished block is in memory as it was left."""
+        yield
+
+    def store(self, block: Block, names: Collection[str]) -> None:
+        """Write the changed parameters into a file beside the journal. Raises OutputError."""
+        if names:
+            tensors = {name: self.model.get_parameter(name).detach().cpu().contiguous() for name in names}
+            replace_file(self._weights_of(block.index), save(tensors))
+
+    def finish(
+        self,
+        block: Block,
+        records: Sequence[LayerRecord],
+        entering: HiddenStates | None,
+        entering_dense: HiddenStates | None = None,
+    ) -> None:
+        """Save the states for the next block, and note in the journal that this one is done. Raises OutputError.
+
+        Of several processes, each saves those of its windows.
+        """
+        own = []
+        folder, number = self.journal.folder, block.index + 1
+        with self.world.together():
+            for path, states in ((PRUNED, entering), (DENSE, entering_dense)):
+                if states is not None:
+                    own.append(save_states(folder, number, states.states, self._first, states.release, path=path))
+        everyone = self.world.gather(own)
+        with self.world.together():
+            self.journal.finish_block(block.index, records, [part for parts in everyone for part in parts])
+
+    def _weights_of(self, index: int) -> Path:
+        return self.journal.folder / f"weights-{index:05d}.safetensors"
+
+    def _restore(self, file: Path) -> None:
+        """Put the pruned parameters of a finished block back; a block without pruned linears has no file."""
+        if not file.exists():
+            return
+        with refusals(file), torch.no_grad():
+            try:
+                for name, tensor in load(file.read_bytes()).items():
+                    self.model.get_parameter(name).copy_(tensor)
+            except (SafetensorError, AttributeError, RuntimeError) as error:
+                raise OutputError.sentence(
+                    f"{file} is damaged, so the unfinished run cannot go on: remove {file.parent} to begin anew."
+                ) from error
+
+
+def keep_windows(output: Path, windows: Int64[Tensor, "num length"]) -> None:
+    """Keep calibration text that the model wrote beside the journal of a run. Raises OutputError."""
+    replace_file(output / "unfinished" / _WINDOWS, save({"windows": windows}))
+
+
+def kept_windows(output: Path) -> Int64[Tensor, "num length"] | None:
+    """The text that ``keep_windows`` kept; None where there is none, or it is damaged."""
+    try:
+        return load((output / "unfinished" / _WINDOWS).read_bytes())["windows"]
+    except (OSError, SafetensorError, KeyError):
+        return None
+
+
+class StreamedStore(JournaledStore):
+    """A model on disk: one block of it is in memory at a time, on ``device``.
+
+    The copies of the checkpoint's files are made here, in the model folder of ``journal``. Raises
+    OutputError where they cannot be.
+    """
+
+    def __init__(
+        self, streamed: StreamedModel, journal: Journal, device: torch.device, offload: Path | None = None
+    ) -> None:
+        super().__init__(streamed.model, journal, offload)
+        self.streamed = streamed
+        self.device = device
+        self.copies = ShardCopies(streamed.shards, journal.model)
+
+    def prepare(self, num_blocks: int) -> None:
+        """Make the copies, or check those of an earlier run unless it got through all ``num_blocks``."""
+        if not self.world.leads:
+            return
+        if not self.finished:
+            self.copies.make()
+        elif self.finished < num_blocks:
+            self.copies.check()
+
+    def _record(self, blocks: Sequence[Block], windows: Int64[Tensor, "num length"], batch_size: int) -> HiddenStates:
+        """As of a model in memory, with nothing loaded but what comes before the blocks, and the first of them."""
+        rest = [block.name for block in blocks[1:]]
+        with self.streamed.loaded(self.streamed.base, without=rest, device=self.device):
+            return super()._record(blocks, windows, batch_size)
+
+    @contextmanager
+    def _pruned(self, block: Block) -> Iterator[None]:
+        with self.streamed.loaded(block.name, device=self.device, copies=self.copies):
+            yield
+
+    @contextmanager
+    def loaded(self, block: Block, following: Block | None) -> Iterator[None]:
+        """Within the scope, ``block`` is on the device. Behind a GPU's back, the next one is read ahead."""
+        with self.streamed.loaded(block.name, device=self.device):
+            if following is not None and self.device.type != "cpu":
+                self.streamed.prefetch(following.name)
+            yield
+
+    def store(self, block: Block, names: Collection[str]) -> None:
+        """Write the changed parameters into the copy of the checkpoint. Raises OutputError."""
+        self.streamed.store(names, self.copies)
+
+    def _restore(self, file: Path) -> None:
+        """The copy of the checkpoint holds the finished blocks."""

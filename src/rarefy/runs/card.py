@@ -1,0 +1,103 @@
+"""The model card: README.md of the model folder, with the front matter that the hub reads.
+
+It says what was done and what was measured, and it does not promise a smaller or faster model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from rarefy.pruning.records import three_digits
+
+#: Models that Rarefy knows by a name of its own.
+_KNOWN: dict[str, dict[str, str | None]] = {
+    "smollm2": {"hub_id": "HuggingFaceTB/SmolLM2-135M-Instruct", "license": "apache-2.0"}
+}
+
+_SPEED = {
+    True: "on NVIDIA GPUs from Ampere on: `torch.sparse.to_sparse_semi_structured` on each pruned weight, "
+    "which pays off for large batches",
+    False: "on GPUs: nothing that is common today; 2:4 is the pattern that they have kernels for",
+}
+
+
+def model_card(run: Mapping[str, Any]) -> str:
+    """The card of the run that ``run`` (the content of run.json) tells of.
+
+    Perplexities are shown where ``run["perplexity"]`` has any, each with its context length, and so are
+    distances from the dense model and tasks; the hub links the base model where ``run["base_model"]["hub_id"]``
+    names it.
+    """
+    base = run["base_model"]
+    front: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    if base.get("license"):
+        front["license"] = base["license"]
+    if base.get("hub_id"):
+        front["base_model"] = base["hub_id"]
+    front["tags"] = ["rarefy", "pruning", "sparse", str(run["method"])]
+    name = str(base.get("hub_id") or base["name"]).rstrip("/")
+    pattern = str(run["pattern"])
+    return _ENVIRONMENT.get_template("card.md.jinja").render(
+        {
+            "divergence": [],
+            "tasks": {},
+            **run,
+            "front_matter": yaml.safe_dump(front, sort_keys=False),
+            "base": f"`{name}`",
+            "title": f"{name.rpartition('/')[2]}, pruned ({run['method']}, {pattern})",
+            "calibration_words": _calibration_words(run["calibration"]),
+            "speed": _SPEED[run["pattern_spec"] == {"kind": "n:m", "keep": 2, "of": 4}],
+        }
+    )
+
+
+def base_model(name: str, kind: str, path: Path) -> dict[str, str | None]:
+    """Name, hub id and licence of the dense model, as far as they are known.
+
+    ``kind`` is "hub", "folder" or "gguf"; ``path`` its folder, whose own card may name the licence.
+    """
+    if name in _KNOWN:
+        return {"name": name, **_KNOWN[name]}
+    front = _front_matter(path / "README.md") if path.is_dir() else {}
+    licence = front.get("license")
+    return {"name": name, "hub_id": name if kind == "hub" else None, "license": licence and str(licence)}
+
+
+def _rounded(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.2f}"
+
+
+def _percent(value: float | None) -> str:
+    return "unknown" if value is None else f"{value:.1%}"
+
+
+def _front_matter(file: Path) -> dict[str, Any]:
+    """What a card says between its two lines of ``---``; nothing where there is no such thing."""
+    try:
+        _, _, rest = file.read_text(encoding="utf-8").partition("---\n")
+        content = yaml.safe_load(rest.partition("\n---")[0])
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _calibration_words(calibration: Mapping[str, Any]) -> str:
+    own = calibration["source"] == "self"
+    where = "written by the dense model itself" if own else f"from `{calibration['source']}`"
+    return f"{calibration['num_samples']:,} windows of {calibration['sequence_length']:,} tokens, {where}"
+
+
+_ENVIRONMENT = Environment(
+    loader=PackageLoader("rarefy.runs"),
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+    keep_trailing_newline=True,
+    autoescape=False,
+)
+_ENVIRONMENT.filters |= {"rounded": _rounded, "digits": three_digits, "percent": _percent}

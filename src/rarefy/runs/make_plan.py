@@ -1,0 +1,90 @@
+"""Makes the plan of a pruning run from its recipe: all mistakes that need no weights are found here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rarefy.errors import InputError, ModelError, OutputError
+from rarefy.runs.memory import check_own_text_fits
+from rarefy.runs.plan import Plan
+
+if TYPE_CHECKING:
+    import torch
+
+    from rarefy.calibration.sources import Source
+    from rarefy.models.source import ModelSource
+    from rarefy.runs.recipe import Recipe
+
+
+def make_plan(recipe: Recipe, output: Path | None = None, offload: Path | None = None) -> Plan:
+    """Find every mistake that can be found before the weights are loaded, the cheapest first.
+
+    ``output`` may hold an unfinished run, which must be this one. ``offload`` is where hidden states go.
+    """
+    from rarefy.calibration.sources import DRAW_FROM, SELF, draw_windows, parse_source
+    from rarefy.models.blocks import find_blocks, select_sites
+    from rarefy.models.checkpoint import resolve_device
+    from rarefy.models.source import resolve_model
+    from rarefy.parallel.world import World
+    from rarefy.pruning.loop import check_patterns
+    from rarefy.pruning.settings import Uniform
+    from rarefy.pruning.stores import kept_windows
+    from rarefy.runs.journal import Journal
+    from rarefy.runs.recipe import DEFAULT_CALIBRATION
+
+    if offload is not None and not offload.is_dir():
+        raise OutputError("--offload-dir", str(offload), "a folder that exists")
+    method, pattern = recipe.build_method(), recipe.build_pattern()
+    world = World.current()
+    device = world.place(resolve_device(recipe.device))
+    text = parse_source(recipe.calibration or DEFAULT_CALIBRATION)
+    source = resolve_model(recipe.model)
+    recipe = recipe.resolved(source.context)
+    if recipe.window_shape[0] < world.size:
+        raise InputError("--num-samples", recipe.window_shape[0], f"at least {world.size}, a window for each process")
+    skeleton = source.skeleton()
+    blocks = select_sites(find_blocks(skeleton), recipe.include, recipe.exclude)
+    check_patterns(blocks, Uniform(pattern))
+    windows = None
+    if text is not SELF:
+        num, length = recipe.window_shape
+        tokens, bos_id = read_tokens(source, text, recipe.bos, enough=DRAW_FROM * num * length)
+        windows = draw_windows(tokens, num, length, recipe.seed, bos_id, name=f"the text of {text.name}")
+    else:
+        windows = kept_windows(output) if output else None
+        recipe = recipe.model_copy(update={"bos": False})  # what the model writes begins with it anyway
+    streams = _streams(source, recipe)
+    plan = Plan(recipe, method, pattern, device, source, skeleton, blocks, windows, streams, offload, world.size)
+    if output and (progress := Journal.find(output)) and windows is not None and source.kind != "hub":
+        progress.check(plan.fingerprint(windows))
+    if windows is None and plan.streams:
+        check_own_text_fits(plan)
+    return plan
+
+
+def _streams(source: ModelSource, recipe: Recipe) -> bool:
+    """Whether the model has files of which parts can be read, and is to be used in their dtype."""
+    from rarefy.models.checkpoint import resolve_dtype
+
+    if source.kind == "gguf" or (recipe.dtype != "auto" and resolve_dtype(recipe.dtype) != source.config.dtype):
+        return False
+    files = ("model.safetensors", "model.safetensors.index.json")
+    return source.kind == "hub" or any((source.path / file).is_file() for file in files)
+
+
+def read_tokens(
+    source: ModelSource, text: Source, bos: bool, enough: int | None = None
+) -> tuple[torch.Tensor, int | None]:
+    """The tokens of ``text`` in one row, and the start token if ``bos`` asks for it."""
+    from rarefy.calibration.sources import token_stream
+    from rarefy.models.checkpoint import load_tokenizer
+
+    tokenizer = load_tokenizer(source)
+    if tokenizer is None:
+        raise ModelError.sentence(
+            f"{source.name} has no tokenizer, so it can read no text; --calibration self needs none."
+        )
+    if bos and tokenizer.bos_token_id is None:
+        raise InputError.sentence(f"--bos asks for a start token, but the tokenizer of {source.name} has none.")
+    return token_stream(text, tokenizer, enough), tokenizer.bos_token_id if bos else None

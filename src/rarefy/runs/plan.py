@@ -1,0 +1,69 @@
+"""The plan of a pruning run: its checked settings, the skeleton of its model, and its calibration text."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rarefy.runs.fingerprint import versions
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+    from rarefy.layer.pattern import Pattern
+    from rarefy.methods.base import Method
+    from rarefy.models.blocks import Block
+    from rarefy.models.source import ModelSource
+    from rarefy.runs.fingerprint import Fingerprint
+    from rarefy.runs.recipe import Recipe
+
+
+@dataclass
+class Plan:
+    """A run whose every setting was checked, as far as that goes without the weights."""
+
+    recipe: Recipe
+    method: Method
+    pattern: Pattern
+    device: torch.device
+    source: ModelSource
+    skeleton: PreTrainedModel
+    blocks: list[Block]
+    #: Token ids (num, length); None where the model is to write its own text.
+    windows: torch.Tensor | None
+    #: Whether the model is to stay on disk, as far as that is known.
+    streams: bool
+    #: A folder for the hidden states; None where they are to be in memory.
+    offload: Path | None = None
+    #: How many processes share the windows.
+    num_ranks: int = 1
+
+    def fingerprint(self, windows: torch.Tensor) -> Fingerprint:
+        """All that the result depends on; ``windows`` is the calibration text."""
+        from rarefy.runs.fingerprint import Fingerprint
+
+        made_by = {name: versions()[name] for name in ("rarefy", "torch", "transformers")}
+        # Which GPU it is does not matter; another process of the run has another one.
+        settings = self.recipe.model_dump() | {"device": self.device.type, **made_by}
+        return Fingerprint.of(settings, self.source.path, windows)
+
+    @property
+    def warnings(self) -> list[str]:
+        """What is no mistake, but hardly what was meant."""
+        num, length = self.recipe.window_shape
+        widest = max((site for block in self.blocks for site in block.sites), key=lambda site: site.shape[1])
+        if num * length >= widest.shape[1]:
+            return []
+        words = (
+            f"the calibration has {num * length:,} tokens, fewer than the {widest.shape[1]:,} inputs of "
+            f"{widest.name}: that says too little about its weights; more --num-samples say more"
+        )
+        return [words]
+
+
+def calibration_words(recipe: Recipe) -> str:
+    """How many windows of how many tokens from where."""
+    num, length = recipe.window_shape
+    return f"calibration: {num:,} windows of {length:,} tokens from {recipe.calibration}"

@@ -1,0 +1,276 @@
+"""The settings of one pruning run: validated, saved beside its outputs, loadable again.
+
+A recipe is what the command line says, what a YAML file says, or both: an option replaces the
+file's key. Every mistake is one sentence that names the setting as its user wrote it
+(``--num-samples`` on the command line, ``num_samples in run.yaml`` in a file).
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from rarefy.errors import InputError, MethodError, PatternError, RecipeError
+from rarefy.layer.pattern import NM, Pattern, PerRow, Unstructured
+from rarefy.methods import all_settings, build
+from rarefy.methods.base import Method
+from rarefy.pruning.settings import PruneSettings, Uniform
+
+DEFAULT_METHOD = "alps"
+DEFAULT_SPARSITY = 0.5
+DEFAULT_CALIBRATION = "self"
+#: Windows x tokens per window: without ``--calibration`` what a laptop does in minutes, with it the papers'.
+QUICK_WINDOWS = (32, 1024)
+FULL_WINDOWS = (128, 2048)
+
+
+def _no_bool(value: object) -> object:
+    """Refuse YAML's true and false where pydantic would read them as 1 and 0."""
+    if isinstance(value, bool):
+        raise ValueError("not a number")
+    return value
+
+
+#: Which error a wrong setting is, where it is not an InputError (of an option) or RecipeError (of a file).
+_ERRORS: dict[str, type[InputError]] = {
+    "sparsity": PatternError,
+    "pattern": PatternError,
+    "scope": PatternError,
+}
+
+Number = Annotated[float, BeforeValidator(_no_bool)]
+Whole = Annotated[int, BeforeValidator(_no_bool)]
+
+
+class Recipe(BaseModel):
+    """One pruning run. A field's description is what its error messages say is allowed.
+
+    None means "not said"; ``resolved`` fills it in.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: str = Field(min_length=1, description="a hub id, a local folder, a .gguf file, or smollm2")
+    method: str = Field(DEFAULT_METHOD, description="a method that `rarefy methods` lists, or package.module:Class")
+    settings: dict[str, bool | int | float | str] = Field({}, description="hyperparameters of the method, KEY: VALUE")
+    sparsity: Number | None = Field(
+        None, ge=0, lt=1, allow_inf_nan=False, description="a number in [0, 1), the fraction of zeros"
+    )
+    pattern: str | None = Field(None, description="text such as 2:4")
+    scope: Literal["layer", "row"] | None = Field(None, description="layer or row")
+    calibration: str | None = Field(None, min_length=1, description="a source of text, such as self or a .txt file")
+    num_samples: Whole | None = Field(None, ge=1, description="a whole number of at least 1 (windows)")
+    sequence_length: Whole | None = Field(None, ge=2, description="a whole number of at least 2 (tokens)")
+    batch_size: Whole = Field(4, ge=1, description="a whole number of at least 1 (windows)")
+    seed: Whole = Field(0, ge=0, lt=2**63, description="a whole number of at least 0")
+    bos: bool = Field(False, description="true or false")
+    device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="auto, float32, bfloat16 or float16"
+    )
+    include: list[str] = Field([], description="a list of patterns of module names, such as '*.mlp.*'")
+    exclude: list[str] = Field([], description="a list of patterns of module names, such as '*.mlp.*'")
+    strict: bool = Field(False, description="true or false")
+
+    @classmethod
+    def read(cls, options: Mapping[str, Any], file: Path | None = None) -> Self:
+        """The recipe in ``file`` (YAML), with the ``options`` of the command line replacing its keys.
+
+        A sparsity replaces the file's pattern, a pattern its sparsity and scope, another method its
+        settings; settings of the command line are added to those that stay. Raises InputError where
+        an option is wrong, RecipeError where the file is.
+        """
+        base = _read_yaml(file) if file else {}
+        if "sparsity" in options:
+            base.pop("pattern", None)
+        if "pattern" in options:
+            base.pop("sparsity", None)
+            base.pop("scope", None)
+        if options.get("method", base.get("method")) != base.get("method"):
+            base.pop("settings", None)
+        settings = base.get("settings")
+        merged = {**base, **options}
+        if "settings" in options and isinstance(settings, dict):
+            merged["settings"] = {**settings, **options["settings"]}
+
+        def from_file(key: str) -> bool:
+            return file is not None and key in base and key not in options
+
+        def written(key: str) -> str:
+            if from_file(key):
+                return f"{key} in {file}"
+            return {"model": "MODEL", "settings": "--set"}.get(key, "--" + key.replace("_", "-"))
+
+        if not merged.get("model"):
+            raise InputError.sentence("MODEL is missing: name a hub id, a local folder, a .gguf file, or smollm2.")
+        unknown = [key for key in merged if key not in cls.model_fields]
+        if unknown:
+            nearest = difflib.get_close_matches(str(unknown[0]), cls.model_fields, n=1)
+            keys = ", ".join(cls.model_fields)
+            hint = f"; did you mean {nearest[0]}?" if nearest else f"; its keys are {keys}."
+            raise RecipeError.sentence(f"{unknown[0]} in {file} is no key of a recipe{hint}")
+        if merged.get("pattern") is not None:
+            for key in ("sparsity", "scope"):
+                if merged.get(key) is not None:
+                    raise PatternError.sentence(
+                        f"{written(key)} does not go with {written('pattern')}: an N:M pattern says by itself "
+                        "how many weights are kept, and where."
+                    )
+        try:
+            recipe = cls.model_validate(merged)
+        except ValidationError as error:
+            key = str(error.errors()[0]["loc"][0])
+            kind = _ERRORS.get(key, RecipeError if from_file(key) else InputError)
+            raise kind(written(key), _as_number(merged[key]), cls._allowed(key)) from None
+        if recipe.pattern is not None:
+            parse_pattern(recipe.pattern, written("pattern"))
+        try:
+            recipe.build_method()
+        except MethodError as error:
+            raise MethodError.sentence(_named(str(error), written)) from None
+        return recipe
+
+    @classmethod
+    def _allowed(cls, key: str) -> str:
+        return cls.model_fields[key].description or "something else"
+
+    @classmethod
+    def from_yaml(cls, file: Path) -> Self:
+        """The recipe in a YAML file. Raises RecipeError, or the InputError of what is wrong in it."""
+        return cls.read({}, file)
+
+    def to_yaml(self) -> str:
+        """The recipe as YAML that ``from_yaml`` reads back; what is not said is left out."""
+        values = self.model_dump(exclude_none=True)
+        return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, default_flow_style=False)
+
+    @property
+    def window_shape(self) -> tuple[int, int]:
+        """(num, length) of the calibration windows of a resolved recipe."""
+        assert self.num_samples is not None
+        assert self.sequence_length is not None
+        return self.num_samples, self.sequence_length
+
+    def build_method(self) -> Method:
+        """The method with its hyperparameters. Raises MethodError."""
+        return build(self.method, self.settings)
+
+    def build_pattern(self) -> Pattern:
+        """The pattern of every layer. Raises PatternError where N:M is none."""
+        if self.pattern is not None:
+            return NM(*parse_pattern(self.pattern, "pattern"))
+        sparsity = DEFAULT_SPARSITY if self.sparsity is None else self.sparsity
+        scope = self.scope or self.build_method().default_scope
+        return PerRow(sparsity) if scope == "row" else Unstructured(sparsity)
+
+    def prune_settings(self) -> PruneSettings:
+        """What the loop over blocks is to do. Raises MethodError, PatternError."""
+        return PruneSettings(
+            Uniform(self.build_pattern()),
+            self.build_method(),
+            self.batch_size,
+            self.include,
+            self.exclude,
+            self.strict,
+        )
+
+    def resolved(self, context: int | None) -> Self:
+        """The same recipe with every default filled in, so that it says all that the run will do.
+
+        ``context`` is the model's longest context in tokens, None where it has no limit. Raises
+        InputError where the sequence length exceeds it.
+        """
+        num_samples, length = QUICK_WINDOWS if self.calibration is None else FULL_WINDOWS
+        filled: dict[str, Any] = {
+            "settings": all_settings(self.method, self.build_method()),
+            "calibration": self.calibration or DEFAULT_CALIBRATION,
+            "num_samples": self.num_samples or num_samples,
+            "sequence_length": self.sequence_length or min(length, context or length),
+        }
+        if context is not None and filled["sequence_length"] > context:
+            raise InputError(
+                "--sequence-length",
+                filled["sequence_length"],
+                f"at most {context}, the model's longest context",
+            )
+        if self.pattern is None:
+            filled["sparsity"] = DEFAULT_SPARSITY if self.sparsity is None else self.sparsity
+            filled["scope"] = self.scope or self.build_method().default_scope
+        return self.model_copy(update=filled)
+
+
+def parse_pattern(text: str, argument: str = "--pattern") -> tuple[int, int]:
+    """``"2:4"`` as (2, 4): keep 2 of every 4. Raises PatternError, naming ``argument``, unless 1 <= N < M."""
+    found = re.fullmatch(r"([0-9]+):([0-9]+)", text)
+    if not found or not 1 <= int(found[1]) < int(found[2]):
+        raise PatternError(argument, text, "N:M with 1 <= N < M, which keeps N of every M weights")
+    return int(found[1]), int(found[2])
+
+
+def parse_settings(pairs: list[str]) -> dict[str, str]:
+    """``["block_size=64"]`` as ``{"block_size": "64"}``. Raises MethodError where one is no KEY=VALUE."""
+    settings = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not (key.strip() and equals and value.strip()):
+            raise MethodError("--set", pair, "KEY=VALUE, such as block_size=64")
+        settings[key.strip()] = value.strip()
+    return settings
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as people write it today: 2:4 is text (YAML 1.1 reads 124), 1e-3 is a number, no is text."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012 (the base class's attribute)
+        first: [(tag, regex) for tag, regex in resolvers if tag.rpartition(":")[2] not in ("int", "float", "bool")]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
+_EXPONENT = r"(?:[eE][-+]?[0-9]+)?"
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|false|False)$"), list("tTfF"))
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?(?:0|[1-9][0-9]*)$"), list("-+0123456789"))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(rf"^[-+]?(?:[0-9]+\.?[0-9]*{_EXPONENT}|\.[0-9]+{_EXPONENT}|\.(?:inf|nan))$"),
+    list("-+.0123456789"),
+)
+
+
+def _read_yaml(file: Path) -> dict[str, Any]:
+    try:
+        content = yaml.load(file.read_text(encoding="utf-8"), Loader=_Loader)
+    except OSError as error:
+        raise RecipeError.sentence(f"The recipe {file} cannot be read: {error.strerror or error}.") from error
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        where = getattr(error, "problem_mark", None)
+        line = f" (line {where.line + 1})" if where else ""
+        raise RecipeError.sentence(f"The recipe {file} is no YAML file{line}.") from error
+    if not isinstance(content, dict):
+        raise RecipeError.sentence(f"The recipe {file} must hold lines of KEY: VALUE.")
+    return content
+
+
+def _as_number(value: object) -> object:
+    """Text of the command line that is a number is shown as one, without quotes."""
+    if isinstance(value, str):
+        for read in (int, float):
+            try:
+                return read(value)
+            except ValueError:
+                pass
+    return value
+
+
+def _named(message: str, written: Callable[[str], str]) -> str:
+    """The message of a method's error, which begins with the name of an argument, as the user wrote it."""
+    for argument, key in (("method ", "method"), ("set ", "settings")):
+        if message.startswith(argument):
+            return written(key) + message[len(argument) - 1 :]
+    return message

@@ -1,0 +1,236 @@
+"""Reads the written files again, tensor by tensor, and checks them against what the run promised.
+
+Nothing here trusts what pruning believed: zeros are counted in the bytes on disk. A weight that is
+kept may be zero by chance, so a promise is a least number of zeros, never an exact one.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from rarefy.errors import ModelError
+from rarefy.layer.pattern import Pattern, pattern_from_spec
+from rarefy.models.blocks import LinearSite, Site, find_blocks
+from rarefy.models.conversion import Plan, plan_conversion
+from rarefy.models.source import resolve_model
+from rarefy.pruning.records import LayerRecord
+from rarefy.runs.folder import RunFolder
+
+
+@dataclass
+class LayerInspection:
+    """What the file holds of one linear; ``problems`` says in words which promise it breaks.
+
+    ``shape`` is [out, in], ``pattern`` what was checked ("" where nothing was promised).
+    """
+
+    name: str
+    shape: list[int]
+    zeros: int = 0
+    pattern: str = ""
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def size(self) -> int:
+        """The number of weights."""
+        return self.shape[0] * self.shape[1]
+
+    @property
+    def sparsity(self) -> float:
+        """The fraction of zeros in the file."""
+        return self.zeros / self.size
+
+
+@dataclass
+class Inspection:
+    """What the files of a model hold; ``promised`` says whether a run folder told what to expect."""
+
+    folder: str
+    promised: bool
+    layers: list[LayerInspection]
+
+    @property
+    def ok(self) -> bool:
+        """Whether every promise is kept."""
+        return not self.problems
+
+    @property
+    def problems(self) -> list[str]:
+        """Every broken promise, each with the name of its layer."""
+        return [f"{layer.name}: {problem}" for layer in self.layers for problem in layer.problems]
+
+    @property
+    def size(self) -> int:
+        """The number of weights in the layers that were looked at."""
+        return sum(layer.size for layer in self.layers)
+
+    @property
+    def zeros(self) -> int:
+        """The number of zeros among them."""
+        return sum(layer.zeros for layer in self.layers)
+
+    @property
+    def sparsity(self) -> float:
+        """The fraction of zeros over all layers that were looked at."""
+        return self.zeros / self.size if self.size else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it as plain values, for JSON."""
+        layers = [{**asdict(layer), "sparsity": layer.sparsity} for layer in self.layers]
+        return {
+            "folder": self.folder,
+            "promised": self.promised,
+            "ok": self.ok,
+            "size": self.size,
+            "zeros": self.zeros,
+            "sparsity": self.sparsity,
+            "problems": self.problems,
+            "layers": layers,
+        }
+
+
+def inspect_folder(name: str | Path, pattern: Pattern | None = None) -> Inspection:
+    """Count the zeros of every linear in the decoder blocks, and check what was promised about them.
+
+    ``name`` is a run folder or its ``model``: then the layers of ``layers.jsonl`` must hold at least
+    the zeros it says, in its pattern. It may be any other model with safetensors files, too: then its
+    linears are listed. ``pattern`` is checked in addition. Tensors are read one at a time, but
+    for experts that the model keeps in one stack: these block by block.
+    Raises ModelError where there is no model or no safetensors file, InputError where the run folder
+    is damaged.
+    """
+    run = RunFolder.find(name)
+    source = resolve_model(str(run.model if run else name))
+    folder = Path(source.path)
+    files = _weight_files(folder if folder.is_dir() else folder.parent, str(name))
+    model = source.skeleton()
+    sites = {site.name: site for block in find_blocks(model) for site in block.sites}
+    records = {record.name: record for record in run.read_layers()} if run else {}
+    weights = _StoredWeights(model, files)
+
+    layers = []
+    for layer_name in records or sites:
+        record, site = records.get(layer_name), sites.get(layer_name)
+        layer = LayerInspection(layer_name, record.shape if record else list(site.shape) if site else [0, 0])
+        layers.append(layer)
+        try:
+            weight = weights.read(site) if site else None
+        except ModelError as error:
+            layer.problems.append(f"it cannot be read: {error}")
+            continue
+        if site is None or weight is None:
+            layer.problems.append("it is missing from the model's files")
+        else:
+            layer.shape = list(site.shape)
+            _inspect(layer, weight, record, pattern)
+    return Inspection(str(folder), bool(run), layers)
+
+
+def _inspect(layer: LayerInspection, weight: Tensor, record: LayerRecord | None, pattern: Pattern | None) -> None:
+    """Count and check one weight (out, in) as it lies in the file."""
+    if list(weight.shape) != layer.shape:
+        layer.problems.append(f"its shape in the file is {list(weight.shape)}")
+        return
+    nonzero = weight != 0
+    layer.zeros = layer.size - int(nonzero.sum())
+    if not bool(torch.isfinite(weight).all()):
+        layer.problems.append("it holds NaN or infinity")
+    if record is not None:
+        layer.pattern = record.pattern
+        layer.problems += dict.fromkeys(_broken_promises(nonzero, record))  # each once
+    if pattern is not None and str(pattern) != layer.pattern:
+        layer.pattern = ", ".join(filter(None, (layer.pattern, str(pattern))))
+        layer.problems += pattern.excess(nonzero)
+
+
+def _broken_promises(nonzero: Tensor, record: LayerRecord) -> Iterator[str]:
+    """What of ``record`` the weight with these non-zeros (out, in) does not hold."""
+    if list(nonzero.shape) != record.shape:
+        yield f"it has shape {list(nonzero.shape)}, promised was {record.shape}"
+        return
+    zeros = record.size - int(nonzero.sum())
+    if zeros < record.pruned:
+        yield f"it holds {zeros:,} zeros, promised were {record.pruned:,}"
+    if record.pattern_spec:
+        yield from pattern_from_spec(record.pattern_spec).excess(nonzero)
+
+
+class _StoredWeights:
+    """Reads the weight of a site from the files of a model, under whatever name and in whatever form it is there.
+
+    Most have a tensor of their name. A base model's checkpoint leaves out the prefix that the model with
+    a head has. And experts may be one matrix each in the files, under other names, or all in one stack.
+    """
+
+    def __init__(self, model: PreTrainedModel, files: dict[str, tuple[Path, str]]) -> None:
+        self._model, self._files = model, files
+        self._prefix = f"{getattr(model, 'base_model_prefix', '')}."
+        self._made: dict[str, Tensor] = {}  # the stacks of one block at most
+
+    def read(self, site: Site) -> Tensor | None:
+        """The weight (out, in), None where the files do not have it; ModelError where they are damaged."""
+        name = f"{site.name}.weight"
+        if file := self._files.get(name) or self._files.get(name.removeprefix(self._prefix)):
+            tensor = _read(*file)
+            same = isinstance(site, LinearSite) and tensor.shape == site.parameter.shape
+            return site.view(tensor) if same else tensor
+        made = self._parameter(site.parameter_name)
+        return None if made is None else site.view(made)
+
+    def _parameter(self, name: str) -> Tensor | None:
+        """A parameter as transformers makes it when it loads the files, but in the dtype of the files."""
+        if name not in self._made and (group := self._plan.groups.get(name)):
+            if len(self._made) > 1:
+                self._made.clear()
+            file, key = self._files[group.sources[0]]
+            own = replace(group, dtype=_read(file, key).dtype)
+            self._made |= own.load(self._model, lambda source: _read(*self._files[source]))
+        return self._made.get(name)
+
+    @cached_property
+    def _plan(self) -> Plan:
+        stored = {}
+        for file in {file for file, _ in self._files.values()}:
+            with safe_open(file, framework="pt") as opened:
+                for key in opened.keys():  # noqa: SIM118 (it is no dict)
+                    stored[key] = torch.empty(opened.get_slice(key).get_shape(), device="meta")
+        return plan_conversion(self._model, stored)
+
+
+def _weight_files(folder: Path, name: str) -> dict[str, tuple[Path, str]]:
+    """Where each tensor lies: its file and its name there. Raises ModelError where there is none."""
+    index = folder / "model.safetensors.index.json"
+    try:
+        if index.is_file():
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            files = [folder / name for name in names]
+        else:
+            files = [folder / "model.safetensors"]
+            files = files if files[0].is_file() else sorted(folder.glob("*.safetensors"))
+        if not files:
+            raise ModelError("MODEL", name, "a folder with .safetensors files, which are what inspect reads")
+        tensors = {}
+        for file in files:
+            with safe_open(file, framework="pt") as opened:
+                tensors.update({key: (file, key) for key in opened.keys()})  # noqa: SIM118 (it is no dict)
+    except (OSError, SafetensorError, ValueError, KeyError) as error:
+        if isinstance(error, ModelError):
+            raise
+        raise ModelError.sentence(f"The weights in {folder} cannot be read: {error}.") from error
+    return tensors
+
+
+def _read(file: Path, key: str) -> Tensor:
+    with safe_open(file, framework="pt") as opened:
+        tensor: Tensor = opened.get_tensor(key)
+    return tensor

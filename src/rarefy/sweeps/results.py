@@ -1,0 +1,219 @@
+"""The results of a sweep as rows, as a summary over seeds, and as CSV and Markdown.
+
+A cell is one method with one pattern and one seed; its facts are what its ``run.json`` holds.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rarefy.pruning.records import three_digits
+
+Facts = Mapping[str, Any]
+Value = str | float | int | None
+
+#: Columns that say which cell a row is, and that say how it ended; measurements stand between them.
+KEYS = ("method", "pattern", "sparsity", "seed")
+ENDING = ("relative_error", "measured_sparsity", "seconds", "status", "reason")
+
+
+@dataclass(frozen=True)
+class Summary:
+    """One method with one pattern: ``mean`` and ``deviation`` of every measurement over the seeds that ended well.
+
+    ``deviation`` is the sample standard deviation, absent where there is one seed. ``failed`` counts the others.
+    ``in_groups`` says that the pattern is N:M.
+    """
+
+    method: str
+    pattern: str
+    sparsity: float
+    seeds: int
+    failed: int
+    mean: Mapping[str, float]
+    deviation: Mapping[str, float]
+    in_groups: bool = False
+
+
+def row(facts: Facts) -> dict[str, Value]:
+    """One row of ``results.csv``; empty where something was not measured."""
+    measured = measurements(facts)
+    return {
+        **{key: facts.get(key) for key in ("method", "pattern")},
+        "sparsity": facts["asked_sparsity"],
+        "seed": facts.get("seed"),
+        **measured,
+        "relative_error": facts.get("relative_error"),
+        "measured_sparsity": facts.get("sparsity"),
+        "seconds": facts.get("seconds", {}).get("prune"),
+        "status": facts["status"],
+        "reason": facts.get("reason", ""),
+    }
+
+
+def measurements(facts: Facts) -> dict[str, float | None]:
+    """Perplexity, divergence and task scores of a cell, or of the dense model, by column name."""
+    found: dict[str, float | None] = {}
+    for one in facts.get("perplexity", []):
+        found[f"perplexity_{one['label']}"] = one["value"]
+    for one in facts.get("divergence", []):
+        found[f"kl_{one['label']}"] = one["kl"]
+        found[f"agreement_{one['label']}"] = one["agreement"]
+    for task, result in facts.get("tasks", {}).items():
+        for metric, value in result["metrics"].items():
+            found[f"{task}_{metric}"] = value["value"]
+            found[f"{task}_{metric}_stderr"] = value["stderr"]
+    return found
+
+
+def to_csv(cells: Sequence[Facts]) -> str:
+    """One row per cell and seed."""
+    rows = [row(facts) for facts in cells]
+    columns = list(dict.fromkeys(key for one in rows for key in one if key not in (*KEYS, *ENDING)))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, [*KEYS, *columns, *ENDING], restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def summarise(cells: Sequence[Facts]) -> list[Summary]:
+    """One summary per method and pattern, in the order in which they come."""
+    groups: dict[tuple[str, str], list[Facts]] = {}
+    for facts in cells:
+        groups.setdefault((facts["method"], facts["pattern"]), []).append(facts)
+    found = []
+    for (method, pattern), group in groups.items():
+        good = [row(facts) for facts in group if facts["status"] != "failed"]
+        mean: dict[str, float] = {}
+        deviation: dict[str, float] = {}
+        for key in dict.fromkeys(key for one in good for key in one if key not in KEYS):
+            values = [one.get(key) for one in good]
+            numbers = [float(value) for value in values if isinstance(value, (int, float))]
+            if numbers and len(numbers) == len(good):
+                mean[key] = statistics.fmean(numbers)
+                if len(numbers) > 1:
+                    deviation[key] = statistics.stdev(numbers)
+        sparsity = float(group[0]["asked_sparsity"])
+        in_groups = group[0].get("pattern_spec", {}).get("kind") == "n:m"
+        failed = len(group) - len(good)
+        found.append(Summary(method, pattern, sparsity, len(good), failed, mean, deviation, in_groups))
+    return found
+
+
+def table(cells: Sequence[Facts], dense: Facts | None) -> list[list[str]]:
+    """Heading, the dense model, one row per method and pattern: mean and standard deviation over seeds."""
+    summaries = summarise(cells)
+    everything = [measurements(dense)] if dense else []
+    everything += [dict(one.mean) for one in summaries]
+    columns = list(dict.fromkeys(key for one in everything for key in one if _shown(key)))
+    columns.sort(key=lambda key: [i for i, start in enumerate(_ORDER) if key.startswith(start)][:1] or [len(_ORDER)])
+    heading = ["method", "pattern", *(heading_of(key) for key in columns), "relative error", "sparsity", "seconds"]
+    rows = [heading]
+    if dense:
+        values = measurements(dense)
+        rows.append(["dense", "", *(_number(key, values.get(key)) for key in columns), "", "", ""])
+    for one in summaries:
+        failed = f" ({one.failed} failed)" if one.failed and one.seeds else ""
+        cellwise = [_spread(key, one) for key in columns]
+        if not one.seeds:
+            cellwise, failed = ["failed"] * len(columns), ""
+        error, sparsity, seconds = (_spread(key, one) for key in ("relative_error", "measured_sparsity", "seconds"))
+        rows.append([one.method, one.pattern + failed, *cellwise, error, sparsity, seconds])
+    return rows
+
+
+def heading_of(key: str) -> str:
+    """A column's name as people read it."""
+    for start, words in (("perplexity_", "perplexity "), ("kl_", "KL "), ("agreement_", "same top-1 ")):
+        if key.startswith(start):
+            return words + key.removeprefix(start)
+    return key.removesuffix("_acc") + (" accuracy" if key.endswith("_acc") else "")
+
+
+def to_markdown(cells: Sequence[Facts], dense: Facts | None, settings: Facts, command: str) -> str:
+    """The table with what is needed to read it, and the reasons of cells that failed."""
+    rows = table(cells, dense)
+    lines = ["# Comparison of pruning methods", "", f"Model: `{settings['model']}`. {_protocol(settings, cells)}", ""]
+    lines += ["| " + " | ".join(_escaped(cell) for cell in rows[0]) + " |"]
+    lines += ["|" + "|".join(["---", "---", *["---:"] * (len(rows[0]) - 2)]) + "|"]
+    lines += ["| " + " | ".join(_escaped(cell) for cell in one) + " |" for one in rows[1:]]
+    failed = [facts for facts in cells if facts["status"] == "failed"]
+    if failed:
+        lines += ["", "Failed:", ""]
+        lines += [f"- {one['method']}, {one['pattern']}, seed {one['seed']}: {one['reason']}" for one in failed]
+    partly = [facts for facts in cells if facts["status"] != "failed" and facts.get("reason")]
+    if partly:
+        lines += ["", "Not solved everywhere:", ""]
+        lines += [f"- {one['method']}, {one['pattern']}, seed {one['seed']}: {one['reason']}" for one in partly]
+    lines += ["", "```", command, "```", ""]
+    return "\n".join(lines)
+
+
+_ORDER = ("perplexity_", "kl_", "agreement_")
+
+
+def _protocol(settings: Facts, cells: Sequence[Facts]) -> str:
+    seeds = len({facts["seed"] for facts in cells})
+    spread = f" Mean ± standard deviation over {seeds} seeds, each with its own windows." if seeds > 1 else ""
+    limit = f", the first {settings['limit']:,} items of each" if settings.get("limit") else ""
+    tasks = f" Tasks: zero-shot accuracy by lm-eval{limit}." if settings.get("tasks") else ""
+    windows = f"the first {settings['max_windows']:,}" if settings.get("max_windows") else "all"
+    return (
+        f"Calibration: {settings['num_samples']:,} windows of {settings['sequence_length']:,} tokens from "
+        f"{settings['calibration']}. Perplexity: {windows} windows of {settings['eval_length']:,} tokens, without "
+        f"overlap; KL divergence from the dense model in nats per token.{tasks} Relative error: the geometric mean "
+        f"of the layers' lost output energy. Seconds: the time of pruning.{spread}"
+    )
+
+
+def _shown(key: str) -> bool:
+    return key.startswith(_ORDER) or key.endswith("_acc")
+
+
+def _spread(key: str, summary: Summary) -> str:
+    if key not in summary.mean:
+        return ""
+    text = _number(key, summary.mean[key])
+    if key in summary.deviation and key not in ("seconds", "measured_sparsity"):
+        text += f" ± {_deviation(summary.deviation[key], text)}"
+    return text
+
+
+def _deviation(value: float, mean: str) -> str:
+    """A deviation with as many decimals as its mean, or with one digit where these would all be 0."""
+    if mean.endswith("%"):
+        return f"{value:.1%}"
+    if "e" in mean:
+        return three_digits(value)
+    decimals = len(mean.partition(".")[2])
+    return f"{value:,.{decimals}f}" if value == 0 or value >= 0.5 * 10**-decimals else f"{value:.1g}"
+
+
+def _number(key: str, value: Value) -> str:
+    if value is None or (isinstance(value, float) and not math.isfinite(value)):
+        return ""
+    if key == "measured_sparsity":
+        return f"{value:.2%}"
+    if key.startswith("agreement_") or key.endswith("_acc"):
+        return f"{value:.1%}"
+    if key.startswith("perplexity_"):
+        return perplexity_words(float(value))
+    if key == "seconds":
+        return f"{value:,.1f}"
+    return three_digits(float(value))
+
+
+def perplexity_words(value: float) -> str:
+    """A perplexity with two decimals, or none where it is so large that they say nothing."""
+    return f"{value:,.2f}" if value < 1000 else f"{value:,.0f}"
+
+
+def _escaped(cell: str) -> str:
+    return cell.replace("|", "\\|")

@@ -1,0 +1,465 @@
+"""Sweeps: what they write, that cells share nothing they should not, that they go on, and what they refuse."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from cli_for_tests import Rarefy, is_one_sentence
+from models_for_tests import make_model, make_tokenizer, save_folder
+from rarefy.calibration.sources import draw_windows, parse_source, token_stream
+from rarefy.errors import InputError
+from rarefy.evaluation.perplexity import perplexity
+from rarefy.layer.pattern import NM, Pattern, Unstructured
+from rarefy.layer.problem import LayerProblem
+from rarefy.layer.solution import Solution
+from rarefy.methods import build
+from rarefy.methods.base import Method
+from rarefy.models.blocks import find_blocks
+from rarefy.pruning.loop import prune, prune_model
+from rarefy.sweeps import sweep as module
+from rarefy.sweeps.folder import SweepFolder
+from rarefy.sweeps.plan import Options, plan_sweep
+from rarefy.sweeps.sweep import DenseWeights, run_sweep
+from task_files import write_task_files
+
+Folders = Callable[[str], Path]
+
+
+@dataclass(frozen=True)
+class Failing(Method):
+    """A method of a user's own that has a mistake."""
+
+    name: ClassVar[str] = "failing"
+    summary: ClassVar[str] = "raises"
+
+    def solve(self, problem: LayerProblem, pattern: Pattern, start: Solution | None = None) -> Solution:
+        raise ZeroDivisionError("a mistake\nof two lines")
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    file = tmp_path / "words.txt"
+    file.write_text("The rain in the north is another thing than the rain at sea. " * 12)
+    return file
+
+
+@pytest.fixture
+def options(model_folder: Folders, text: Path) -> Options:
+    return Options(
+        model=str(model_folder("llama")),
+        methods=["magnitude", "wanda"],
+        sparsities=["0.5"],
+        patterns=["2:4"],
+        calibration=str(text),
+        num_samples=4,
+        sequence_length=16,
+        texts=[str(text)],
+        eval_length=32,
+        max_windows=3,
+    )
+
+
+def sweep(options: Options, out: Path) -> list[dict[str, Any]]:
+    folder = SweepFolder(out)
+    return run_sweep(plan_sweep(options, folder), folder, ["rarefy", "compare", "a model"])
+
+
+def rows_of(out: Path) -> list[dict[str, str]]:
+    with (out / "results.csv").open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+# --- What it writes ---------------------------------------------------------------------------------------
+
+
+def test_writes_a_table_with_one_row_per_cell_and_seed(options: Options, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    cells = sweep(replace(options, seeds=2), out)
+    rows = rows_of(out)
+    assert len(cells) == len(rows) == 8
+    keys = [(row["method"], row["pattern"], row["sparsity"], row["seed"]) for row in rows]
+    assert keys == [
+        (method, pattern, "0.5", str(seed))
+        for seed in range(2)
+        for method in ("magnitude", "wanda")
+        for pattern in ("unstructured 50%" if method == "magnitude" else "row 50%", "2:4")
+    ]
+    for row in rows:
+        assert row["status"] == "done"
+        assert float(row["perplexity_words"]) > 1
+        assert float(row["kl_words"]) > 0
+        assert 0 <= float(row["agreement_words"]) <= 1
+        assert float(row["relative_error"]) > 0
+        assert float(row["seconds"]) > 0
+        assert float(row["measured_sparsity"]) == 0.5
+    written = json.loads((out / "results.json").read_text())
+    assert len(written["cells"]) == 8
+    assert written["dense"]["perplexity"][0]["label"] == "words"
+    assert [one["seeds"] for one in written["summary"]] == [2] * 4
+    markdown = (out / "results.md").read_text()
+    assert "| dense |" in markdown
+    assert markdown.count("±") > 4
+    assert "rarefy compare 'a model'" in markdown
+    assert not list(out.rglob("model"))
+
+
+def test_a_cell_is_what_prune_and_perplexity_give(options: Options, tmp_path: Path, text: Path) -> None:
+    """Also the last one: whatever came before left nothing behind."""
+    sweep(replace(options, methods=["sparsegpt", "wanda"], seeds=2, save=True), tmp_path / "out")
+    model = make_model("llama")
+    tokens = token_stream(parse_source(str(text)), make_tokenizer())
+    windows = draw_windows(tokens, 4, 16, 1)
+    report = prune(model, windows, pattern=NM(2, 4), method=build("wanda"), batch_size=8)
+    expected = perplexity(model, tokens, 32, max_windows=3).perplexity
+    row = next(row for row in rows_of(tmp_path / "out") if list(row.values())[:4] == ["wanda", "2:4", "0.5", "1"])
+    assert float(row["perplexity_words"]) == pytest.approx(expected, rel=1e-6)
+    assert float(row["relative_error"]) == report.relative_error
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "cells" / "wanda_2of4_seed1" / "model")
+    for name, parameter in model.named_parameters():
+        assert torch.equal(saved.get_parameter(name), parameter), name
+    card = (tmp_path / "out" / "cells" / "wanda_2of4_seed1" / "model" / "README.md").read_text()
+    assert "Perplexity" in card
+
+
+def test_dense_weights_come_back_bit_for_bit() -> None:
+    model = make_model("llama").bfloat16()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    weights = DenseWeights(find_blocks(model))
+    prune(model, torch.randint(3, 100, (2, 16)), pattern=Unstructured(0.9), method=build("magnitude"))
+    assert any(not torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    weights.restore()
+    for name, value in model.state_dict().items():
+        assert value.dtype == before[name].dtype
+        assert torch.equal(value, before[name])
+
+
+def test_cells_of_a_seed_share_windows_and_seeds_do_not(
+    options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[torch.Tensor] = []
+
+    def watching(model: Any, windows: torch.Tensor, *more: Any) -> Any:
+        seen.append(windows.clone())
+        return prune_model(model, windows, *more)
+
+    monkeypatch.setattr(module, "prune_model", watching)
+    sweep(replace(options, seeds=2), tmp_path / "out")
+    assert len(seen) == 8
+    assert all(torch.equal(one, seen[0]) for one in seen[:4])
+    assert all(torch.equal(one, seen[4]) for one in seen[4:])
+    assert not torch.equal(seen[0], seen[4])
+
+
+def test_the_models_own_text_and_defaults(
+    model_folder: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    options = Options(
+        model=str(model_folder("llama")), methods=["wanda"], num_samples=2, sequence_length=16, max_windows=1
+    )
+    (cell,) = sweep(options, tmp_path / "out")
+    assert cell["pattern"] == "row 50%"
+    assert cell["perplexity"][0]["label"] == "python-docs"
+    assert cell["perplexity"][0]["length"] == 128  # the model's context
+    assert cell["calibration"]["source"] == "self"
+
+
+def test_several_texts_have_columns_of_their_own(options: Options, tmp_path: Path, text: Path) -> None:
+    other = tmp_path / "deep" / "words.txt"
+    other.parent.mkdir()
+    other.write_text(text.read_text().upper())
+    texts = [str(text), str(other), f"named={text}"]
+    sweep(replace(options, texts=texts, methods=["wanda"], patterns=[]), tmp_path / "out")
+    (row,) = rows_of(tmp_path / "out")
+    assert [key for key in row if key.startswith("perplexity_")] == [
+        "perplexity_words", "perplexity_deep-words", "perplexity_named",
+    ]  # fmt: skip
+    assert row["perplexity_words"] == row["perplexity_named"] != row["perplexity_deep-words"]
+
+
+def test_settings_reach_their_method(options: Options, tmp_path: Path) -> None:
+    asked = replace(options, methods=["sparsegpt", "wanda"], patterns=[], settings={"sparsegpt.damping": "0.5"})
+    sweep(asked, tmp_path / "out")
+    recipe = (tmp_path / "out" / "cells" / "sparsegpt_layer-0.5_seed0" / "recipe.yaml").read_text()
+    assert "damping: 0.5" in recipe
+    with pytest.raises(InputError, match="--set"):
+        plan_sweep(replace(asked, settings={"damping": "0.5"}), SweepFolder(tmp_path / "new"))
+
+
+# --- Failing and going on ---------------------------------------------------------------------------------
+
+
+def test_a_failing_cell_is_recorded_and_the_others_go_on(options: Options, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    asked = replace(options, methods=["wanda", "test_sweeps:Failing", "magnitude"], patterns=[])
+    cells = sweep(asked, out)
+    assert [cell["status"] for cell in cells] == ["done", "failed", "done"]
+    failed = rows_of(out)[1]
+    assert failed["reason"] == "ZeroDivisionError: a mistake of two lines"
+    assert failed["perplexity_words"] == ""
+    assert "ZeroDivisionError: a mistake of two lines" in (out / "results.md").read_text()
+    good = rows_of(out)[2]
+    sweep(replace(asked, methods=["magnitude"]), tmp_path / "alone")
+    assert good["perplexity_words"] == rows_of(tmp_path / "alone")[0]["perplexity_words"]
+
+
+def test_a_failed_cell_is_only_tried_again_on_request(
+    options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = replace(options, methods=["test_sweeps:Failing"], patterns=[])
+    sweep(asked, tmp_path / "out")
+    monkeypatch.setattr(
+        Failing, "solve", lambda _, problem, pattern, start: build("magnitude").solve(problem, pattern)
+    )
+    assert sweep(asked, tmp_path / "out")[0]["status"] == "failed"
+    assert sweep(replace(asked, retry=True), tmp_path / "out")[0]["status"] == "done"
+
+
+def test_what_is_finished_is_not_computed_again(
+    options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    first = sweep(options, out)
+    stamps = {path: path.stat().st_mtime_ns for path in (out / "cells").rglob("*.*")}
+
+    def never(*_: Any, **__: Any) -> Any:
+        raise AssertionError("the model was loaded")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "load_model", never)
+        assert sweep(options, out) == first
+    more = sweep(replace(options, methods=["magnitude", "wanda", "ria"]), out)
+    assert [cell["method"] for cell in more] == ["magnitude"] * 2 + ["wanda"] * 2 + ["ria"] * 2
+    assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
+    fewer = sweep(replace(options, methods=["ria"]), out)
+    assert len(fewer) == 6
+
+
+@pytest.mark.slow
+def test_a_killed_sweep_goes_on(model_folder: Folders, tmp_path: Path, text: Path) -> None:
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "rarefy", "compare", str(model_folder("llama")), "-o", str(out)]
+    command += ["--methods", "wanda,sparsegpt,magnitude", "--sparsity", "0.5", "--pattern", "2:4", "--seeds", "2"]
+    command += ["--calibration", str(text), "--num-samples", "4", "--sequence-length", "16"]
+    command += ["--text", str(text), "--eval-length", "32"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 120
+    while len(list(out.glob("cells/*_seed*/run.json"))) < 3:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    finished = {path: path.stat().st_mtime_ns for path in out.glob("cells/*/run.json")}
+    assert 3 < len(finished) < 13
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "cells are there already" in done.stderr
+    assert {path: path.stat().st_mtime_ns for path in finished} == finished
+    rows = rows_of(out)
+    assert len(rows) == 12
+    assert {row["status"] for row in rows} == {"done"}
+    assert not list(out.glob("cells/.*"))
+
+
+def test_what_a_killed_command_left_is_cleared_away(options: Options, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    left = out / "cells" / ".wanda_2of4_seed0.123"
+    sweep(replace(options, methods=["magnitude"], patterns=[]), out)
+    left.mkdir()
+    (left / "run.json").write_text("{")
+    assert len(sweep(options, out)) == 4
+    assert not left.exists()
+
+
+# --- What it refuses --------------------------------------------------------------------------------------
+
+
+def test_another_command_is_refused_with_the_difference(
+    options: Options, tmp_path: Path, text: Path, model_folder: Folders
+) -> None:
+    out = tmp_path / "out"
+    asked = replace(options, methods=["magnitude"], patterns=[])
+    sweep(asked, out)
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    other = tmp_path / "other.txt"
+    other.write_text(text.read_text() + "more")
+    for change, words in (
+        ({"model": str(model_folder("mistral"))}, r"MODEL was .*llama.* and is .*mistral.* now"),
+        ({"calibration": "python-docs"}, r"--calibration was .*words.txt and is python-docs now"),
+        ({"calibration": str(other)}, r"--calibration was .*words.txt and is .*other.txt now"),
+        ({"num_samples": 5}, r"--num-samples was 4 and is 5 now"),
+        ({"texts": [str(text), str(other)]}, r"--text was .*words.txt and is .*words.txt,.*other.txt now"),
+        ({"eval_length": 16}, r"--eval-length was 32 and is 16 now"),
+        ({"max_windows": None}, r"--max-windows was 3 and is not given now"),
+        ({"dtype": "bfloat16"}, r"--dtype was auto and is bfloat16 now"),
+    ):
+        with pytest.raises(InputError, match=words):
+            plan_sweep(replace(asked, **change), SweepFolder(out))  # type: ignore[arg-type]
+    text.write_text(text.read_text() + "more")
+    with pytest.raises(InputError, match="the text of --calibration changed|the contents of --text"):
+        plan_sweep(asked, SweepFolder(out))
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
+def test_changed_weights_are_noticed(options: Options, tmp_path: Path) -> None:
+    folder = save_folder(make_model("llama", seed=1), tmp_path / "model")
+    asked = replace(options, model=str(folder), methods=["magnitude"], patterns=[])
+    sweep(asked, tmp_path / "out")
+    save_folder(make_model("llama", seed=2), folder)
+    with pytest.raises(InputError, match="the weights of MODEL changed"):
+        plan_sweep(asked, SweepFolder(tmp_path / "out"))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"methods": []}, "--methods is missing"),
+        ({"methods": ["wandaa"]}, r"^--methods is 'wandaa'.*did you mean wanda"),
+        ({"methods": ["wanda", "wanda"]}, "--methods names wanda twice"),
+        ({"sparsities": ["1.5"]}, r"--sparsity is 1.5"),
+        ({"sparsities": ["half"]}, r"--sparsity is 'half'"),
+        ({"patterns": ["4:2"]}, r"--pattern is '4:2'"),
+        ({"patterns": ["3:5"]}, r"model.layers.0.*5"),
+        ({"seeds": 0}, "--seeds is 0"),
+        ({"sparsities": [], "scope": "row"}, "--scope goes with --sparsity"),
+        ({"scope": "column"}, "--scope is 'column'"),
+        ({"model": "./nowhere"}, "no folder"),
+        ({"model": ""}, "MODEL"),
+        ({"texts": ["missing.txt"]}, r"--text: 'missing.txt' does not exist"),
+        ({"calibration": "missing.txt"}, r"--calibration: 'missing.txt' does not exist"),
+        ({"eval_length": 1}, "--eval-length is 1"),
+        ({"eval_length": 1000}, "--eval-length is 1000, but must be at most 128"),
+        ({"sequence_length": 1000}, "--sequence-length is 1000, but must be at most 128"),
+        ({"max_windows": 0}, "--max-windows is 0"),
+        ({"limit": 0}, "--limit is 0"),
+        ({"device": "tpu"}, "device is 'tpu'"),
+        ({"dtype": "int4"}, "--dtype is 'int4'"),
+        ({"include": ["nothing"]}, "include is 'nothing'"),
+    ],
+)
+def test_mistakes_are_found_before_anything_is_written(
+    options: Options, change: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match=words):
+        plan_sweep(replace(options, **change), SweepFolder(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_empty_text_missing_tokenizer_and_a_full_folder(options: Options, tmp_path: Path) -> None:
+    empty = tmp_path / "empty.txt"
+    empty.write_text("\n")
+    with pytest.raises(InputError, match=r"empty.txt' is empty"):
+        plan_sweep(replace(options, texts=[str(empty)]), SweepFolder(tmp_path / "out"))
+    short = tmp_path / "short.txt"
+    short.write_text("short")
+    with pytest.raises(InputError, match=r"has \d+ tokens, but one window needs 32"):
+        plan_sweep(replace(options, texts=[str(short)]), SweepFolder(tmp_path / "out"))
+    make_model("llama").save_pretrained(tmp_path / "mute")
+    with pytest.raises(InputError, match="no tokenizer"):
+        plan_sweep(replace(options, model=str(tmp_path / "mute")), SweepFolder(tmp_path / "out"))
+    with pytest.raises(InputError, match="not empty"):
+        plan_sweep(options, SweepFolder(tmp_path))
+
+
+def test_two_texts_of_one_label(options: Options, tmp_path: Path, text: Path) -> None:
+    with pytest.raises(InputError, match="label words"):
+        plan_sweep(replace(options, texts=[f"words={text}", f"words={text}"]), SweepFolder(tmp_path / "out"))
+
+
+def test_a_damaged_folder_is_a_sentence(options: Options, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "compare.json").write_text("{")
+    with pytest.raises(InputError, match="compare.json cannot be read"):
+        plan_sweep(options, SweepFolder(tmp_path / "out"))
+
+
+# --- The command ------------------------------------------------------------------------------------------
+
+
+def test_the_command(rarefy_: Rarefy, model_folder: Folders, tmp_path: Path, text: Path) -> None:
+    arguments = ["compare", str(model_folder("llama")), "-o", str(tmp_path / "out"), "--methods", "wanda, magnitude"]
+    arguments += ["--sparsity", "0.5,0.6", "--pattern", "2:4", "--calibration", str(text), "--num-samples", "4"]
+    arguments += ["--sequence-length", "16", "--text", str(text), "--eval-length", "32", "--max-windows", "2"]
+    printed = rarefy_(*arguments)
+    assert printed.status == 0, printed.err
+    assert len([line for line in printed.out.splitlines() if line.startswith(("wanda", "magnitude"))]) == 6
+    assert "[6/6] magnitude, 2:4, seed 0: perplexity" in printed.err
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["command"].startswith("rarefy compare ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ("", "Missing option '--methods'"),
+        ("--methods wandaa", "--methods is 'wandaa', but must be"),
+        ("--methods pcg", "cannot come first: write for example wanda+pcg"),
+        ("--methods wanda --sparsity 0.5,1.5", "--sparsity is 1.5, but must be a number in [0, 1)"),
+        ("--methods wanda --sparsity 0.5,", "--sparsity is '', but must be"),
+        ("--methods wanda --pattern 4:2", "--pattern is '4:2', but must be N:M"),
+        ("--methods wanda --seeds 0", "'--seeds'"),
+        ("--methods wanda --set damping=1", "--set is 'damping', but must be METHOD.KEY=VALUE"),
+        ("--methods wanda --text SHELF/empty.txt", "empty.txt' is empty"),
+        ("--methods wanda --text a=SHELF/text.txt --text a=SHELF/text.txt", "two texts the label a"),
+        ("--methods wanda --text SHELF/short.txt", "one window needs 128"),
+        ("--methods wanda --calibration SHELF/missing.txt", "missing.txt' does not exist"),
+        ("--methods wanda --device abacus", "--device is 'abacus', but must be"),
+        ("--methods wanda --output SHELF/no_model", "this one is not empty"),
+        ("--methods wanda --limit 3", "--limit goes with --tasks"),
+        ("--methods wanda --task-data SHELF", "--task-data goes with --tasks"),
+    ],
+)
+def test_every_mistake_in_the_command_is_one_sentence(
+    rarefy_: Rarefy, shelf: Path, tmp_path: Path, arguments: str, sentence: str
+) -> None:
+    words = arguments.replace("SHELF", str(shelf)).split()
+    done = rarefy_("compare", shelf / "model", "-o", "out", *words)
+    assert is_one_sentence(done.err), done.err
+    assert sentence in done.err
+    assert (done.status, done.out) == (2, "")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_without_a_tokenizer_cannot_be_compared(rarefy_: Rarefy, shelf: Path, tmp_path: Path) -> None:
+    done = rarefy_("compare", shelf / "mute", "-o", "out", "--methods", "wanda")
+    assert is_one_sentence(done.err), done.err
+    assert "has no tokenizer" in done.err
+    assert (done.status, list(tmp_path.iterdir())) == (2, [])
+
+
+@pytest.mark.skipif(find_spec("lm_eval") is None, reason="needs pip install 'rarefy[tasks]'")
+@pytest.mark.filterwarnings("ignore")
+def test_tasks_of_a_sweep(rarefy_: Rarefy, shelf: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    data = write_task_files(tmp_path_factory.mktemp("tasks"))
+    text = shelf / "text.txt"
+    common = ("compare", shelf / "model", "--methods", "wanda", "--calibration", text, "--num-samples", 4)
+    common += ("--sequence-length", 16, "--text", text, "--eval-length", 32, "--max-windows", 2, "--task-data", data)
+    for name, sentence in (("arc_eazy", "did you mean arc_easy?"), ("piqa,piqa", "names piqa twice")):
+        done = rarefy_(*common, "-o", "out", "--tasks", name)
+        assert is_one_sentence(done.err), done.err
+        assert sentence in done.err
+        assert not Path("out").exists()
+    done = rarefy_(*common, "-o", "out", "--tasks", "piqa,arc_easy", "--limit", 3)
+    assert done.status == 0, done.err
+    (row,) = rows_of(Path("out"))
+    assert 0 <= float(row["piqa_acc"]) <= 1
+    assert 0 <= float(row["arc_easy_acc_stderr"]) < 1
+    assert "piqa accuracy" in Path("out/results.md").read_text()
+    (data / "piqa_valid_labels.lst").write_text("1\n1\n1\n0\n1\n")
+    done = rarefy_(*common, "-o", "out", "--tasks", "piqa,arc_easy", "--limit", 3)
+    assert "the files of --task-data changed" in done.err
+    assert done.status == 2
