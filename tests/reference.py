@@ -136,7 +136,7 @@ def project_gradual(scores: Matrix, pattern: Pattern, progress: float) -> Tensor
     """Mask on the way to the pattern: at progress p its sparsity is s_t = s - s (1 - p)^3.
 
     N:M: the `keep` largest of every group are kept; of the others, divided by the smallest of those of their
-    group, the smallest of the whole matrix are pruned, round(s_t * numel) in all. A fixed mask is itself from the
+    group, the smallest of every row are pruned, round(s_t * inputs) in a row. A fixed mask is itself from the
     start. Choices: s_t is computed by this expression and rounded with Python's round, per row for a row pattern;
     0 / 0 is 0.
     """
@@ -155,7 +155,7 @@ def project_gradual(scores: Matrix, pattern: Pattern, progress: float) -> Tensor
             smallest = group[protected].min()
             ratios = group / smallest if smallest > 0 else np.zeros_like(group)
             relative[i, j : j + pattern[2]] = np.where(protected, np.inf, ratios)
-    return project_topk(relative, array.size - round(now * array.size))
+    return project_rows(relative, array.shape[1] - round(now * array.shape[1]))
 
 
 # --- scores and the methods that only choose a mask

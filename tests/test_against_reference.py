@@ -46,6 +46,7 @@ SLOW_PATTERNS: dict[str, tuple[tuple[Any, ...], Pattern]] = {
     "row": (("row", 0.6), PerRow(0.6)),
     "2:4": (("nm", 2, 4), NM(2, 4)),
     "1:3": (("nm", 1, 3), NM(1, 3)),
+    "4:8": (("nm", 4, 8), NM(4, 8)),
 }
 
 

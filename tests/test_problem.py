@@ -38,6 +38,7 @@ def other_weight(problem: LayerProblem) -> Tensor:
 # --- loss and grade
 
 
+@pytest.mark.usefixtures("checked_shapes")
 @pytest.mark.parametrize("family", NAMES)
 def test_objective_is_the_change_of_the_outputs(family: str) -> None:
     problem, X = draw(family), INPUTS[family](12, 0)
@@ -49,6 +50,7 @@ def test_objective_is_the_change_of_the_outputs(family: str) -> None:
     assert problem.relative_error(torch.zeros_like(W)) == pytest.approx(1)
 
 
+@pytest.mark.usefixtures("checked_shapes")
 @pytest.mark.parametrize("family", NAMES)
 def test_gradient_is_that_of_the_objective(family: str) -> None:
     problem = draw(family)
@@ -88,6 +90,7 @@ def test_grades_in_strips(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(problem_module, "_STRIP", 5)  # divides neither 6 nor 12
     again = draw("correlated")
     assert again.objective(W) == pytest.approx(whole, rel=1e-12)
+    assert draw("correlated", torch.float32).balanced_error(W) == pytest.approx(problem.balanced_error(W), rel=1e-4)
     assert again.relative_error(W) == pytest.approx(problem.relative_error(W), rel=1e-12)
 
 
@@ -105,6 +108,57 @@ def test_the_grade_has_no_unit(scale: float) -> None:
     problem, scaled = draw("correlated"), LayerProblem(W0.float() * scale, Gram.from_matrix(H.float() / scale))
     W = other_weight(problem)
     assert scaled.relative_error(W * scale) == pytest.approx(problem.relative_error(W), rel=1e-4)
+
+
+# --- the grade that no input can dominate
+
+
+@pytest.mark.usefixtures("checked_shapes")
+@pytest.mark.parametrize("family", NAMES)
+def test_the_balanced_error_is_the_relative_one_of_inputs_of_equal_energy(family: str) -> None:
+    problem = draw(family)
+    W = other_weight(problem)
+    A = problem.scaled.A.clone()
+    A[problem.dead, problem.dead] = 0  # of a dead input nothing is known
+    even = LayerProblem(problem.W0, Gram.from_matrix(A))
+    assert problem.balanced_objective(W) == pytest.approx(even.objective(W), rel=1e-9)
+    assert problem.balanced_error(W) == pytest.approx(even.relative_error(W), rel=1e-9)
+    assert problem.balanced_error(problem.W0) == 0
+    assert problem.balanced_error(torch.zeros_like(W)) == pytest.approx(1)
+    single = draw(family, torch.float32)
+    assert single.balanced_error(W) == pytest.approx(problem.balanced_error(W), rel=1e-3)
+
+
+def test_a_massive_input_hides_in_the_relative_error_only() -> None:
+    W0, H = FAMILIES["well_conditioned"](6, 12, 0)
+    masks = torch.ones(2, 6, 12, dtype=torch.bool)
+    masks[0, :, 4:] = False  # all but a few inputs are thrown away, the massive one is kept
+    masks[1, :, 8:] = False
+    relative, balanced = [], []
+    for factor in (1.0, 1000.0):
+        scale = torch.ones(12, dtype=torch.float64)
+        scale[0] = factor
+        problem = LayerProblem(W0, Gram.from_matrix(H * scale * scale[:, None]))
+        relative += [problem.relative_error(W0 * mask) for mask in masks]
+        balanced += [problem.balanced_error(W0 * mask) for mask in masks]
+    assert max(relative[2:]) < 1e-4 < 0.1 < min(relative[:2])
+    assert balanced[2:] == pytest.approx(balanced[:2])
+    assert balanced[0] > 1.5 * balanced[1]
+
+
+@pytest.mark.parametrize("away", [0.0, 1e-6, 1.0])
+def test_float32_grades_balanced_errors_as_float64_does(away: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    X = torch.randn(40, 60, generator=generator, dtype=torch.float64)
+    X[:, 0] *= 1e3
+    H = (X.T @ X).float()
+    W0 = torch.randn(10, 60, generator=generator)
+    exact = LayerProblem(W0.double(), Gram.from_matrix(H.double()))
+    kernel = torch.linalg.eigh(exact.scaled.A).eigenvectors[:, :10].T / exact.scaled.s
+    D = kernel + away * torch.randn(10, 60, generator=generator, dtype=torch.float64)
+    W = (W0 + D).float()
+    got = LayerProblem(W0, Gram.from_matrix(H)).balanced_objective(W)
+    assert got == pytest.approx(exact.balanced_objective(W.double()), rel=1e-3)
 
 
 # --- dtypes, shapes, numbers
@@ -157,6 +211,7 @@ def test_the_callers_weight_is_left_alone() -> None:
 # --- unit diagonal
 
 
+@pytest.mark.usefixtures("checked_shapes")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("family", NAMES)
 @pytest.mark.parametrize("shift", [0.0, 0.7])
@@ -173,6 +228,7 @@ def test_scaled_is_the_gram_at_unit_diagonal(family: str, shift: float, dtype: t
     torch.testing.assert_close(back[off], H[off], **ROUNDING[dtype])
 
 
+@pytest.mark.usefixtures("checked_shapes")
 def test_scaled_weights_are_wanda_scores_and_come_back() -> None:
     problem = draw("dead_columns")
     assert problem.dead.nonzero().flatten().tolist() == [0, 6]
@@ -221,6 +277,7 @@ def test_a_shared_inverse_is_that_of_its_own_damping_and_penalty(damping: float,
 # --- factorisations
 
 
+@pytest.mark.usefixtures("checked_shapes")
 @pytest.mark.parametrize("family", NAMES)
 def test_inverse_factor(family: str) -> None:
     problem = draw(family)

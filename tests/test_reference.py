@@ -118,7 +118,7 @@ def test_gradual_projection_ends_at_the_pattern_and_protects_groups() -> None:
         assert torch.equal(reference.project_gradual(scores, pattern, 1.0), final)
         half = reference.project_gradual(scores, pattern, 0.5)
         assert bool(half[final].all())
-    assert int((~reference.project_gradual(scores, ("nm", 2, 4), 0.5)).sum()) == round(0.5 * (1 - 0.5**3) * 32)
+    assert int((~reference.project_gradual(scores, ("nm", 2, 4), 0.5)).sum()) == 4 * round(0.5 * (1 - 0.5**3) * 8)
 
 
 # --- laws of every method

@@ -370,13 +370,13 @@ class Fixed(Pattern):
 class _Gradual(Pattern):
     """On the way to an N:M pattern: of each group the N largest scores are protected, the others go gradually.
 
-    First go those that are smallest relative to the smallest protected score of their group. One threshold for the
-    scores themselves, as in Boža's gradual 2:4 rule (arXiv 2401.02938), would decide groups of large weights last.
+    Of every row, first go those that are smallest relative to the smallest protected score of their group. One
+    threshold for the scores of all rows, as in Boža's gradual 2:4 rule (arXiv 2401.02938), would decide groups of
+    large weights last.
     """
 
     final: NM
     share: float
-    rows_independent = False
 
     def __str__(self) -> str:
         return f"{_percent(self.share)} of the way to {self.final}"
@@ -385,16 +385,17 @@ class _Gradual(Pattern):
         self.final.validate(shape, name)
 
     def count(self, shape: Shape) -> int:
-        size = shape[0] * shape[1]
-        return size - round(self.share * (size - self.final.count(shape)))
+        return shape[0] * self._kept_per_row(shape[1])
 
     def project(self, scores: Scores, locked: Mask | None = None) -> Mask:
-        scores = _locked_first(scores, locked)
-        protected = self.final.project(scores)
+        protected = self.final.project(scores, locked)
         smallest = scores.masked_fill(~protected, math.inf).view(-1, self.final.of).amin(dim=1, keepdim=True)
         relative = scores.view(-1, self.final.of) / smallest.clamp_min_(torch.finfo(scores.dtype).tiny)
         relative = _locked_first(relative.view_as(scores), protected)
-        return keep_largest(relative.view(-1), self.count(_shape(scores))).view_as(scores)
+        return keep_largest(relative, self._kept_per_row(scores.shape[1]))
+
+    def _kept_per_row(self, inputs: int) -> int:
+        return inputs - round(self.share * (inputs - self.final.count((1, inputs))))
 
     def nominal_sparsity(self) -> float:
         return self.share * self.final.nominal_sparsity()
@@ -403,7 +404,7 @@ class _Gradual(Pattern):
         return _Gradual(self.final, self.share * share)
 
     def rows(self, start: int, stop: int, shape: Shape) -> Pattern:
-        raise PatternError.sentence(f"{self} couples all rows and cannot be cut.")
+        return self
 
     def columns(self, start: int, stop: int, shape: Shape) -> Pattern:
         raise PatternError.sentence(f"{self} couples all columns and cannot be cut.")

@@ -24,8 +24,8 @@ Source: Boža, "Fast and Effective Weight Update for Pruned Large Language Model
 algorithms 1 and 2; 20 steps, 15 of them with mask choice, damping 0.1, rho = 1. Schedules: "cubic" is
 the paper's; "reselect" chooses at the final sparsity from the start, as the released code does;
 "fixed" chooses the mask once, by Wanda score (ADMM1). N:M: on the way, the N largest of each group are
-protected, and the rest is pruned by its size relative to the smallest of them; the released code knows
-2:4 only, and compares the rest of all groups with one another, which decides groups of large weights last.
+protected, and of the rest of a row goes first what is small beside the smallest of them in its group; the
+released code knows 2:4 only, and has one threshold for all groups, which decides those of large weights last.
 """
 
 from __future__ import annotations
@@ -121,8 +121,7 @@ class ADMM(IterativeMethod[_State]):
         return Solution(problem.from_scaled(V, state.mask, problem.scaled), state.mask)
 
     def rows_independent(self, pattern: Pattern) -> bool:
-        gradual = self.schedule == "cubic"
-        return pattern.rows_independent and not (gradual and pattern.group > 1)
+        return pattern.rows_independent
 
     def cost(self, shape: Shape, pattern: Pattern) -> Cost:
         return Cost(self.steps + inversions(1, shape), weights=6, grams=3)
