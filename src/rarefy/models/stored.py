@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-import pickle
 import zipfile
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -156,6 +155,8 @@ def tensors_in(file: Path) -> list[StoredTensor]:
     """
     try:
         return _pickled(file) if file.suffix == ".bin" else _header(file)
+    except ModelError:
+        raise
     except FileNotFoundError as error:
         raise ModelError.sentence(f"{file} is missing, although the index of weights names it.") from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -204,7 +205,9 @@ def _mapped(file: Path) -> dict[str, Tensor]:
     """The tensors of a pickled file, mapped into memory, or read into it where the pickle is older than torch 1.6."""
     try:
         content = torch.load(file, map_location="cpu", mmap=zipfile.is_zipfile(file), weights_only=True)
-    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # what damage makes of a pickle is not foreseen
         raise ModelError.sentence(
             f"{file} is damaged, or holds more than tensors ({first_line(error)}): it is not read."
         ) from error
