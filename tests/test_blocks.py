@@ -179,7 +179,7 @@ def test_linears_that_share_one_weight_are_refused() -> None:
 def test_packed_weights_are_refused() -> None:
     block = nn.Sequential(nn.Linear(8, 8))
     block[0].weight = nn.Parameter(torch.zeros(8, 8, dtype=torch.uint8), requires_grad=False)
-    with pytest.raises(ModelError, match=r"^layers\.0\.0 keeps its weight as uint8"):
+    with pytest.raises(ModelError, match=r"^layers\.0\.0 keeps its weight as uint8, but Rarefy prunes"):
         find_blocks(_Toy(block))
 
 

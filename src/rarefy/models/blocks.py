@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from rarefy.errors import InputError, ModelError
 from rarefy.models.experts import FusedExperts, find_mixtures, linears
 from rarefy.models.sites import LinearSite, Site
+from rarefy.models.wrappers import refuse_computed_weight, refuse_wrappers
 
 __all__ = ["Block", "LinearSite", "Site", "find_blocks", "select_sites"]
 
@@ -41,8 +42,10 @@ def find_blocks(model: nn.Module) -> list[Block]:
 
     Works on the meta device too. Raises ModelError where there is no list that holds nearly all of the
     decoder's linears, where a block keeps most of its weights outside of linears and experts, or experts
-    in a form that is not known, where a weight is not floating-point, and where two share one weight.
+    in a form that is not known, where a weight is not an ordinary floating-point one, where two share one
+    weight, and where an adapter is put on the model.
     """
+    refuse_wrappers(model)
     list_name, modules = _block_list(model)
     embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]
     widths = {embedding.embedding_dim for embedding in embeddings}
@@ -53,11 +56,6 @@ def find_blocks(model: nn.Module) -> list[Block]:
         name = f"{list_name}.{index}"
         sites = []
         for site in _sites(name, module, widths):
-            if not site.parameter.is_floating_point():
-                raise ModelError.sentence(
-                    f"{site.name} keeps its weight as {str(site.dtype).removeprefix('torch.')}, "
-                    "but Rarefy prunes floating-point weights only."
-                )
             known = owner.setdefault(id(site.parameter), site.parameter_name)
             if known and known != site.parameter_name:
                 raise ModelError.sentence(
@@ -79,6 +77,7 @@ def _sites(name: str, block: nn.Module, widths: set[int]) -> Iterator[Site]:
         if id(module) in fused:
             yield from fused[id(module)].sites
         elif isinstance(module, nn.Linear | Conv1D) and id(module) not in routers:
+            refuse_computed_weight(f"{name}.{path}", module)
             yield listed.get(id(module)) or LinearSite(f"{name}.{path}", module)
 
 

@@ -31,6 +31,7 @@ from rarefy.layer.problem import LayerProblem
 from rarefy.layer.solution import Solution
 from rarefy.methods.base import Method, run
 from rarefy.models.blocks import Block, find_blocks, select_sites
+from rarefy.models.wrappers import unwrapped
 from rarefy.parallel.world import World
 from rarefy.pruning.block import STARVED, Progress, Ticks, prune_block
 from rarefy.pruning.precision import compute_dtype, computing_in
@@ -72,9 +73,10 @@ def prune(
 
     ``windows`` (num, length) are int64 token ids for calibration, replayed ``batch_size`` at a time.
     ``include`` and ``exclude`` are globs on full module names. ``on_progress(done, total, note)`` and
-    ``on_layer(record)`` are called as the run goes on. Raises PatternError before anything changes
-    where the pattern does not fit a layer, NumericalError for NaN or infinity, and, if ``strict``,
-    for a layer whose status is a failure.
+    ``on_layer(record)`` are called as the run goes on. What torch.compile or data parallelism wraps around a
+    model is taken off. Raises ModelError for a model that cannot be pruned, such as one with adapters or quantised
+    weights, PatternError before anything changes where the pattern does not fit a layer, NumericalError for NaN
+    or infinity, and, if ``strict``, for a layer whose status is a failure.
 
     Where torch.distributed's default group is initialised, all of its processes call this alike, with the
     same model, all windows and the same settings; they share the work, and each ends with the pruned model
@@ -92,6 +94,7 @@ def prune_model(
     on_layer: Callable[[LayerRecord], None] | None = None,
 ) -> Report:
     """What ``prune`` does, with the settings in one piece."""
+    model = unwrapped(model)
     home = BlockStore(model)
     if home.world.size > 1:
         _check_alike(home.world, model, windows, settings)
