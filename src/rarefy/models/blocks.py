@@ -124,7 +124,7 @@ def select_sites(blocks: Sequence[Block], include: Sequence[str] = (), exclude: 
 
     for hindrance in hindrances:
         if selected(hindrance.name):
-            options = " ".join(f"--exclude '{glob}'" for glob in _globs([each.name for each in hindrances]))
+            options = " ".join(f"--exclude '{glob}'" for glob in as_globs([each.name for each in hindrances]))
             raise ModelError.sentence(f"{hindrance.reason}; leave it out with {options}.")
     if not any(map(selected, names)):
         raise InputError("exclude", list(exclude), "globs that leave at least one linear to prune")
@@ -139,7 +139,7 @@ def left_dense(blocks: Sequence[Block]) -> tuple[float, str]:
     return sum(others.values()) / max(1, total), max(others, key=others.__getitem__, default="")
 
 
-def _globs(names: Sequence[str]) -> list[str]:
+def as_globs(names: Sequence[str]) -> list[str]:
     """A few globs that match all of some names, which may be in several blocks."""
     kinds = list(dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name, count=1) for name in names))
     if len(kinds) <= _NAMED:

@@ -25,6 +25,7 @@ def make_plan(recipe: Recipe, output: Path | None = None, offload: Path | None =
     from rarefy.calibration.sources import DRAW_FROM, SELF, draw_windows, parse_source
     from rarefy.models.blocks import find_blocks, select_sites
     from rarefy.models.checkpoint import resolve_device
+    from rarefy.models.rehearsal import check_calls
     from rarefy.models.source import resolve_model
     from rarefy.parallel.world import World
     from rarefy.pruning.loop import check_pattern
@@ -45,6 +46,7 @@ def make_plan(recipe: Recipe, output: Path | None = None, offload: Path | None =
     skeleton = source.skeleton()
     blocks = select_sites(find_blocks(skeleton), recipe.include, recipe.exclude)
     check_pattern(blocks, pattern)
+    check_calls(skeleton, blocks)
     windows = None
     if text is not SELF:
         num, length = recipe.window_shape

@@ -17,6 +17,7 @@ from rarefy.errors import InputError, ModelError
 from rarefy.evaluation.measure import Measures, corpora, parse_texts
 from rarefy.models.blocks import find_blocks, select_sites
 from rarefy.models.checkpoint import load_tokenizer, resolve_device
+from rarefy.models.rehearsal import check_calls
 from rarefy.models.source import ModelSource, resolve_model
 from rarefy.pruning.loop import check_pattern
 from rarefy.runs.fingerprint import file_digests
@@ -152,9 +153,11 @@ def plan_sweep(options: Options, folder: SweepFolder) -> Plan:
     folder.check()
     source = resolve_model(options.model)
     cells = [Cell(recipe.resolved(source.context)) for recipe in recipes]
-    blocks = select_sites(find_blocks(source.skeleton()), options.include, options.exclude)
+    skeleton = source.skeleton()
+    blocks = select_sites(find_blocks(skeleton), options.include, options.exclude)
     for pattern in dict.fromkeys(cell.recipe.build_pattern() for cell in cells):
         check_pattern(blocks, pattern)
+    check_calls(skeleton, blocks)
 
     tokenizer = load_tokenizer(source)
     if tokenizer is None:
