@@ -27,6 +27,7 @@ from rarefy.errors import InputError
 from rarefy.layer.pattern import Pattern
 from rarefy.methods.base import Method
 from rarefy.models.blocks import Block, find_blocks, select_sites
+from rarefy.models.wrappers import unwrapped
 from rarefy.parallel.world import World
 from rarefy.pruning.advance import advance
 from rarefy.pruning.block import Masks, OnProgress, PartCounter, prune_layers
@@ -62,9 +63,10 @@ def prune(
     one for all layers, or a function that gives the pattern of a ``Site``.
     ``include`` and ``exclude`` are globs on full module names. ``matching`` trains what is kept of each block to
     match the dense model. ``on_progress(done, total, note)`` and
-    ``on_layer(record)`` are called as the run goes on. Raises PatternError before anything changes
-    where the pattern does not fit a layer, NumericalError for NaN or infinity, and, if ``strict``,
-    for a layer whose status is a failure.
+    ``on_layer(record)`` are called as the run goes on. What torch.compile or data parallelism wraps around a
+    model is taken off. Raises ModelError for a model that cannot be pruned, such as one with adapters or quantised
+    weights, PatternError before anything changes where the pattern does not fit a layer, NumericalError for NaN
+    or infinity, and, if ``strict``, for a layer whose status is a failure.
 
     Where torch.distributed's default group is initialised, all of its processes call this alike, with the
     same model, all windows and the same settings; they share the work, and each ends with the pruned model
@@ -83,6 +85,7 @@ def prune_model(
     on_layer: Callable[[LayerRecord], None] | None = None,
 ) -> Report:
     """What ``prune`` does, with the settings in one piece."""
+    model = unwrapped(model)
     store = BlockStore(model)
     if store.world.size > 1:
         _check_alike(store.world, model, windows, settings)
