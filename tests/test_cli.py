@@ -1,7 +1,9 @@
 """The command line from outside: what it prints, writes and returns, above all for its users' mistakes."""
 
+import errno
 import html
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -459,14 +461,64 @@ def test_files_that_break_the_promise_are_not_left(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_running_out_of_memory_is_one_sentence(rarefy_: Rarefy, shelf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def greedy(*_: object, **__: object) -> None:
-        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
+def _allocate() -> None:
+    torch.empty(2**62, dtype=torch.uint8)
 
-    monkeypatch.setattr("rarefy.runs.run.prune_blocks", greedy)
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        _allocate,
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB"),
+        RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes."),  # on Windows
+        RuntimeError("CUDA error: out of memory"),
+        MemoryError(),
+        OSError(errno.ENOMEM, "Cannot allocate memory"),
+    ],
+)
+def test_running_out_of_memory_is_one_sentence(
+    rarefy_: Rarefy, shelf: Path, monkeypatch: pytest.MonkeyPatch, error: Exception | Callable[[], None]
+) -> None:
+    def greedy(*_: object, **__: object) -> None:
+        if isinstance(error, Exception):
+            raise error
+        error()
+
+    monkeypatch.setattr("rarefy.runs.run.open_model", greedy)
     done = rarefy_(*prune_arguments(shelf, "-o", "out"))
     assert done.status == 1
+    assert is_one_sentence(done.err)
     assert "error: Out of memory" in done.err
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("pin memory thread exited unexpectedly"),
+        RuntimeError("view size is not compatible: memory format"),
+        ValueError("out of memory"),
+    ],
+)
+def test_an_error_that_speaks_of_memory_is_not_taken_for_a_lack_of_it(
+    rarefy_: Rarefy, shelf: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("rarefy.runs.run.open_model", broken)
+    with pytest.raises(type(error), match=str(error)):
+        rarefy_(*prune_arguments(shelf, "-o", "out"))
+
+
+def test_a_file_that_the_system_refuses_is_one_sentence(
+    rarefy_: Rarefy, shelf: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), "/some/file")
+
+    monkeypatch.setattr("rarefy.runs.run.open_model", refused)
+    done = rarefy_(*prune_arguments(shelf, "-o", "out"))
+    assert (done.status, done.err) == (1, "error: /some/file cannot be read or written: Permission denied.\n")
 
 
 # --- inspect, methods, help -------------------------------------------------------------------------------
@@ -515,7 +567,7 @@ def test_variants_of_a_method_are_told_apart_and_places_are_said(rarefy_: Rarefy
     assert len(set(shown.values())) == len(shown)
     assert shown["admm-reselect"].startswith("admm with schedule=reselect;")
     assert shown["admm1"].startswith("admm with schedule=fixed;")
-    assert shown["alps-paper"].startswith("alps with penalty=support;")
+    assert shown["alps-paper"].startswith("ALPS as published")
     assert lines.count("    --set block_size=128    columns whose masks are chosen together") == 1
     for name, method in METHODS.items():
         assert (f"needs a start: wanda+{name}" in shown[name]) is method.needs_start

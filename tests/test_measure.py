@@ -14,8 +14,9 @@ from rarefy.calibration.documents import Source
 from rarefy.calibration.windows import token_stream
 from rarefy.errors import CalibrationError, InputError
 from rarefy.evaluation.divergence import divergence
-from rarefy.evaluation.measure import Corpus, Measures, corpora, parse_texts
+from rarefy.evaluation.measure import Corpus, Measures, corpora
 from rarefy.evaluation.perplexity import perplexity
+from rarefy.evaluation.texts import parse_texts
 from rarefy.models.source import ModelSource
 
 MODEL = ModelSource("model", "folder", Path(), make_model("llama").config)

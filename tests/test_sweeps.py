@@ -34,7 +34,8 @@ from rarefy.models.blocks import find_blocks
 from rarefy.pruning.loop import prune, prune_model
 from rarefy.sweeps import sweep as module
 from rarefy.sweeps.folder import SweepFolder
-from rarefy.sweeps.plan import Options, plan_sweep
+from rarefy.sweeps.options import Options
+from rarefy.sweeps.plan import plan_sweep
 from rarefy.sweeps.sweep import DenseWeights, run_sweep
 from task_files import write_task_files
 
@@ -299,12 +300,14 @@ def test_a_killed_sweep_goes_on(model_folder: Folders, tmp_path: Path, text: Pat
 
 def test_what_a_killed_command_left_is_cleared_away(options: Options, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    left = out / "cells" / ".wanda_2of4_seed0.123"
+    left = out / "cells" / ".wanda_2of4_seed0.0123abcd.partial"
     sweep(replace(options, methods=["magnitude"], patterns=[]), out)
-    left.mkdir()
-    (left / "run.json").write_text("{")
+    for folder in (left, out / "cells" / ".theirs"):
+        folder.mkdir()
+        (folder / "run.json").write_text("{")
     assert len(sweep(options, out)) == 4
     assert not left.exists()
+    assert (out / "cells" / ".theirs" / "run.json").exists()
 
 
 # --- What it refuses --------------------------------------------------------------------------------------

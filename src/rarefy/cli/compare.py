@@ -92,9 +92,9 @@ def compare(
     from rarefy.pruning.records import aligned
     from rarefy.runs.recipe import parse_settings
     from rarefy.sweeps.folder import SweepFolder
-    from rarefy.sweeps.plan import Options, plan_sweep
+    from rarefy.sweeps.options import Options
+    from rarefy.sweeps.plan import plan_sweep
     from rarefy.sweeps.results import table
-    from rarefy.sweeps.sweep import run_sweep
 
     folder = SweepFolder(output)
     with Terminal(quiet, log) as terminal:
@@ -130,6 +130,8 @@ def compare(
             folder,
         )
         terminal.begin()
+        from rarefy.sweeps.sweep import run_sweep  # with torch, which takes seconds
+
         cells = run_sweep(sweep, folder, ["rarefy", *context.obj], watch=terminal.watch, note=terminal.note)
     print("\n".join(aligned(table(cells, folder.read_cell("dense")))))
     print(f"{folder.path} holds results.csv, results.md and results.json")

@@ -101,6 +101,10 @@ def prune(
         Path | None,
         typer.Option(metavar="FILE", help="YAML with any of these settings; options replace its keys."),
     ] = None,
+    allow_code: Annotated[
+        bool,
+        typer.Option("--allow-code", help="Let the --recipe name a method that is not Rarefy's (it runs that code)."),
+    ] = False,
     strict: Annotated[
         bool | None, typer.Option("--strict/--no-strict", help="Stop where the method fails on a layer.")
     ] = None,
@@ -133,7 +137,6 @@ def prune(
     from rarefy.parallel.world import World
     from rarefy.runs.make_plan import make_plan
     from rarefy.runs.recipe import Recipe, parse_settings
-    from rarefy.runs.run import execute
 
     said = {
         "model": model,
@@ -161,7 +164,8 @@ def prune(
     world = World.current()
     folder = RunFolder(output) if output is not None else None
     with world.together():
-        wanted = Recipe.read({key: value for key, value in said.items() if value is not None}, recipe)
+        options = {key: value for key, value in said.items() if value is not None}
+        wanted = Recipe.read(options, recipe, allow_code=allow_code)
         if output is None and not dry_run:
             raise InputError.sentence("--output is missing: name a new or empty folder for the results (-o OUT).")
         if folder and world.leads:
@@ -174,6 +178,8 @@ def prune(
         if dry_run or folder is None:
             _print_plan(plan, texts)
         else:
+            from rarefy.runs.run import execute
+
             terminal.begin()
             command, chosen = ["rarefy", *context.obj], wanted.calibration is not None
             result = execute(plan, folder, command, terminal, chosen=chosen, texts=texts)

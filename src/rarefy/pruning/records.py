@@ -5,11 +5,8 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
-from typing import Any, Self
-
-from rarefy.errors import InputError
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 
 @dataclass
@@ -33,11 +30,12 @@ class LayerRecord:
     status: str
     failed: bool = False
     pattern_spec: dict[str, str | int | float] = field(default_factory=dict)
-    details: dict[str, float | str] = field(default_factory=dict)
+    # Whole numbers that are read again stay whole, and so a record is written again as it was.
+    details: dict[str, int | float | str] = field(default_factory=dict)
     steps: int = 0
     seconds: float = 0.0
     peak_bytes: int = 0
-    trace: dict[str, list[float]] = field(default_factory=dict)
+    trace: dict[str, list[int | float]] = field(default_factory=dict)
 
     @property
     def size(self) -> int:
@@ -65,20 +63,6 @@ class LayerRecord:
         if not self.trace:
             del values["trace"]
         return json.dumps(_finite(values), allow_nan=False)
-
-    @classmethod
-    def from_json(cls, line: str) -> Self:
-        """The record that ``to_json`` wrote. Raises ValueError where the line is no such record."""
-        values = json.loads(line)
-        known = {item.name for item in fields(cls)}
-        if not isinstance(values, dict) or not known >= values.keys():
-            raise ValueError("not the record of a layer")
-        try:
-            record = cls(**values)
-        except TypeError as error:
-            raise ValueError(f"not the record of a layer: {error}") from error
-        record.relative_error = float(record.relative_error)
-        return record
 
 
 @dataclass
@@ -172,17 +156,6 @@ def geometric_mean(values: Iterable[float]) -> float:
     if min(numbers) <= 0:
         return 0.0
     return math.exp(sum(math.log(value) for value in numbers) / len(numbers))
-
-
-def read_records(path: Path) -> list[LayerRecord]:
-    """The records in a ``layers.jsonl``. Raises InputError where a line is none, OSError where unreadable."""
-    records = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        try:
-            records.append(LayerRecord.from_json(line))
-        except ValueError as error:
-            raise InputError.sentence(f"Line {number} of {path} is damaged: {error}.") from error
-    return records
 
 
 def _row(kind: str, part: Report, seconds: float) -> list[str]:
