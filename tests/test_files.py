@@ -156,9 +156,9 @@ def test_csv(tmp_path: Path, separator: str) -> None:
     with (tmp_path / "a.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, delimiter=separator)
         writer.writerows([["id", "text", "label"], *([str(i), text, ""] for i, text in enumerate(texts))])
-    limit = csv.field_size_limit()
+    csv.field_size_limit(131_072)  # csv's own, which all of the process share
     assert documents(tmp_path / "a.csv") == texts
-    assert csv.field_size_limit() == limit
+    assert csv.field_size_limit() == 131_072
     assert documents(tmp_path / "a.csv", text_column="id") == ["0", "1", "2", "3"]
 
 
@@ -221,7 +221,7 @@ CHATS: dict[str, Any] = {
     "parts": {
         "messages": [
             {"role": "user", "content": [{"type": "text", "text": "a"}]},
-            {"role": "assistant", "content": [{"type": "text", "text": "b"}, "", {"type": "text", "text": ""}]},
+            {"role": "assistant", "content": [{"type": "text", "text": ""}, "b"]},
         ]
     },
     "sharegpt": {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
