@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 import rarefy
 from models_for_tests import EXPERT_ARCHITECTURES, VOCABULARY, make_model, save_folder
 from rarefy.calibration.collect import collect, collect_all_tokens, starved, turns
-from rarefy.calibration.stream import record
+from rarefy.calibration.record import record
 from rarefy.errors import InputError, ModelError
 from rarefy.layer.gram import Gram
 from rarefy.layer.pattern import NM, Pattern, Unstructured

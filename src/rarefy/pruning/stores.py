@@ -19,8 +19,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
+from rarefy.calibration.record import record
 from rarefy.calibration.spill import StatesPart, load_states, save_states
-from rarefy.calibration.stream import HiddenStates, convert_calls, record
+from rarefy.calibration.stream import HiddenStates, convert_calls
 from rarefy.errors import OutputError
 from rarefy.models.atomic import refusals, replace_file
 from rarefy.models.blocks import Block
