@@ -22,6 +22,7 @@ def make_plan(recipe: Recipe, output: Path | None = None, offload: Path | None =
 
     ``output`` may hold an unfinished run, which must be this one. ``offload`` is where hidden states go.
     """
+    from rarefy.calibration.check import check_blocks
     from rarefy.calibration.sources import DRAW_FROM, SELF, draw_windows, parse_source
     from rarefy.models.blocks import find_blocks, select_sites
     from rarefy.models.checkpoint import resolve_device
@@ -46,6 +47,7 @@ def make_plan(recipe: Recipe, output: Path | None = None, offload: Path | None =
     skeleton = source.skeleton()
     blocks = select_sites(find_blocks(skeleton), recipe.include, recipe.exclude)
     check_patterns(blocks, Uniform(pattern))
+    check_blocks(skeleton, blocks)
     windows = None
     if text is not SELF:
         num, length = recipe.window_shape

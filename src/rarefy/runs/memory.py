@@ -137,10 +137,10 @@ def _pruning_bytes(plan: Plan) -> int:
 
 def _block_bytes(sites: Sequence[Site], method: str) -> tuple[int, int]:
     """Of the Grams of one block, and of the layer whose solution takes the most with those that wait beside it."""
-    from rarefy.calibration.collect import turns
+    from rarefy.calibration.collect import gram_groups
 
     grams = solving = 0
-    for group in turns(sites):
+    for group in gram_groups(sites):
         keys = _gram_keys(group)
         sizes = {key: 4 * site.shape[1] ** 2 for key, site in zip(keys, group)}
         grams = max(grams, sum(sizes.values()))
