@@ -76,6 +76,7 @@ _SPECIAL: dict[str, dict[str, Any]] = {
     },
     "gemma4_text": _GEMMA4,
     "gemma4_unified_text": _GEMMA4,
+    "glm_moe_dsa": {"indexer_types": ["full", "shared"] * 2},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]], "window_size": 16},
     "granitemoehybrid": _MAMBA,
     "hunyuan_v1_dense": {"head_dim": 8},
@@ -110,6 +111,14 @@ def make(architecture: str, seed: int = 0) -> PreTrainedModel:
             for parameter in model.parameters():
                 parameter.add_(0.05 * torch.randn_like(parameter))
     return model.eval().requires_grad_(False)
+
+
+def skeleton(architecture: str) -> PreTrainedModel:
+    """The same model on the meta device."""
+    with warnings.catch_warnings(), torch.device("meta"):
+        warnings.simplefilter("ignore")
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(small_config(CONFIG_MAPPING[architecture]))
+    return model.eval()
 
 
 def small_config(cls: type[PreTrainedConfig], **given: Any) -> PreTrainedConfig:

@@ -104,9 +104,10 @@ class HiddenStates:
         with torch.no_grad():
             for batch, windows in self.slices():
                 hidden, output, opened = self._run(module, block, batch, windows)
+                # first, because it may be a view of what the block has read
+                self.carried.keep(block, output, opened, windows, len(self.states))
                 self.states[windows] = hidden.to(self.states)
                 self._check_range(block, windows)
-                self.carried.keep(block, output, opened, windows, len(self.states))
                 if on_batch:
                     on_batch()
                 self.carried.release()
