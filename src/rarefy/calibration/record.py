@@ -207,7 +207,7 @@ def changed_between(model: str, index: int) -> str:
     """The sentence about a model that does something to hidden states between two blocks."""
     return (
         f"{model} changes hidden states between block {index - 1} and block {index}, "
-        "but Rarefy replays nothing but the blocks."
+        "but Rarefy replays nothing but blocks."
     )
 
 
