@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from rarefy.layer.problem import LayerProblem
     from rarefy.layer.solution import Solution, Status
     from rarefy.methods.admm import ADMM
-    from rarefy.methods.alps import ALPS
+    from rarefy.methods.alps import ALPS, ALPSPaper
     from rarefy.methods.base import IterativeMethod, Method
     from rarefy.methods.compose import BestOf, Then
     from rarefy.methods.dsnot import DSnoT
@@ -49,6 +49,7 @@ __all__ = [
     "NM",
     "PCG",
     "RIA",
+    "ALPSPaper",
     "Backsolve",
     "BestOf",
     "CalibrationError",
@@ -109,7 +110,7 @@ _HOME = {
     "rarefy.layer.problem": ("LayerProblem",),
     "rarefy.layer.solution": ("Solution", "Status"),
     "rarefy.methods.admm": ("ADMM",),
-    "rarefy.methods.alps": ("ALPS",),
+    "rarefy.methods.alps": ("ALPS", "ALPSPaper"),
     "rarefy.methods.base": ("IterativeMethod", "Method"),
     "rarefy.methods.compose": ("BestOf", "Then"),
     "rarefy.methods.dsnot": ("DSnoT",),

@@ -9,7 +9,7 @@ from dataclasses import MISSING, fields, replace
 
 from rarefy.errors import MethodError
 from rarefy.methods.admm import ADMM
-from rarefy.methods.alps import ALPS
+from rarefy.methods.alps import ALPS, ALPSPaper
 from rarefy.methods.base import Method, cannot_come_first
 from rarefy.methods.compose import Then
 from rarefy.methods.dsnot import DSnoT
@@ -31,7 +31,7 @@ METHODS: dict[str, Method] = {
     "admm-reselect": ADMM(schedule="reselect"),
     "admm1": ADMM(schedule="fixed"),
     "alps": ALPS(),
-    "alps-paper": ALPS(penalty="support"),
+    "alps-paper": ALPSPaper(),
     "sparsefw": SparseFW(),
     "swaps": Swaps(),
     "dsnot": DSnoT(),
@@ -139,8 +139,8 @@ def _find(key: str, names: list[str], parts: list[Method]) -> tuple[int, str]:
 def _changed(part: Method, key: str, field_name: str, value: Setting) -> Method:
     default = next(item.default for item in fields(part) if item.name == field_name)
     if isinstance(value, str) and default is not MISSING and not isinstance(default, str):
-        value = _parsed(key, value, type(default))
-    if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
+        value = _parsed(key, value, float if default is None else type(default))
+    if (default is None or isinstance(default, float)) and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     return replace(part, **{field_name: value})
 

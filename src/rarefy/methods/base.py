@@ -20,7 +20,7 @@ from torch import Tensor
 
 from rarefy.errors import MethodError, NumericalError, PatternError
 from rarefy.layer.passes import apply_mask, compare, count, finite
-from rarefy.layer.pattern import Pattern
+from rarefy.layer.pattern import Pattern, Shape
 from rarefy.layer.problem import LayerProblem
 from rarefy.layer.solution import Solution, Status
 
@@ -38,10 +38,33 @@ def hyper(
     low: float | None = None,
     high: float | None = None,
     choices: tuple[str, ...] = (),
+    by: str = "",
 ) -> Any:
-    """A hyperparameter: its default, what it means, and the values it may take (bounds included)."""
-    metadata = {"help": help, "low": low, "high": high, "choices": choices}
+    """A hyperparameter: its default, what it means, and the values it may take (bounds included).
+
+    A default of None is a number that is chosen ``by`` something else where it is not given.
+    """
+    metadata = {"help": help, "low": low, "high": high, "choices": choices, "by": by}
     return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one solve takes beside W0, H and its answer.
+
+    ``products`` are products W0 @ H, of out * in^2 multiplications each; factorisations are counted by their
+    multiplications, selections and passes not at all. ``weights`` and ``grams`` are float32 matrices (out, in) and
+    (in, in) at the peak, with what the Gram caches for other layers.
+    """
+
+    products: float = 0.0
+    weights: float = 8.0
+    grams: float = 4.0
+
+
+def inversions(num: float, shape: Shape) -> float:
+    """Factorisations of A with the inverse from it, in^3 / 2 multiplications each, in products W0 @ H."""
+    return num * shape[1] / (2 * shape[0])
 
 
 @dataclass(frozen=True)
@@ -77,6 +100,10 @@ class Method(ABC):
     def rows_independent(self, pattern: Pattern) -> bool:
         """Whether a row's answer never depends on other rows, so that layers may be stacked or split."""
         return False
+
+    def cost(self, shape: Shape, pattern: Pattern) -> Cost:
+        """The products and the memory that a layer of ``shape`` (out, in) takes; ample where nothing is known."""
+        return Cost()
 
 
 class IterativeMethod(Method, Generic[State]):
@@ -165,6 +192,7 @@ def run(
     solution.seconds = time.perf_counter() - started
     if graded:
         solution.relative_error = problem.relative_error(solution.weight)
+        solution.balanced_error = problem.balanced_error(solution.weight)
     return solution
 
 
@@ -202,10 +230,12 @@ def check_hyperparameters(method: Method) -> None:
         if choices:
             if value not in choices:
                 raise MethodError(argument, value, "one of " + ", ".join(choices))
+        elif value is None and default is None:
+            continue
         elif isinstance(default, bool):
             if not isinstance(value, bool):
                 raise MethodError(argument, value, "true or false")
-        elif isinstance(default, (int, float)):
+        elif default is None or isinstance(default, (int, float)):
             kind = "a whole number" if isinstance(default, int) else "a number"
             right = isinstance(value, int if isinstance(default, int) else (int, float))
             allowed = kind + _bounds(low, high)

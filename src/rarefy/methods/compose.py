@@ -10,10 +10,10 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from rarefy.errors import MethodError, NumericalError
-from rarefy.layer.pattern import Pattern
+from rarefy.layer.pattern import Pattern, Shape
 from rarefy.layer.problem import LayerProblem
 from rarefy.layer.solution import Solution, Status
-from rarefy.methods.base import Method, cannot_come_first
+from rarefy.methods.base import Cost, Method, cannot_come_first
 
 
 @dataclass(frozen=True, init=False)
@@ -29,6 +29,15 @@ class _Combination(Method):
         object.__setattr__(self, "default_scope", parts[0].default_scope)
         object.__setattr__(self, "paper", "; ".join(dict.fromkeys(part.paper for part in parts if part.paper)))
         object.__setattr__(self, "needs_means", any(part.needs_means for part in parts))
+
+    def cost(self, shape: Shape, pattern: Pattern) -> Cost:
+        costs = [part.cost(shape, pattern) for part in self.parts]
+        held = 1.0 if len(costs) > 1 else 0.0  # the solution of the part before
+        return Cost(
+            sum(cost.products for cost in costs),
+            max(cost.weights for cost in costs) + held,
+            max(cost.grams for cost in costs),
+        )
 
     def rows_independent(self, pattern: Pattern) -> bool:
         return all(part.rows_independent(pattern) for part in self.parts)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 
 from rarefy.errors import ModelError, OutputError
-from rarefy.models.atomic import CHUNK, copy_file, refusals, remove_partial_files
+from rarefy.models.atomic import CHUNK, copy_file, refusals, remove_partial
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -170,11 +171,10 @@ class ShardCopies:
         """
         with refusals(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-            remove_partial_files(self.folder)
+            remove_partial(self.folder)
             missing = self.missing
             needed = sum(file.stat().st_size for file in missing)
-            status = os.statvfs(self.folder)
-        free = status.f_bavail * status.f_frsize
+            free = shutil.disk_usage(self.folder).free
         if free < needed:
             raise OutputError.sentence(
                 f"{self.folder} needs {needed / 1e9:.1f} GB for the copy of the model, but its disk has "

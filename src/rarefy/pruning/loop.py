@@ -38,6 +38,7 @@ from rarefy.pruning.records import LayerRecord, Report
 from rarefy.pruning.settings import PatternOf, PruneSettings, as_pattern_of
 from rarefy.pruning.steps import PrunedBlock
 from rarefy.pruning.stores import BlockStore
+from rarefy.pruning.write import OVERFLOWED
 
 _NAMED = 8  # of these, so many are named in the warning
 
@@ -150,6 +151,7 @@ def prune_blocks(
         records += done
     if world.leads:
         _warn_of_starved(records)
+        _warn_of_overflow(records)
     seconds = time.perf_counter() - started
     return Report(records, seconds=seconds, method=str(settings.method), pattern=settings.pattern_name)
 
@@ -219,4 +221,15 @@ def _warn_of_starved(records: Sequence[LayerRecord]) -> None:
             f"{len(names)} weights of experts were solved with all tokens of their block, because the router sent "
             f"fewer tokens to them than they have inputs: {', '.join(names[:_NAMED])}{more}. Their records say so.",
             stacklevel=5,
+        )
+
+
+def _warn_of_overflow(records: Sequence[LayerRecord]) -> None:
+    names = [record.name for record in records if OVERFLOWED in record.details]
+    if names:
+        more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+        warnings.warn(
+            f"{len(names)} layers have weights beyond the range of the dtype in which they are stored, which were "
+            f"clipped: {', '.join(names[:_NAMED])}{more}. Another --dtype, bfloat16 for instance, has the range.",
+            stacklevel=3,
         )

@@ -24,7 +24,7 @@ from rarefy.calibration.saved import load_stream, save_stream
 from rarefy.calibration.spill import DENSE, PRUNED, StatesPart
 from rarefy.calibration.stream import HiddenStates, convert_calls
 from rarefy.errors import OutputError
-from rarefy.models.atomic import refusals, replace_file
+from rarefy.models.atomic import replace_file
 from rarefy.models.blocks import Block
 from rarefy.models.shards import ShardCopies
 from rarefy.models.streaming import StreamedModel
@@ -43,6 +43,9 @@ if TYPE_CHECKING:
 
         @property
         def finished(self) -> int: ...
+        def keep(self, name: str, content: bytes) -> None: ...
+        def kept(self, name: str) -> bytes | None: ...
+        def damaged(self, path: Path) -> OutputError: ...
         def records(self) -> list[LayerRecord]: ...
         def finish_block(self, index: int, records: Sequence[LayerRecord], states: Sequence[StatesPart]) -> None: ...
 
@@ -117,7 +120,7 @@ class JournaledStore(BlockStore):
         self._first = 0  # the number of this process's first window
         self.finished = journal.finished
         for index in range(self.finished):
-            self._restore(self._weights_of(index))
+            self._restore(index)
 
     def records(self) -> list[LayerRecord]:
         """The records of the finished blocks. Raises OutputError where a file is missing or damaged."""
@@ -172,7 +175,7 @@ class JournaledStore(BlockStore):
         """Write the changed parameters into a file beside the journal. Raises OutputError."""
         if names:
             tensors = {name: self.model.get_parameter(name).detach().cpu().contiguous() for name in names}
-            replace_file(self._weights_of(block.index), save(tensors))
+            self.journal.keep(_weights_of(block.index), save(tensors))
 
     def finish(
         self,
@@ -195,21 +198,20 @@ class JournaledStore(BlockStore):
         with self.world.together():
             self.journal.finish_block(block.index, records, [part for parts in everyone for part in parts])
 
-    def _weights_of(self, index: int) -> Path:
-        return self.journal.folder / f"weights-{index:05d}.safetensors"
-
-    def _restore(self, file: Path) -> None:
-        """Put the pruned parameters of a finished block back; a block without pruned linears has no file."""
-        if not file.exists():
+    def _restore(self, index: int) -> None:
+        """Put the changed parameters of a finished block back, if it has any. Raises OutputError."""
+        if (content := self.journal.kept(_weights_of(index))) is None:
             return
-        with refusals(file), torch.no_grad():
+        with torch.no_grad():
             try:
-                for name, tensor in load(file.read_bytes()).items():
+                for name, tensor in load(content).items():
                     self.model.get_parameter(name).copy_(tensor)
             except (SafetensorError, AttributeError, RuntimeError) as error:
-                raise OutputError.sentence(
-                    f"{file} is damaged, so the unfinished run cannot go on: remove {file.parent} to begin anew."
-                ) from error
+                raise self.journal.damaged(self.journal.folder / _weights_of(index)) from error
+
+
+def _weights_of(index: int) -> str:
+    return f"weights-{index:05d}.safetensors"
 
 
 def keep_windows(output: Path, windows: Int64[Tensor, "num length"]) -> None:
@@ -272,5 +274,5 @@ class StreamedStore(JournaledStore):
         """Write the changed parameters into the copy of the checkpoint. Raises OutputError."""
         self.streamed.store(names, self.copies)
 
-    def _restore(self, file: Path) -> None:
+    def _restore(self, index: int) -> None:
         """The copy of the checkpoint holds the finished blocks."""

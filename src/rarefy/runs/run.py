@@ -59,14 +59,16 @@ def run(
     *,
     offload_dir: str | Path | None = None,
     texts: bool = True,
+    allow_code: bool = False,
     events: Events | None = None,
 ) -> RunResult | None:
     """Prune a model as ``rarefy prune`` does, and write it with all that was done to the folder ``output``.
 
     ``recipe`` is a ``Recipe``, its keys in a mapping, or the path of a YAML file. The model stays on disk and
     is read and written block by block where its files allow that; ``offload_dir`` keeps hidden states in a
-    file, too. ``texts``: the dense and the pruned model write three texts for the report. ``events`` hears of
-    notes, warnings and progress. A run that was killed goes on where it was, if the same call is repeated.
+    file, too. ``texts``: the dense and the pruned model write three texts for the report. ``allow_code``: a recipe
+    in a file may name a method that is not Rarefy's, whose code then runs. ``events`` hears of notes, warnings and
+    progress. A run that was killed goes on where it was, if the same call is repeated.
     The written files are read again at the end.
 
     Raises InputError for mistakes, before anything is loaded or written; NumericalError for NaN or infinity,
@@ -77,13 +79,15 @@ def run(
     world = World.current()
     folder = RunFolder(output)
     with world.together():
-        wanted = _recipe(recipe)
+        wanted = _recipe(recipe, allow_code)
         if world.leads:
             folder.check()
         plan = make_plan(wanted, folder.path, Path(offload_dir) if offload_dir is not None else None)
     for warning in plan.warnings:
         events.warn(warning)
     command = ["rarefy", "prune", "--recipe", str(folder.recipe), "-o", str(folder.path)]
+    if ":" in wanted.method:
+        command.append("--allow-code")
     return execute(plan, folder, command, events, chosen=wanted.calibration is not None, texts=texts)
 
 
@@ -102,10 +106,14 @@ class Forecast:
 
 
 def forecast(
-    recipe: Recipe | Mapping[str, Any] | str | Path, *, offload_dir: str | Path | None = None, texts: bool = True
+    recipe: Recipe | Mapping[str, Any] | str | Path,
+    *,
+    offload_dir: str | Path | None = None,
+    texts: bool = True,
+    allow_code: bool = False,
 ) -> Forecast:
     """Check a run as ``run`` does, without loading weights or writing anything; arguments and errors are those."""
-    plan = make_plan(_recipe(recipe), offload=Path(offload_dir) if offload_dir is not None else None)
+    plan = make_plan(_recipe(recipe, allow_code), offload=Path(offload_dir) if offload_dir is not None else None)
     return forecast_of(plan, texts)
 
 
@@ -117,10 +125,12 @@ def forecast_of(plan: Plan, texts: bool) -> Forecast:
     return Forecast(plan, size, size - kept, estimated_bytes(plan, texts))
 
 
-def _recipe(recipe: Recipe | Mapping[str, Any] | str | Path) -> Recipe:
+def _recipe(recipe: Recipe | Mapping[str, Any] | str | Path, allow_code: bool) -> Recipe:
     if isinstance(recipe, Recipe):
         return Recipe.read(recipe.model_dump(exclude_unset=True))
-    return Recipe.read(recipe) if isinstance(recipe, Mapping) else Recipe.read({}, Path(recipe))
+    if isinstance(recipe, Mapping):
+        return Recipe.read(recipe)
+    return Recipe.read({}, Path(recipe), allow_code=allow_code)
 
 
 def execute(
@@ -176,7 +186,7 @@ def _write(
 ) -> dict[str, Any]:
     """Write recipe, records and model, verify the files, and let the models write; the texts for ``run.json``."""
     with clock.stage("write"):
-        folder.remove_partial_files()
+        folder.remove_partial()
         folder.write_recipe(plan.recipe.to_yaml())
         folder.write_layers(report.layers)
         model.write(folder, journal)
@@ -248,11 +258,12 @@ def _end_finished(plan: Plan, folder: RunFolder) -> RunResult:
 
     Raises OutputError where the folder holds another run.
     """
-    if not folder.recipe.is_file() or folder.recipe.read_text(encoding="utf-8") != plan.recipe.to_yaml():
+    if not folder.recipe.is_file() or folder.recipe.read_bytes() != plan.recipe.to_yaml().encode():
         raise OutputError("--output", str(folder.path), "a new or empty folder; this one holds another run")
     facts = folder.read_run()
     report = Report(folder.read_layers(), str(facts.get("pattern", "")), str(facts.get("method", "")))
     Journal(folder.path).remove()
+    folder.remove_partial()
     return RunResult(folder, report, facts, went_on=True)
 
 
@@ -286,6 +297,7 @@ def _facts(plan: Plan, report: Report, command: Sequence[str], began: datetime, 
         "pruned": report.pruned,
         "sparsity": report.sparsity,
         "relative_error": report.relative_error if math.isfinite(report.relative_error) else None,
+        "balanced_error": report.balanced_error if math.isfinite(report.balanced_error) else None,
         "seed": recipe.seed,
         "device": str(plan.device),
         "dtype": str(dtype).removeprefix("torch."),
