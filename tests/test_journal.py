@@ -18,8 +18,8 @@ import transformers
 from torch import Tensor
 
 from models_for_tests import _GROUPED, build
+from rarefy.calibration.record import record
 from rarefy.calibration.spill import StatesPart, load_states, save_states
-from rarefy.calibration.stream import record
 from rarefy.errors import OutputError
 from rarefy.models.copies import ShardCopies
 from rarefy.models.source import resolve_model

@@ -21,7 +21,8 @@ from itertools import zip_longest
 from jaxtyping import Int64
 from torch import Tensor, nn
 
-from rarefy.calibration.collect import turns
+from rarefy.calibration.check import check_blocks
+from rarefy.calibration.collect import gram_groups
 from rarefy.calibration.stream import convert_calls
 from rarefy.errors import InputError
 from rarefy.layer.pattern import Pattern
@@ -33,7 +34,7 @@ from rarefy.pruning.advance import advance
 from rarefy.pruning.block import Masks, OnProgress, PartCounter, prune_layers
 from rarefy.pruning.collect import STARVED
 from rarefy.pruning.matching import Matching
-from rarefy.pruning.precision import compute_dtype
+from rarefy.pruning.precision import compute_dtype, full_float32
 from rarefy.pruning.records import LayerRecord, Report
 from rarefy.pruning.settings import PatternOf, PruneSettings, as_pattern_of
 from rarefy.pruning.steps import PrunedBlock
@@ -89,6 +90,7 @@ def prune_model(
     store = BlockStore(model)
     if store.world.size > 1:
         _check_alike(store.world, model, windows, settings)
+    check_blocks(model, select_sites(find_blocks(model), settings.include, settings.exclude))
     training = model.training
     model.eval()
     try:
@@ -97,6 +99,7 @@ def prune_model(
         model.train(training)
 
 
+@full_float32()
 def prune_blocks(
     store: BlockStore,
     windows: Int64[Tensor, "num length"],
@@ -167,7 +170,7 @@ def changed_parameters(block: Block, settings: PruneSettings) -> list[str]:
 
 def _num_parts(blocks: Sequence[Block], num_batches: int, settings: PruneSettings) -> int:
     """What progress counts: batches collected and advanced, layers solved, parts of steps."""
-    collected = sum(len(turns(block.sites)) for block in blocks)
+    collected = sum(len(gram_groups(block.sites)) for block in blocks)
     advanced = len(blocks) - 1  # nothing comes after the last
     if settings.needs_dense_path:
         advanced += len(blocks)

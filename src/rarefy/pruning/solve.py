@@ -15,11 +15,13 @@ from rarefy.methods.base import Method, run
 from rarefy.models.sites import Site
 from rarefy.parallel.sharing import Piece
 from rarefy.pruning.parts import Energies, Part
+from rarefy.pruning.precision import full_float32
 from rarefy.pruning.records import LayerRecord
 from rarefy.pruning.settings import PruneSettings
 from rarefy.pruning.write import write_rows
 
 
+@full_float32()
 def solve(
     weight: Tensor, gram: Tensor | Gram, pattern: Pattern, method: Method, *, name: str = "the layer"
 ) -> Solution:

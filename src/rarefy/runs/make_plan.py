@@ -30,6 +30,7 @@ def make_plan(recipe: Recipe, output: Path | None = None, offload: Path | None =
     text = parse_source(recipe.calibration or DEFAULT_CALIBRATION, text_column=recipe.text_column)
 
     # What follows imports torch, which takes seconds.
+    from rarefy.calibration.check import check_blocks
     from rarefy.calibration.windows import DRAW_FROM, draw_windows
     from rarefy.models.blocks import find_blocks, select_sites
     from rarefy.models.checkpoint import resolve_device
@@ -50,6 +51,7 @@ def make_plan(recipe: Recipe, output: Path | None = None, offload: Path | None =
     skeleton = source.skeleton()
     blocks = select_sites(find_blocks(skeleton), recipe.include, recipe.exclude)
     check_patterns(blocks, Uniform(pattern))
+    check_blocks(skeleton, blocks)
     windows = None
     if text is not SELF:
         num, length = recipe.window_shape

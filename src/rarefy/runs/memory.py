@@ -128,10 +128,10 @@ def _pruning_bytes(plan: Plan) -> int:
 
 def _block_bytes(plan: Plan, sites: Sequence[Site]) -> tuple[int, int]:
     """The Grams of one block, and the solve that takes the most, with the Grams that wait beside it."""
-    from rarefy.calibration.collect import turns
+    from rarefy.calibration.collect import gram_groups
 
     grams = solving = 0
-    for group in turns(sites):
+    for group in gram_groups(sites):
         keys = _gram_keys(group)
         sizes = {key: 4 * site.shape[1] ** 2 for key, site in zip(keys, group)}
         grams = max(grams, sum(sizes.values()))
