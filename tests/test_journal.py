@@ -238,7 +238,13 @@ def test_a_fingerprint_depends_on_all_that_the_result_depends_on(tmp_path: Path)
         assert original.difference(fingerprint(windows)) == "on another calibration text"
     weights = folder / "a.safetensors"
     content = weights.read_bytes()
-    for other in (content + b"x", b"x" + content[1:], content[:-1] + b"x"):
+    middle = len(content) // 2  # where a merged checkpoint differs, although it begins and ends alike
+    for other in (
+        content + b"x",
+        b"x" + content[1:],
+        content[:-1] + b"x",
+        content[:middle] + b"X" + content[middle + 1 :],
+    ):
         weights.write_bytes(other)
         assert original.difference(fingerprint()) == "of another model: a.safetensors is not the same file"
     weights.write_bytes(content)
