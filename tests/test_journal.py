@@ -23,7 +23,7 @@ from rarefy.models.copies import ShardCopies
 from rarefy.models.source import resolve_model
 from rarefy.models.streaming import StreamedModel
 from rarefy.pruning.records import LayerRecord
-from rarefy.runs.fingerprint import Fingerprint, file_digests
+from rarefy.runs.fingerprint import Fingerprint, _samples, file_digests
 from rarefy.runs.journal import Journal
 
 _WINDOWS = torch.randint(3, 100, (3, 6), generator=torch.Generator().manual_seed(0))
@@ -159,7 +159,9 @@ def test_a_run_of_another_recipe_model_or_text_is_refused_and_left_alone(
 def test_a_fingerprint_depends_on_all_that_the_result_depends_on(tmp_path: Path) -> None:
     folder = tmp_path / "model"
     folder.mkdir()
-    for name in ("a.safetensors", "config.json", "model.safetensors.index.json", "tokenizer.json", "README.md"):
+    (folder / "config.json").write_text("{}")
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "a.safetensors"}}')
+    for name in ("a.safetensors", "other.safetensors", "tokenizer.json", "README.md"):
         (folder / name).write_bytes(name.encode() * 300_000)
 
     def fingerprint(windows: Tensor = _WINDOWS, **recipe: object) -> Fingerprint:
@@ -175,13 +177,40 @@ def test_a_fingerprint_depends_on_all_that_the_result_depends_on(tmp_path: Path)
         assert original.difference(fingerprint(windows)) == "on another calibration text"
     weights = folder / "a.safetensors"
     content = weights.read_bytes()
-    for other in (content + b"x", b"x" + content[1:], content[:-1] + b"x"):
+    middle = len(content) // 2
+    in_the_middle = content[:middle] + b"x" + content[middle + 1 :]
+    for other in (content + b"x", b"x" + content[1:], content[:-1] + b"x", in_the_middle):
         weights.write_bytes(other)
         assert original.difference(fingerprint()) == "of another model: a.safetensors is not the same file"
     weights.write_bytes(content)
     assert original.difference(fingerprint()) is None
     assert list(file_digests(weights)) == ["a.safetensors"]
     assert file_digests(weights)["a.safetensors"] == original.model["a.safetensors"]
+
+
+def test_a_large_merged_model_is_another_one_though_its_files_begin_and_end_alike(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rarefy.runs.fingerprint._WHOLE", 10_000)
+    for name, value in {"_BEGINNING": 1000, "_STRETCH": 5000, "_SAMPLE": 100}.items():
+        monkeypatch.setattr(f"rarefy.runs.fingerprint.{name}", value)
+    file = tmp_path / "model.gguf"
+    content = os.urandom(50_123)
+    file.write_bytes(content)
+    original = file_digests(file)
+    assert file_digests(file) == original
+    for start, end in ((1000, 50_123), (20_000, 25_200), (50_122, 50_123), (0, 1)):
+        file.write_bytes(content[:start] + bytes(255 - byte for byte in content[start:end]) + content[end:])
+        assert file_digests(file) != original
+    file.write_bytes(content[:30_000])
+    assert file_digests(file) != original
+
+
+def test_samples_lie_within_the_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"_BEGINNING": 10, "_STRETCH": 7, "_SAMPLE": 4}.items():
+        monkeypatch.setattr(f"rarefy.runs.fingerprint.{name}", value)
+    assert _samples(40) == [(0, 10), (10, 4), (17, 4), (24, 4), (31, 4), (36, 4)]
+    assert _samples(3) == [(0, 10), (0, 4)]
 
 
 # --- Damage -----------------------------------------------------------------------------------------------

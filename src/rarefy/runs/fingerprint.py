@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import platform
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -16,10 +17,11 @@ from rarefy import __version__
 if TYPE_CHECKING:
     from torch import Tensor
 
-#: Bytes at the beginning and at the end of a file by which it is known, besides its size.
-_SAMPLE = 2**20
-_MODEL_FILES = (".safetensors", ".bin", ".gguf")
-_MODEL_SETTINGS = ("config.json", "model.safetensors.index.json", "pytorch_model.bin.index.json")
+#: Files of weights are read whole where they have so many bytes together at most: a second or two.
+_WHOLE = 2 * 2**30
+#: Of larger ones, the beginning, which has the header of a safetensors file, and a sample of every stretch.
+_BEGINNING, _STRETCH, _SAMPLE = 2**20, 16 * 2**20, 2**16
+_CHUNK = 4 * 2**20
 
 
 def versions() -> dict[str, str]:
@@ -34,18 +36,45 @@ def versions() -> dict[str, str]:
 
 
 def file_digests(model: Path) -> dict[str, str]:
-    """A digest of each file of a model that its weights depend on: of its size, beginning and end."""
-    files = [model] if model.is_file() else sorted(model.iterdir())
-    digests = {}
-    for file in files:
-        if file.is_file() and (file.suffix in _MODEL_FILES or file.name in _MODEL_SETTINGS):
-            size = file.stat().st_size
-            with file.open("rb") as opened:
-                digest = hashlib.sha256(f"{size} ".encode() + opened.read(_SAMPLE))
-                opened.seek(max(0, size - _SAMPLE))
-                digest.update(opened.read())
-            digests[file.name] = digest.hexdigest()
-    return digests
+    """A digest of each file that a model's weights depend on: of its config, of the index, of the weights.
+
+    ``model`` is a folder, or one file. Of weights of more than 2 GiB, which would take long to read, each digest
+    is of the size, the beginning, and a sample of every 16 MiB, so that a model that was merged or trained further,
+    whose files have the same header and other bytes everywhere, is another one; a change of a few bytes may not
+    be seen. Raises ModelError for an index that is none.
+    """
+    from rarefy.models.weight_files import find_weight_files
+
+    if model.is_file():
+        files = [model]
+    else:
+        found = find_weight_files(model)
+        weights = found.files if found is not None else ()
+        files = [file for file in (model / "config.json", found.index if found else None, *weights) if file]
+    files = [file for file in files if file.is_file()]
+    whole = sum(file.stat().st_size for file in files) <= _WHOLE
+    with ThreadPoolExecutor(max_workers=4) as pool:  # hashlib lets other threads run
+        digests = pool.map(lambda file: _digest(file, whole), files)
+    return {file.name: digest for file, digest in zip(files, digests)}
+
+
+def _digest(file: Path, whole: bool) -> str:
+    """The digest of all of a file, or of samples of it."""
+    size = file.stat().st_size
+    digest = hashlib.sha256(f"{size} ".encode())
+    with file.open("rb", buffering=0) as opened:
+        for start, length in [(0, size)] if whole else _samples(size):
+            opened.seek(start)
+            while length > 0 and (part := opened.read(min(_CHUNK, length))):
+                digest.update(part)
+                length -= len(part)
+    return digest.hexdigest()
+
+
+def _samples(size: int) -> list[tuple[int, int]]:
+    """Where the samples of a file of that size are, and how long each is."""
+    starts = [*range(_BEGINNING, size - _SAMPLE, _STRETCH), size - _SAMPLE]
+    return [(0, _BEGINNING), *((max(0, start), _SAMPLE) for start in starts)]
 
 
 @dataclass(frozen=True)
