@@ -222,7 +222,9 @@ def test_a_run_of_another_recipe_model_or_text_is_refused_and_left_alone(
 def test_a_fingerprint_depends_on_all_that_the_result_depends_on(tmp_path: Path) -> None:
     folder = tmp_path / "model"
     folder.mkdir()
-    for name in ("a.safetensors", "config.json", "model.safetensors.index.json", "tokenizer.json", "README.md"):
+    (folder / "config.json").write_text("{}")
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "a.safetensors"}}')
+    for name in ("a.safetensors", "other.safetensors", "tokenizer.json", "README.md"):
         (folder / name).write_bytes(name.encode() * 300_000)
 
     def fingerprint(windows: Tensor = _WINDOWS, **recipe: object) -> Fingerprint:

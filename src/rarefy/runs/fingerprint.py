@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import platform
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -16,9 +17,6 @@ from rarefy import __version__
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-_MODEL_FILES = (".safetensors", ".bin", ".gguf")
-_MODEL_SETTINGS = ("config.json", "model.safetensors.index.json", "pytorch_model.bin.index.json")
 
 
 def versions() -> dict[str, str]:
@@ -33,19 +31,26 @@ def versions() -> dict[str, str]:
 
 
 def file_digests(model: Path) -> dict[str, str]:
-    """The SHA-256 digest of each file of a model that its weights depend on, of all of its bytes.
+    """The SHA-256 digest of each file that a model's weights depend on: of its config, of the index, of the weights.
 
-    A merged or retrained checkpoint has the sizes, headers and embeddings of the one that it was made from, so
-    nothing less than all bytes tells them apart. A processor hashes 0.4 to 2 GB a second, and a run takes minutes
-    for as much. A file that has not changed since is hashed once in a process.
+    ``model`` is a folder, or one file. A merged or retrained checkpoint has the sizes, headers and embeddings of the
+    one that it was made from, so nothing less than all bytes tells them apart. A processor hashes 0.5 to 2 GB a
+    second, and a run takes minutes for as much; a file that has not changed since is hashed once in a process.
+    Raises ModelError for an index that is none.
     """
-    files = [model] if model.is_file() else sorted(model.iterdir())
-    digests = {}
-    for file in files:
-        if file.is_file() and (file.suffix in _MODEL_FILES or file.name in _MODEL_SETTINGS):
-            status = file.stat()
-            digests[file.name] = _digest(file.resolve(), status.st_size, status.st_mtime_ns)
-    return digests
+    from rarefy.models.weight_files import find_weight_files
+
+    if model.is_file():
+        files = [model]
+    else:
+        found = find_weight_files(model)
+        weights = found.files if found is not None else ()
+        files = [file for file in (model / "config.json", found.index if found else None, *weights) if file]
+    files = [file for file in files if file.is_file()]
+    states = [file.stat() for file in files]
+    with ThreadPoolExecutor(max_workers=4) as pool:  # hashlib lets other threads run
+        digests = pool.map(_digest, files, [one.st_size for one in states], [one.st_mtime_ns for one in states])
+    return {file.name: digest for file, digest in zip(files, digests)}
 
 
 @lru_cache(maxsize=4096)
