@@ -12,6 +12,7 @@ from pathlib import Path
 import gguf
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
@@ -99,6 +100,26 @@ def build(config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
                 # As made, biases are 0 and norms 1: a mistake in what belongs to which would not show.
                 parameter.add_(0.05 * torch.randn_like(parameter))
     return model.eval().requires_grad_(False)
+
+
+def save_composite(folder: Path, dtype: torch.dtype = torch.bfloat16) -> Path:
+    """Writes a model that also sees, with a layer for speculation of which transformers does not load a tensor."""
+    text = {**_GROUPED, "head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 4}
+    text |= {"linear_key_head_dim": 8, "linear_value_head_dim": 8}
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 32}
+    vision |= {"patch_size": 4, "num_position_embeddings": 16, "deepstack_visual_indexes": []}
+    config = transformers.Qwen3_5Config(
+        text_config=text, vision_config=vision, image_token_id=150, video_token_id=151
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = transformers.Qwen3_5ForConditionalGeneration(config).to(dtype)
+        model.save_pretrained(folder)
+        tensors = load_file(folder / "model.safetensors")
+        tensors["mtp.fc.weight"] = torch.randn(32, 64).to(dtype)
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    make_tokenizer().save_pretrained(folder)
+    return folder
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:

@@ -384,6 +384,14 @@ def test_a_method_of_ones_own(rarefy_: Rarefy, shelf: Path, tmp_path: Path, monk
     monkeypatch.syspath_prepend(library)
     assert rarefy_(*prune_arguments(shelf, "-o", "out", "--method", "own_method:Own")).status == 0
     assert RunFolder("out").read_run()["method"] == "own"
+    refused = rarefy_("prune", "--recipe", "out/recipe.yaml", "-o", "again")
+    assert is_one_sentence(refused.err)
+    assert refused.status == 2
+    assert "is 'own_method:Own', which is code from outside Rarefy: --allow-code" in refused.err
+    assert rarefy_("prune", "--recipe", "out/recipe.yaml", "-o", "again", "--allow-code").status == 0
+    assert load_equal(Path("out/model/model.safetensors"), Path("again/model/model.safetensors"))
+    rarefy.run(Path("out/recipe.yaml"), "once more", allow_code=True)
+    assert RunFolder("once more").read_run()["command"].endswith("--allow-code")
 
 
 def test_a_start_token_comes_before_every_window(

@@ -18,10 +18,10 @@ import transformers
 from torch import Tensor
 
 from models_for_tests import _GROUPED, build
+from rarefy.calibration.record import record
 from rarefy.calibration.spill import StatesPart, load_states, save_states
-from rarefy.calibration.stream import record
 from rarefy.errors import OutputError
-from rarefy.models.shards import ShardCopies
+from rarefy.models.copies import ShardCopies
 from rarefy.models.source import resolve_model
 from rarefy.models.streaming import StreamedModel
 from rarefy.pruning.records import LayerRecord
@@ -344,8 +344,6 @@ def streamed(tmp_path_factory: pytest.TempPathFactory) -> StreamedModel:
 def _run(streamed: StreamedModel, output: Path) -> int:
     """Prune by a rule that depends on the hidden states, and return how many blocks were done in this go."""
     done = 0
-    names = [f"{block}.{parameter}" for block in _BLOCKS for parameter in _PARAMETERS]
-    streamed.check_storable(names)
     fingerprint = Fingerprint.of({"rule": "mean"}, streamed.shards.folder, _WINDOWS)
     with Journal(output).open(fingerprint) as journal, journal.keeping():
         copies = ShardCopies(streamed.shards, journal.model)

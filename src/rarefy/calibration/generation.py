@@ -25,7 +25,7 @@ from transformers.cache_utils import DynamicLayer
 
 from rarefy.calibration.documents import CalibrationWarning, first_line
 from rarefy.errors import CalibrationError, NumericalError
-from rarefy.models.source import quiet
+from rarefy.models.quiet import quiet
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -23,7 +23,7 @@ _MODEL_SETTINGS = ("config.json", "model.safetensors.index.json", "pytorch_model
 
 
 def versions() -> dict[str, str]:
-    """Of Rarefy, Python and the libraries that results depend on, as far as they are installed."""
+    """The versions of Rarefy, Python and the libraries that results depend on, as far as they are installed."""
     found = {"rarefy": __version__, "python": platform.python_version()}
     for name in ("torch", "transformers", "safetensors", "lm_eval"):
         try:

@@ -17,6 +17,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from rarefy.errors import InputError, MethodError, PatternError, RecipeError
+from rarefy.methods.settings import check
 from rarefy.runs.arguments import DEVICE_WORDS, DEVICES
 from rarefy.runs.recipe_file import read_yaml
 
@@ -147,7 +148,7 @@ class Recipe(BaseModel):
                 "recipe run it, and so does --method with that name."
             )
         try:
-            recipe.build_method()
+            check(recipe.method, recipe.settings)
         except MethodError as error:
             raise MethodError.sentence(_named(str(error), written)) from None
         return recipe
