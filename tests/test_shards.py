@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -234,7 +235,7 @@ def test_copies_that_are_there_are_kept_and_the_others_made(folder: Path, tmp_pa
     copy.write(name, written)
     lost = next(file for file in opened.files if file != opened.tensors[name].file)
     (tmp_path / "copy" / lost.name).unlink()
-    (tmp_path / "copy" / f".{lost.name}.partial").write_text("half")
+    (tmp_path / "copy" / f".{lost.name}.0123abcd.partial").write_text("half")
     with pytest.raises(OutputError, match=f"{lost.name} is missing, although the unfinished run had made it"):
         copy.check()
     again = ShardCopies(opened, tmp_path / "copy")
@@ -265,7 +266,7 @@ def test_too_little_space_is_found_before_anything_is_copied(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     copy = ShardCopies(Shards.open(folder), tmp_path / "copy")
-    monkeypatch.setattr(os, "statvfs", lambda _: SimpleNamespace(f_bavail=3, f_frsize=1000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=3000))
     with pytest.raises(OutputError, match=r"needs 0\.0 GB for the copy of the model, but its disk has 0\.0 GB left"):
         copy.make()
     assert list((tmp_path / "copy").iterdir()) == []

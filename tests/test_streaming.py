@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.core_model_loading import Chunk, Split, Transpose, WeightConverter, WeightRenaming
 
 from models_for_tests import _GROUPED, _SIZES, ARCHITECTURES, build, make_model, write_gguf
-from rarefy.calibration.stream import record
+from rarefy.calibration.record import record
 from rarefy.errors import ModelError
 from rarefy.models import conversion
 from rarefy.models.blocks import _block_list

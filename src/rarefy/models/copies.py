@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from rarefy.errors import ModelError, OutputError
-from rarefy.models.atomic import copy_file, refusals, remove_partial_files, replacing
+from rarefy.models.atomic import copy_file, refusals, remove_partial, replacing
 from rarefy.models.settings import read_json
 from rarefy.models.shards import Shards
 from rarefy.models.stored import SafeTensor, bytes_of, read_header
@@ -97,11 +98,10 @@ class ShardCopies:
         """
         with refusals(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-            remove_partial_files(self.folder)
+            remove_partial(self.folder)
             missing = self.missing
             needed = sum(self._files[file].size for file in missing if file in self._files)
-            status = os.statvfs(self.folder)
-        free = status.f_bavail * status.f_frsize
+            free = shutil.disk_usage(self.folder).free
         if free < needed:
             raise OutputError.sentence(
                 f"{self.folder} needs {needed / 1e9:.1f} GB for the copy of the model, but its disk has "

