@@ -55,7 +55,14 @@ def write_report(
 
 def _folder(path: str | Path) -> RunFolder | SweepFolder:
     """The run or sweep in ``path``. Raises InputError where there is none."""
-    path = Path(path).expanduser()
+    try:
+        return _found(Path(path).expanduser())
+    except (OSError, RuntimeError) as error:  # a name that no file can have, a home that nobody has
+        reason = getattr(error, "strerror", None) or error
+        raise InputError.sentence(f"RUN is {str(path)!r}, which cannot be read: {reason}.") from error
+
+
+def _found(path: Path) -> RunFolder | SweepFolder:
     sweep = SweepFolder(path)
     if sweep.exists:
         sweep.read_sweep()
