@@ -77,6 +77,7 @@ def shelf(tmp_path_factory: pytest.TempPathFactory, model_folder: Callable[[str]
     (folder / "no_model" / "letter.txt").write_text("Dear reader")
     (folder / "file").touch()
     (folder / "text.txt").write_text("the quick brown fox jumps over the lazy dog; " * 200)
+    (folder / "rows.csv").write_text('id,body\n1,"' + (folder / "text.txt").read_text() + '"\n')
     (folder / "short.txt").write_text("the end")
     (folder / "empty.txt").touch()
     (folder / "binary.txt").write_bytes(bytes(range(256)) * 20)

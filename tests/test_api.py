@@ -20,7 +20,7 @@ README = Path(__file__).parents[1] / "README.md"
 
 FUNCTIONS = {"solve", "prune", "run", "forecast", "inspect_folder"}
 LAYER = {"Gram", "LayerProblem", "Solution", "Status", "Unstructured", "PerRow", "NM", "Fixed"}
-RUN = {"Report", "Recipe", "RunResult"}
+RUN = {"Report", "Recipe", "RunResult", "Matching"}
 METHOD = {"Method", "IterativeMethod", "Magnitude", "Wanda", "RIA", "SparseGPT", "Then", "BestOf"}
 ERRORS = {
     name

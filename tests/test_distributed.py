@@ -371,9 +371,9 @@ def test_a_folder_that_is_not_shared_is_found(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr("rarefy.runs.journal.appears", lambda path: path.exists())
     progress = Journal(tmp_path / "out", leads=False)
     with pytest.raises(OutputError, match="not the same folder for all processes"):
-        progress.follow(([], []))
+        progress.follow((0, {}, []))
     (tmp_path / "out" / "unfinished").mkdir(parents=True)
-    progress.follow(([5], []))
+    progress.follow((1, {}, []))
     assert progress.finished == 1
     progress.finish_block(1, [], [])
     progress.remove()

@@ -194,11 +194,18 @@ def test_blocks_without_a_layer_to_prune_are_finished_too(folder: Path, tmp_path
     _assert_equal(way(folder, tmp_path / "out", include=include), expected)
 
 
-def test_damaged_kept_weights_are_one_sentence(folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("damage", ["cut", "bit", "lost"])
+def test_damaged_or_lost_weights_are_one_sentence(folder: Path, tmp_path: Path, damage: str) -> None:
+    """And not a run that goes on with other weights, and finds at its end that they do not hold what was promised."""
     _kept(folder, tmp_path / "out", include=["model.layers.0.*.o_proj"])
     (file,) = (tmp_path / "out" / "unfinished").glob("weights-*")
-    file.write_bytes(file.read_bytes()[:-5])
-    with pytest.raises(OutputError, match=r"weights-00000.safetensors is damaged, .* begin anew\.$"):
+    content = file.read_bytes()
+    if damage == "lost":
+        file.unlink()
+    else:
+        file.write_bytes(content[:-5] if damage == "cut" else content[:-1] + bytes([content[-1] ^ 1]))
+    match = rf"weights-00000.safetensors is {'missing' if damage == 'lost' else 'damaged'}, .* begin anew\.$"
+    with pytest.raises(OutputError, match=match):
         _kept(folder, tmp_path / "out")
 
 

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from rarefy.methods.swaps import Swaps
     from rarefy.methods.wanda import Wanda
     from rarefy.pruning.loop import prune
+    from rarefy.pruning.matching import Matching
     from rarefy.pruning.records import Report
     from rarefy.pruning.solve import solve
     from rarefy.runs.recipe import Recipe
@@ -59,6 +60,7 @@ __all__ = [
     "IterativeMethod",
     "LayerProblem",
     "Magnitude",
+    "Matching",
     "Method",
     "MethodError",
     "ModelError",
@@ -120,6 +122,7 @@ _HOME = {
     "rarefy.methods.swaps": ("Swaps",),
     "rarefy.methods.wanda": ("Wanda",),
     "rarefy.pruning.loop": ("prune",),
+    "rarefy.pruning.matching": ("Matching",),
     "rarefy.pruning.records": ("Report",),
     "rarefy.pruning.solve": ("solve",),
     "rarefy.runs.recipe": ("Recipe",),

@@ -21,21 +21,25 @@ from itertools import zip_longest
 from jaxtyping import Int64
 from torch import Tensor, nn
 
-from rarefy.calibration.collect import turns
+from rarefy.calibration.check import check_blocks
+from rarefy.calibration.collect import gram_groups
 from rarefy.calibration.stream import convert_calls
 from rarefy.errors import InputError
 from rarefy.layer.pattern import Pattern
 from rarefy.methods.base import Method
 from rarefy.models.blocks import Block, find_blocks, select_sites
+from rarefy.models.wrappers import unwrapped
 from rarefy.parallel.world import World
 from rarefy.pruning.advance import advance
 from rarefy.pruning.block import Masks, OnProgress, PartCounter, prune_layers
 from rarefy.pruning.collect import STARVED
-from rarefy.pruning.precision import compute_dtype
+from rarefy.pruning.matching import Matching
+from rarefy.pruning.precision import compute_dtype, full_float32
 from rarefy.pruning.records import LayerRecord, Report
 from rarefy.pruning.settings import PatternOf, PruneSettings, as_pattern_of
 from rarefy.pruning.steps import PrunedBlock
 from rarefy.pruning.stores import BlockStore
+from rarefy.pruning.write import OVERFLOWED
 
 _NAMED = 8  # of these, so many are named in the warning
 
@@ -50,6 +54,7 @@ def prune(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     strict: bool = False,
+    matching: Matching | None = None,
     on_progress: OnProgress | None = None,
     on_layer: Callable[[LayerRecord], None] | None = None,
 ) -> Report:
@@ -57,16 +62,19 @@ def prune(
 
     ``windows`` (num, length) are int64 token ids for calibration, replayed ``batch_size`` at a time. ``pattern`` is
     one for all layers, or a function that gives the pattern of a ``Site``.
-    ``include`` and ``exclude`` are globs on full module names. ``on_progress(done, total, note)`` and
-    ``on_layer(record)`` are called as the run goes on. Raises PatternError before anything changes
-    where the pattern does not fit a layer, NumericalError for NaN or infinity, and, if ``strict``,
-    for a layer whose status is a failure.
+    ``include`` and ``exclude`` are globs on full module names. ``matching`` trains what is kept of each block to
+    match the dense model. ``on_progress(done, total, note)`` and
+    ``on_layer(record)`` are called as the run goes on. What torch.compile or data parallelism wraps around a
+    model is taken off. Raises ModelError for a model that cannot be pruned, such as one with adapters or quantised
+    weights, PatternError before anything changes where the pattern does not fit a layer, NumericalError for NaN
+    or infinity, and, if ``strict``, for a layer whose status is a failure.
 
     Where torch.distributed's default group is initialised, all of its processes call this alike, with the
     same model, all windows and the same settings; they share the work, and each ends with the pruned model
     and the report. Raises InputError where they differ, RankError where one of them is gone.
     """
-    settings = PruneSettings(as_pattern_of(pattern), method, batch_size, include, exclude, strict)
+    steps = [matching] if matching is not None else []
+    settings = PruneSettings(as_pattern_of(pattern), method, batch_size, include, exclude, strict, steps)
     return prune_model(model, windows, settings, on_progress, on_layer)
 
 
@@ -78,9 +86,11 @@ def prune_model(
     on_layer: Callable[[LayerRecord], None] | None = None,
 ) -> Report:
     """What ``prune`` does, with the settings in one piece."""
+    model = unwrapped(model)
     store = BlockStore(model)
     if store.world.size > 1:
         _check_alike(store.world, model, windows, settings)
+    check_blocks(model, select_sites(find_blocks(model), settings.include, settings.exclude))
     training = model.training
     model.eval()
     try:
@@ -89,6 +99,7 @@ def prune_model(
         model.train(training)
 
 
+@full_float32()
 def prune_blocks(
     store: BlockStore,
     windows: Int64[Tensor, "num length"],
@@ -143,6 +154,7 @@ def prune_blocks(
         records += done
     if world.leads:
         _warn_of_starved(records)
+        _warn_of_overflow(records)
     seconds = time.perf_counter() - started
     return Report(records, seconds=seconds, method=str(settings.method), pattern=settings.pattern_name)
 
@@ -158,7 +170,7 @@ def changed_parameters(block: Block, settings: PruneSettings) -> list[str]:
 
 def _num_parts(blocks: Sequence[Block], num_batches: int, settings: PruneSettings) -> int:
     """What progress counts: batches collected and advanced, layers solved, parts of steps."""
-    collected = sum(len(turns(block.sites)) for block in blocks)
+    collected = sum(len(gram_groups(block.sites)) for block in blocks)
     advanced = len(blocks) - 1  # nothing comes after the last
     if settings.needs_dense_path:
         advanced += len(blocks)
@@ -193,7 +205,7 @@ def _check_alike(world: World, model: nn.Module, windows: Tensor, settings: Prun
         "windows": hashlib.sha256(windows.cpu().numpy().tobytes()).hexdigest(),
         "pattern": [str(settings.pattern_of(site)) for block in find_blocks(model) for site in block.sites],
         "method": re.sub(r" at 0x\w+", "", repr(settings.method)),  # addresses of what a method of one's own holds
-        **{key: str(getattr(settings, key)) for key in ("batch_size", "include", "exclude", "strict")},
+        **{key: str(getattr(settings, key)) for key in ("batch_size", "include", "exclude", "strict", "steps")},
     }
     everyone = world.gather(given)
     for key in given:
@@ -212,4 +224,15 @@ def _warn_of_starved(records: Sequence[LayerRecord]) -> None:
             f"{len(names)} weights of experts were solved with all tokens of their block, because the router sent "
             f"fewer tokens to them than they have inputs: {', '.join(names[:_NAMED])}{more}. Their records say so.",
             stacklevel=5,
+        )
+
+
+def _warn_of_overflow(records: Sequence[LayerRecord]) -> None:
+    names = [record.name for record in records if OVERFLOWED in record.details]
+    if names:
+        more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+        warnings.warn(
+            f"{len(names)} layers have weights beyond the range of the dtype in which they are stored, which were "
+            f"clipped: {', '.join(names[:_NAMED])}{more}. Another --dtype, bfloat16 for instance, has the range.",
+            stacklevel=3,
         )

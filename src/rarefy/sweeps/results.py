@@ -162,7 +162,7 @@ _ORDER = ("perplexity_", "kl_", "agreement_")
 def _protocol(settings: Facts, cells: Sequence[Facts]) -> str:
     seeds = len({facts["seed"] for facts in cells})
     spread = f" Mean ± standard deviation over {seeds} seeds, each with its own windows." if seeds > 1 else ""
-    limit = f", the first {settings['limit']:,} items of each" if settings.get("limit") else ""
+    limit = f", {_limit_words(settings['limit'])} of each" if settings.get("limit") else ""
     tasks = f" Tasks: zero-shot accuracy by lm-eval{limit}." if settings.get("tasks") else ""
     windows = f"the first {settings['max_windows']:,}" if settings.get("max_windows") else "all"
     return (
@@ -171,6 +171,10 @@ def _protocol(settings: Facts, cells: Sequence[Facts]) -> str:
         f"overlap; KL divergence from the dense model in nats per token.{tasks} Relative error: the geometric mean "
         f"of the layers' lost output energy. Seconds: the time of pruning.{spread}"
     )
+
+
+def _limit_words(limit: int | float) -> str:
+    return f"the first {limit:,} items" if limit >= 1 else f"the first {100 * limit:g}% of the items"
 
 
 def _shown(key: str) -> bool:
