@@ -185,11 +185,11 @@ def _quadratic(
     """
     total = size = 0.0
     for a in range(0, W.shape[0], _STRIP):
-        D = W[a : a + _STRIP].to(H.device, dtype)
+        D = W[a : a + _STRIP].to(H.device, dtype, copy=True)
         if W0 is not None:
-            D = D - W0[a : a + _STRIP].to(dtype)
+            D -= W0[a : a + _STRIP]
         if factors is not None:
-            D = D * factors.to(dtype)
+            D *= factors
         size += float(row_dots(D, D).sum(dtype=torch.float64))
         for b in range(0, D.shape[1], _STRIP):
             # H is symmetric: what is left of the strip counts twice, what is right of it not at all
