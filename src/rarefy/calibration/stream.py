@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from rarefy.calibration.ahead import Ahead
-from rarefy.calibration.carried import Carried, Opened, SharedMapping
+from rarefy.calibration.carried import Carried, Opened, SharedMapping, in_compute_dtype
 from rarefy.calibration.storage import allocate
 from rarefy.calibration.trees import Place, at, children, mapped
 from rarefy.errors import NumericalError
@@ -38,7 +38,7 @@ class BlockCall:
     kwargs: dict[str, Any]
     keyword: str = ""
 
-    def map_(self, change: Callable[[Tensor], Tensor]) -> None:
+    def map_(self, change: Callable[[Tensor], Any]) -> None:
         """Replace every tensor by what ``change`` makes of it."""
 
         def changed(_: Place, leaf: Any) -> Any:
@@ -111,7 +111,7 @@ class HiddenStates:
                 if on_batch:
                     on_batch()
                 self.carried.release()
-            self.carried.drop_read(block)
+            self.carried.finish(block)
             self.release()
 
     def _run(self, module: nn.Module, block: int, batch: int, windows: slice) -> tuple[Tensor, Any, Opened]:
@@ -119,7 +119,7 @@ class HiddenStates:
         call = self.calls[block][batch]
         hidden = self._ahead.take(windows).to(self.compute_dtype).movedim(0, self.window_dim).contiguous()
         self._ahead.fetch(slice(windows.stop, windows.stop + self.batch_size))  # as ``slices`` has it
-        opened = self.carried.open(call.args, call.kwargs, windows)
+        opened = self.carried.open(call.args, call.kwargs, windows, self.compute_dtype)
         try:
             if call.keyword:
                 output = module(*opened.args, **opened.kwargs, **{call.keyword: hidden})
@@ -127,6 +127,7 @@ class HiddenStates:
                 output = module(hidden, *opened.args, **opened.kwargs)
         finally:
             self.release()
+            opened.release()
         return at(output, hidden_place(output)).movedim(self.window_dim, 0), output, opened
 
     def _check_range(self, block: int, windows: slice) -> None:
@@ -148,13 +149,13 @@ def hidden_place(output: Any) -> Place:
 
 
 def convert_calls(stream: HiddenStates, dtype: torch.dtype) -> None:
-    """Compute in ``dtype`` from now on: floating-point arguments of the blocks follow."""
+    """Compute in ``dtype`` from now on: half-precision arguments of the blocks follow, as their weights do."""
     converted: dict[int, Tensor] = {}
 
     def change(tensor: Tensor) -> Tensor:
-        if not tensor.is_floating_point() or tensor.dtype == dtype:
-            return tensor
-        return converted.setdefault(id(tensor), tensor.to(dtype))
+        if id(tensor) not in converted:
+            converted[id(tensor)] = in_compute_dtype(tensor, dtype)
+        return converted[id(tensor)]
 
     for block_calls in stream.calls:
         for call in block_calls:
