@@ -140,10 +140,10 @@ class LayerProblem:
         """The Frobenius norm of H / (s s^T), without a matrix of it; ``factors`` are 1 / s."""
 
         def build() -> float:
-            squares, total = factors.square(), 0.0
-            for a in range(0, len(factors), _STRIP):
-                strip = self.H[a : a + _STRIP].square().double() @ squares
-                total += float(strip @ squares[a : a + _STRIP])
+            total, f = 0.0, factors.to(self.dtype)
+            for a in range(0, len(f), _STRIP):
+                strip = (self.H[a : a + _STRIP] * f).mul_(f[a : a + _STRIP, None])
+                total += float(torch.linalg.vector_norm(strip)) ** 2
             return math.sqrt(total)
 
         return self.gram.cached(("balanced norm", self.dtype, self.W0.device), build)

@@ -77,7 +77,7 @@ class PCG(Method):
         return True
 
     def cost(self, shape: Shape, pattern: Pattern) -> Cost:
-        return Cost(self.steps + 1, weights=min(6, 2 + 4 * _STRIP / (shape[0] * shape[1])), grams=1)
+        return Cost(self.steps + 1, weights=1 + 4 * min(1, _STRIP / (shape[0] * shape[1])), grams=1)
 
 
 def conjugate_gradients_(
