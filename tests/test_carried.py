@@ -75,8 +75,7 @@ def _interrupt_in(block: int) -> Callable[[LayerRecord], None]:
 # --- Runs
 
 
-@each_way
-@pytest.mark.parametrize("offload", [False, True])
+@pytest.mark.parametrize(("way", "offload"), [(_kept, False), (_streamed, True)])
 def test_an_interrupted_run_has_what_earlier_blocks_handed_on(
     folder: Path, tmp_path: Path, way: Way, offload: bool
 ) -> None:
@@ -121,16 +120,15 @@ def _windows_of_stores() -> Tensor:
     return test_stores._WINDOWS
 
 
-@each_way
-def test_what_was_carried_and_is_lost_is_computed_again(folder: Path, tmp_path: Path, way: Way) -> None:
+def test_what_was_carried_and_is_lost_is_computed_again(folder: Path, tmp_path: Path) -> None:
     model = _in_memory(folder)
     expected = _prune(BlockStore(model)), model.state_dict()
     with pytest.raises(KeyboardInterrupt):
-        way(folder, tmp_path / "out", on_layer=_interrupt_in(2))
+        _streamed(folder, tmp_path / "out", on_layer=_interrupt_in(2))
     for file in (tmp_path / "out" / "unfinished").glob("states-*-*-*.bin"):
         file.unlink()
     with pytest.warns(UserWarning, match=r"They are computed again from the finished blocks\.$"):
-        _assert_equal(way(folder, tmp_path / "out"), expected)
+        _assert_equal(_streamed(folder, tmp_path / "out"), expected)
 
 
 # --- Parts

@@ -107,12 +107,23 @@ class HiddenStates:
                 # first, because it may be a view of what the block has read
                 self.carried.keep(block, output, opened, windows, len(self.states))
                 self.states[windows] = hidden.to(self.states)
-                self._check_range(block, windows)
+                if self.states.dtype == torch.float16 and not bool(self.states[windows].isfinite().all()):
+                    self.refuse_range(module, f"The hidden states behind block {block} leave")
                 if on_batch:
                     on_batch()
                 self.carried.release()
             self.carried.finish(block)
             self.release()
+
+    def refuse_range(self, module: nn.Module, what: str) -> None:
+        """Raise NumericalError: numbers are too large for float16; not where the block's own weights are no numbers.
+
+        Other dtypes have range enough, and what is not finite in them is found when a layer is solved.
+        """
+        if all(bool(parameter.isfinite().all()) for parameter in module.parameters()):
+            raise NumericalError(
+                f"{what} the range of float16 (65,504): prune the model in bfloat16 or float32 (--dtype)."
+            )
 
     def _run(self, module: nn.Module, block: int, batch: int, windows: slice) -> tuple[Tensor, Any, Opened]:
         """The hidden states of the output, the output itself, and what the block was called with."""
@@ -129,14 +140,6 @@ class HiddenStates:
             self.release()
             opened.release()
         return at(output, hidden_place(output)).movedim(self.window_dim, 0), output, opened
-
-    def _check_range(self, block: int, windows: slice) -> None:
-        """Other dtypes have range enough, and what is not finite in them is found in the next Gram."""
-        if self.states.dtype == torch.float16 and not bool(self.states[windows].isfinite().all()):
-            raise NumericalError(
-                f"The hidden states behind block {block} leave the range of float16 (65,504): "
-                "prune the model in bfloat16 or float32 (--dtype)."
-            )
 
 
 def hidden_place(output: Any) -> Place:
