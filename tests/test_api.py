@@ -18,7 +18,7 @@ from rarefy.methods.base import Method
 
 README = Path(__file__).parents[1] / "README.md"
 
-FUNCTIONS = {"solve", "prune"}
+FUNCTIONS = {"solve", "prune", "keep_zeros", "merge"}
 LAYER = {"Gram", "LayerProblem", "Solution", "Status", "Report", "Unstructured", "PerRow", "NM", "Fixed"}
 METHOD = {"Method", "IterativeMethod", "Magnitude", "Wanda", "RIA", "SparseGPT", "Then", "BestOf"}
 ERRORS = {

@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from rarefy.methods.wanda import Wanda
     from rarefy.pruning.loop import prune, solve
     from rarefy.pruning.records import Report
+    from rarefy.tuning.adapters import merge
+    from rarefy.tuning.masks import keep_zeros
 
 __version__ = "0.1.0"
 
@@ -74,6 +76,8 @@ __all__ = [
     "Unstructured",
     "VerificationError",
     "Wanda",
+    "keep_zeros",
+    "merge",
     "prune",
     "solve",
 ]
@@ -111,6 +115,8 @@ _HOME = {
     "rarefy.methods.wanda": ("Wanda",),
     "rarefy.pruning.loop": ("prune", "solve"),
     "rarefy.pruning.records": ("Report",),
+    "rarefy.tuning.adapters": ("merge",),
+    "rarefy.tuning.masks": ("keep_zeros",),
 }
 
 
