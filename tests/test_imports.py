@@ -57,7 +57,7 @@ FORBIDDEN = {
 ONLY_IN = {
     "typer": {"rarefy.cli"},
     "rich": {"rarefy.cli"},
-    "pydantic": {"rarefy.runs.recipe"},
+    "pydantic": {"rarefy.runs.recipe", "rarefy.runs.tune_recipe"},
     "jinja2": {"rarefy.runs.card", "rarefy.report.page"},
     "matplotlib": {"rarefy.report.plots"},
     "gguf": {"rarefy.models.gguf"},

@@ -45,6 +45,7 @@ def model_card(run: Mapping[str, Any]) -> str:
     return _ENVIRONMENT.get_template("card.md.jinja").render(
         {
             "divergence": [],
+            "tuning": None,
             "tasks": {},
             **run,
             "front_matter": yaml.safe_dump(front, sort_keys=False),

@@ -141,7 +141,9 @@ def merge(adapter: Any, model: PreTrainedModel | None = None) -> PreTrainedModel
         if not (Path(adapter) / "adapter_config.json").is_file():
             raise InputError("adapter", str(adapter), "a folder with adapter_config.json, as PEFT saves it")
         try:
-            adapter = peft.PeftModel.from_pretrained(model, str(adapter))
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                adapter = peft.PeftModel.from_pretrained(model, str(adapter))
         except (ValueError, RuntimeError, OSError) as error:
             reason = " ".join(str(error).split())
             raise ModelError.sentence(f"The adapter {adapter} does not fit the model: {reason[:300]}.") from error

@@ -41,7 +41,7 @@ class Logits:
         head = model.get_output_embeddings()
         if self.alone and head.weight.dtype != precision:
             head = deepcopy(head).to(precision).requires_grad_(False)
-        self._head = head
+        self.head = head
 
     def rows(self, ids: Int64[Tensor, "batch length"]) -> Float[Tensor, "rows _"]:
         """All positions of all windows but each one's last, which predicts nothing."""
@@ -53,7 +53,7 @@ class Logits:
 
     def of(self, rows: Float[Tensor, "rows _"]) -> Float[Tensor, "rows vocabulary"]:
         """The logits of some rows."""
-        return self._head(rows.to(self.precision)) if self.alone else rows
+        return self.head(rows.to(self.precision)) if self.alone else rows
 
     def slices(self, num: int) -> Iterator[slice]:
         """Slices of ``num`` rows whose logits take no more than LOGIT_BYTES each."""

@@ -17,11 +17,11 @@ from typing import Any, Self
 import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from rarefy.errors import InputError, VerificationError
 from rarefy.tuning.adapters import mask_adapters
+from rarefy.tuning.shard import local, whole
 
 
 @dataclass(frozen=True)
@@ -137,11 +137,6 @@ def keep_zeros(model: nn.Module) -> KeptZeros:
     return KeptZeros(model)
 
 
-def local(tensor: Tensor) -> Tensor:
-    """The part of a tensor that this process holds: of a sharded one its shard, else all of it."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
 @torch.no_grad()
 def _sparse_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """Parameters that hold zeros beside other values, but for embeddings; each once, under its first name."""
@@ -151,7 +146,7 @@ def _sparse_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
             continue
         nonzero = (parameter != 0).sum()
         # All processes decide alike, whatever their shards hold.
-        kept = int(nonzero.full_tensor() if isinstance(nonzero, DTensor) else nonzero)
+        kept = int(whole(nonzero))
         if 0 < kept < parameter.numel():  # an adapter that begins as zero is no pruned weight
             yield name, parameter
 

@@ -11,7 +11,7 @@ W is (out, in), M its mask, A (rank, in), B (out, rank), b (out), s = alpha / ra
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from rarefy.errors import InputError, ModelError
-from rarefy.models.sites import LinearSite, Site
+from rarefy.models.sites import LinearSite
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -64,9 +64,7 @@ def parametrise(
     """
     model.requires_grad_(False)
     if name in ("full", "norms"):
-        chosen = dict(_trainable(model))
-        if name == "norms":
-            chosen = {key: parameter for key, parameter in chosen.items() if parameter.ndim < 2}
+        chosen = dict(trainable(model, norms=name == "norms"))
         if not chosen:
             raise ModelError.sentence(
                 "The model has neither norms nor biases, so --parametrisation norms trains nothing."
@@ -74,7 +72,7 @@ def parametrise(
         for parameter in chosen.values():
             parameter.requires_grad_(True)
         return chosen
-    sites = list(_linears(name, (site for block in blocks for site in block.sites)))
+    sites = check_parametrisation(name, blocks)
     if name == "spp":
         return _add_spp(model, sites, rank, alpha, seed)
     from rarefy.tuning.adapters import add_lora
@@ -96,24 +94,31 @@ def merge_parametrisation(name: Name, model: PreTrainedModel) -> None:
     model.requires_grad_(False)
 
 
-def _trainable(model: PreTrainedModel) -> Iterator[tuple[str, nn.Parameter]]:
-    """All floating-point parameters but embeddings and the head, which pruning left alone."""
+def trainable(model: PreTrainedModel, *, norms: bool = False) -> Iterator[tuple[str, nn.Parameter]]:
+    """All floating-point parameters but embeddings and the head, which pruning left alone.
+
+    ``norms``: only vectors among them, which are norms and biases.
+    """
     fixed = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     head = model.get_output_embeddings()
     fixed |= {id(parameter) for parameter in head.parameters()} if head is not None else set()
     for key, parameter in model.named_parameters():
-        if id(parameter) not in fixed and parameter.is_floating_point():
+        if id(parameter) not in fixed and parameter.is_floating_point() and not (norms and parameter.ndim > 1):
             yield key, parameter
 
 
-def _linears(name: str, sites: Iterable[Site]) -> Iterator[LinearSite]:
-    for site in sites:
-        if not isinstance(site, LinearSite):
+def check_parametrisation(name: Name, blocks: Sequence[Block]) -> list[LinearSite]:
+    """The linears of the blocks. Raises InputError where ``name`` has no form for what else is there."""
+    linears = []
+    for site in (site for block in blocks for site in block.sites):
+        if isinstance(site, LinearSite):
+            linears.append(site)
+        elif name in ("spp", "lora"):
             raise InputError.sentence(
                 f"--parametrisation {name} does not go with experts that are kept in one stack, as {site.name}: "
                 "full and norms do."
             )
-        yield site
+    return linears
 
 
 def _add_spp(

@@ -11,20 +11,23 @@ from __future__ import annotations
 import importlib
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Int64
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grad_norm_
 from torch.utils.checkpoint import checkpoint
 
 from rarefy.errors import InputError, NumericalError
+from rarefy.parallel.world import World
 from rarefy.tuning.distill import compare, hidden_distance
 from rarefy.tuning.logits import Logits, block_outputs
 from rarefy.tuning.settings import TuneSettings
+from rarefy.tuning.shard import load_optimizer_state, local, optimizer_state, whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -62,7 +65,8 @@ class Tuner:
     """Trains ``parameters`` of ``model`` towards a teacher, from any step to the last.
 
     ``windows`` are token ids (num, length), of which the last ``held_out`` are never trained on. ``blocks`` are
-    the decoder blocks. ``logits`` is of ``model``, and says in which dtype products are computed.
+    the decoder blocks. ``logits`` is of ``model``, and says in which dtype products are computed. Of several
+    processes, ``world``, each takes its share of every batch.
     """
 
     def __init__(
@@ -75,11 +79,13 @@ class Tuner:
         windows: Int64[Tensor, "num length"],
         held_out: int,
         settings: TuneSettings,
+        world: World | None = None,
     ) -> None:
         self.model, self.parameters, self.settings = model.eval(), parameters, settings
         self._blocks = list(blocks) if settings.hidden_weight else []
-        self._teacher, self._windows = teacher, windows
+        self._teacher, self._windows, self._world = teacher, windows, world or World()
         self._num = len(windows) - held_out
+        self._sharded = any(isinstance(each, DTensor) for each in parameters.values())
         self._logits = logits
         self._optimizer = make_optimizer(list(parameters.values()), settings)
         self.num_steps = settings.steps(self._num)
@@ -96,22 +102,25 @@ class Tuner:
         self,
         after_step: Callable[[StepRecord], None] = lambda _: None,
         after_measurement: Callable[[Measurement, bool], None] = lambda *_: None,
+        at_rest: Callable[[], None] = lambda: None,
     ) -> None:
         """Train from the step reached to the last, or to where no measurement gets better.
 
-        ``after_step`` hears of each step. ``after_measurement`` hears of each measurement and whether it is the
-        best so far; what it keeps of ``state`` then is what ``restore`` goes on from. Raises NumericalError where a
-        loss or gradient is not finite.
+        ``after_step`` hears of each step, ``after_measurement`` of each measurement and whether it is the best so
+        far. ``at_rest`` is called when all of a step is done, so that ``state`` is one to go on from. Raises
+        NumericalError where a loss or gradient is not finite.
         """
         order = self._order()
         every = self.settings.measured_every(self._num)
         if not self.measurements and self._num < len(self._windows):
             self._measure(after_measurement)
+            at_rest()
         while self.step < self.num_steps and not self.stopped:
             size = self.settings.batch_size
             after_step(self._train(order[self.step * size : (self.step + 1) * size]))
             if self._num < len(self._windows) and (self.step % every == 0 or self.step == self.num_steps):
                 self._measure(after_measurement)
+            at_rest()
 
     @property
     def best(self) -> Measurement | None:
@@ -130,7 +139,7 @@ class Tuner:
         return {
             "step": self.step,
             "parameters": self.values(),
-            "optimizer": self._optimizer.state_dict(),
+            "optimizer": optimizer_state(self._optimizer),
             "records": [asdict(one) for one in self.records],
             "measurements": [asdict(one) for one in self.measurements],
         }
@@ -138,20 +147,25 @@ class Tuner:
     def restore(self, state: dict[str, Any]) -> None:
         """Be where ``state`` was taken."""
         self.set_values(state["parameters"])
-        self._optimizer.load_state_dict(state["optimizer"])
+        load_optimizer_state(self._optimizer, state["optimizer"])
         self.step = state["step"]
         self.records = [StepRecord(**one) for one in state["records"]]
         self.measurements = [Measurement(**one) for one in state["measurements"]]
 
     def values(self) -> dict[str, Tensor]:
-        """What is trained, by name; the tensors themselves."""
-        return {name: parameter.detach() for name, parameter in self.parameters.items()}
+        """What is trained, by name; the tensors themselves, of sharded ones this process's parts."""
+        return {name: local(parameter.detach()) for name, parameter in self.parameters.items()}
 
     @torch.no_grad()
     def set_values(self, values: dict[str, Tensor]) -> None:
         """Give the trained parameters other values."""
         for name, parameter in self.parameters.items():
-            parameter.copy_(values[name])
+            local(parameter).copy_(values[name])
+
+    def adopt(self, model: PreTrainedModel, logits: Logits) -> None:
+        """Measure another model from now on, with the same windows and teacher; training is over."""
+        self.model, self._logits = model.eval(), logits
+        self._world, self._blocks = World(), []
 
     # --- One step ------------------------------------------------------------------------------------------
 
@@ -167,10 +181,14 @@ class Tuner:
         for group in self._optimizer.param_groups:
             group["lr"] = rate
         total = _Sums()
-        for part in numbers.split(self.settings.micro_batch):
-            total += self._forward(part, len(part) / len(numbers))
+        mine = numbers[self._world.share(len(numbers)).start : self._world.share(len(numbers)).stop]
+        for part in mine.split(self.settings.micro_batch):
+            # Sharded gradients become the mean over all processes, others their sum.
+            weight = len(part) / (len(mine) if self._sharded else len(numbers))
+            total += self._forward(part, weight)
+        total = self._add_up(total)
         limit = self.settings.clip or math.inf
-        norm = float(clip_grad_norm_(self.parameters.values(), limit))
+        norm = float(whole(clip_grad_norm_(self.parameters.values(), limit)))
         record = StepRecord(self.step + 1, *total.means(), norm, rate)
         if not math.isfinite(norm) or not math.isfinite(record.kl):
             raise NumericalError(
@@ -182,6 +200,17 @@ class Tuner:
         self.step += 1
         self.records.append(record)
         return record
+
+    def _add_up(self, sums: _Sums) -> _Sums:
+        """The sums of all processes; gradients that are not sharded are added up as well."""
+        if self._world.size == 1:
+            return sums
+        numbers = torch.tensor(astuple(sums), dtype=torch.float64)
+        self._world.sum_([numbers])
+        if not self._sharded:
+            self._world.sum_(each.grad for each in self.parameters.values() if each.grad is not None)
+        kl, text_loss, hidden, positions = numbers.tolist()
+        return _Sums(kl, text_loss, hidden, int(positions))
 
     def _measure(self, after: Callable[[Measurement, bool], None]) -> None:
         measurement = self.measure()
