@@ -253,6 +253,7 @@ def test_a_finished_tuning_whose_journal_is_left(place: Path, rarefy_: Rarefy, t
     words = ["tune", place / "run", *QUICK, "-o", tmp_path / "out"]
     assert rarefy_(*words).status == 0
     (tmp_path / "out" / "unfinished").mkdir()
+    (tmp_path / "out" / "unfinished" / "journal.json").write_text("{}")
     done = rarefy_(*words)
     assert done.status == 0
     assert "had been finished" in done.out
@@ -273,10 +274,10 @@ def test_damaged_states_are_refused(
     assert done.status == 2
     assert is_one_sentence(done.err)
     assert "is missing or damaged" in done.err
-    (tmp_path / "out" / "unfinished" / "progress.json").write_text("{")
+    (tmp_path / "out" / "unfinished" / "journal.json").write_text("{")
     done = rarefy_(*words)
     assert done.status == 2
-    assert "progress.json is missing or damaged" in done.err
+    assert "journal.json is missing or damaged" in done.err
 
 
 # --- Mistakes ---------------------------------------------------------------------------------------------
@@ -322,7 +323,7 @@ MISTAKES: dict[str, tuple[str, str]] = {
     "other tokenizer": ("{place}/run --against {wrong}/spoken -o {out}", "a model with the tokenizer of"),
     "without zeros": ("{wrong}/spoken --against {place}/dense -o {out}", "a model with the tokenizer of"),
     "nothing pruned": ("{dense2} --against {place}/dense -o {out}", "so nothing was pruned that could be recovered"),
-    "quantised": ("{wrong}/quantised --against {place}/dense -o {out}", "has a quantization_config"),
+    "quantised": ("{wrong}/quantised --against {place}/dense -o {out}", "is quantised, and transformers"),
     "promises broken": ("{wrong}/broken -o {out}", "does not hold what it promises"),
     "too little text": ("{place}/run --calibration {place}/short.txt -o {out}", "tokens, but one window needs 32"),
     "nothing to hold out": ("{place}/run --num-samples 1200 -o {out}", "leave room for"),
