@@ -16,7 +16,7 @@ from torch import Tensor
 
 from rarefy.errors import InputError
 from rarefy.packing import kernel
-from rarefy.packing.matrix import PackedMatrix
+from rarefy.packing.weight import PackedWeight
 
 pytestmark = pytest.mark.skipif(kernel.library() is None, reason="Rarefy was installed without the kernel")
 
@@ -55,8 +55,8 @@ def weights(rows: int, width: int, share: float) -> Tensor:
     return weight
 
 
-def packed(weight: Tensor, kind: torch.dtype | int) -> PackedMatrix:
-    return PackedMatrix.pack(weight, kind, 64) if isinstance(kind, int) else PackedMatrix.pack(weight.to(kind))
+def packed(weight: Tensor, kind: torch.dtype | int) -> PackedWeight:
+    return PackedWeight.pack(weight, kind, 64) if isinstance(kind, int) else PackedWeight.pack(weight.to(kind))
 
 
 KINDS = (torch.bfloat16, torch.float16, torch.float32, 8, 4)
@@ -168,13 +168,15 @@ def test_no_mask_or_offset_makes_it_read_beyond_the_values(path: str, kind: torc
             product()
 
 
-def _call(name: str, matrix: PackedMatrix, mask: Tensor, offsets: Tensor) -> None:
+def _call(name: str, matrix: PackedWeight, mask: Tensor, offsets: Tensor) -> None:
     rest = (matrix.values, mask, offsets, matrix.scale)
     if name == "product":
-        kernel.product(torch.randn(2, matrix.width), *rest, None, matrix.width, matrix.group)
+        kernel.product(torch.randn(2, matrix.shape[1]), *rest, None, matrix.shape[1], matrix.group)
     else:
         dtype = torch.float32 if matrix.scale is not None else matrix.values.dtype
-        kernel.unpack(torch.empty(matrix.rows, matrix.width, dtype=dtype), *rest, matrix.width, matrix.group)
+        kernel.unpack(
+            torch.empty(matrix.shape[0], matrix.shape[1], dtype=dtype), *rest, matrix.shape[1], matrix.group
+        )
 
 
 def test_tensors_that_do_not_fit_are_refused_before_the_library_is_called() -> None:

@@ -242,7 +242,7 @@ def test_all_else_in_the_folder_comes_along(sparse_folder: Callable[..., Path], 
 
 
 def test_the_sizes_are_those_that_the_format_has(tmp_path: Path) -> None:
-    """Of dense bfloat16: (1 - s) + 1/16, and for codes of b bits (1 - s) b/16 + 1/16 + 1/group."""
+    """Of dense bfloat16: 1 - s + 1/16, and for codes of b bits (1 - s) b/16 + 1/16 + 1/group; 8 bytes of checksum."""
     model = make_model("llama").to(torch.bfloat16)
     for block in find_blocks(model):
         for site in block.sites:
@@ -250,11 +250,12 @@ def test_the_sizes_are_those_that_the_format_has(tmp_path: Path) -> None:
             weight[:, 1::2] = 0
             site.write(weight)
     dense = resolve_model(str(save_folder(model, tmp_path / "dense")))
-    for values, expected in (("auto", 0.5625), ("int8", None), ("int4", None)):
+    one_group = sum(site.shape[0] * 2 for block in find_blocks(model) for site in block.sites)  # float16 for each row
+    for values, bits in (("auto", 16), ("int8", 8), ("int4", 4)):
         summary = pack(dense, tmp_path / values, values)
-        ratio = sum(layer.nbytes for layer in summary.layers) / sum(layer.dense_bytes for layer in summary.layers)
-        if expected:
-            assert ratio == expected
+        scales = one_group if bits < 16 else 0
+        expected = sum(layer.size * (bits / 2 + 1) / 8 + 8 for layer in summary.layers) + scales
+        assert sum(layer.nbytes for layer in summary.layers) == expected
         assert summary.nbytes == sum(tensor.size for tensor in Shards.open(tmp_path / values).tensors.values())
 
 

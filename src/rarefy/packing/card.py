@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from rarefy.models.atomic import replace_file
-
-if TYPE_CHECKING:
-    from rarefy.packing.pack import Summary
+from rarefy.packing.summary import Summary
 
 _HEADING = "## Packed"
 

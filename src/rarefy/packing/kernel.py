@@ -1,7 +1,7 @@
 """Loads the compiled kernel, chooses its path, and calls it with tensors.
 
 Without the library (Rarefy was installed where there was no C compiler) ``path()`` is None, and what the kernel
-does is done by torch, in matrix.py.
+does is done by torch, in weight.py.
 """
 
 from __future__ import annotations

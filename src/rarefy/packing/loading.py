@@ -16,9 +16,9 @@ from rarefy.errors import ModelError
 from rarefy.models.experts import FusedExperts
 from rarefy.models.shards import Shards, StoredTensor
 from rarefy.packing import kernel
-from rarefy.packing.matrix import FORMAT, MASK, SCALE, check_layout
-from rarefy.packing.modules import Packed, PackedExperts, PackedLinear, PackedModule
+from rarefy.packing.modules import PackedExperts, PackedLinear, PackedModule
 from rarefy.packing.places import Place, model_names, place_of
+from rarefy.packing.weight import ENDINGS, FORMAT, PackedWeight
 
 
 def make_room(model: PreTrainedModel, files: Sequence[str], format_name: str, group: int) -> None:
@@ -33,15 +33,15 @@ def make_room(model: PreTrainedModel, files: Sequence[str], format_name: str, gr
     check_format(folder, format_name, group)
     stored = Shards.open(folder).tensors
     names = model_names(model, stored)
-    _refuse_missing(model, names, folder)
-    stacks: dict[str, dict[str, Packed]] = {}
+    refuse_missing(model, names, folder)
+    stacks: dict[str, dict[str, PackedWeight]] = {}
     for place, tensors in find_packed(model, stored, names, group):
         if place.experts is None:
             linear = model.get_submodule(place.path)
             assert isinstance(linear, nn.Linear | Conv1D)
-            _replace(model, place.path, PackedLinear(linear, _held(place, tensors, group)))
+            _replace(model, place.path, PackedLinear(linear, _on_meta(place.name, place, tensors, group)))
         else:
-            stacks.setdefault(place.path, {})[place.leaf] = _held(place, tensors, group)
+            stacks.setdefault(place.path, {})[place.leaf] = _on_meta(place.name, place, tensors, group)
     for path, packed in stacks.items():
         _replace(model, path, PackedExperts(FusedExperts(path, model.get_submodule(path)), packed))
 
@@ -89,7 +89,7 @@ def check_format(folder: Path, name: str, group: int) -> None:
 def find_packed(
     model: PreTrainedModel, stored: Mapping[str, StoredTensor], names: Mapping[str, Sequence[str]], group: int
 ) -> list[tuple[Place, dict[str, StoredTensor]]]:
-    """The packed parameters, each with its place in the dense ``model`` and its tensors by ending: "", mask, scale.
+    """The packed parameters, each with its place in the dense ``model`` and its tensors by ending (weight.py).
 
     Raises ModelError where one of the tensors is missing or does not fit; only headers are read.
     """
@@ -98,32 +98,22 @@ def find_packed(
     found = []
     for target, tensor in of_target.items():
         if target in dense:
-            tensors = {end: of_target[target + end] for end in ("", MASK, SCALE) if target + end in of_target}
-            if MASK in tensors:
+            tensors = {end: of_target[target + end] for end in ENDINGS if target + end in of_target}
+            if len(tensors) > 1 or len(tensor.shape) == 1 < dense[target].ndim:
                 place = place_of(model, target)
-                values, mask, scale = (tensors[end].meta() if end in tensors else None for end in ("", MASK, SCALE))
-                assert values is not None
-                assert mask is not None
-                check_layout(target, values, mask, scale, place.shape, group)
+                _on_meta(target, place, tensors, group)
                 found.append((place, tensors))
-            elif len(tensor.shape) == 1 < dense[target].ndim or SCALE in tensors:
-                raise ModelError.sentence(f"{target} is damaged: the checkpoint has packed values, but no mask.")
-        elif target.removesuffix(MASK).removesuffix(SCALE) not in of_target:
-            raise ModelError.sentence(
-                f"{tensor.name} is in {tensor.file}, but the values that it belongs to are not."
-            )
+        elif not any(target.removesuffix(end) in of_target for end in ENDINGS[1:] if target.endswith(end)):
+            raise ModelError.sentence(f"{tensor.name} is in {tensor.file}, but the values that it is of are missing.")
     return found
 
 
-def _held(place: Place, tensors: Mapping[str, StoredTensor], group: int) -> Packed:
-    """The packed parameter on the meta device."""
-    values, mask, scale = (tensors[end].meta() if end in tensors else None for end in ("", MASK, SCALE))
-    assert values is not None
-    assert mask is not None
-    return Packed(values, mask, scale, place.shape, group if scale is not None else 0)
+def _on_meta(name: str, place: Place, tensors: Mapping[str, StoredTensor], group: int) -> PackedWeight:
+    """The packed weight on the meta device. Raises ModelError where its tensors do not fit."""
+    return PackedWeight.of(name, {end: tensor.meta() for end, tensor in tensors.items()}, place.shape, group)
 
 
-def _refuse_missing(model: PreTrainedModel, names: Mapping[str, Sequence[str]], folder: Path) -> None:
+def refuse_missing(model: PreTrainedModel, names: Mapping[str, Sequence[str]], folder: Path) -> None:
     """Raise ModelError where a weight of the dense ``model`` is in no file, and tied to none that is."""
     given = {target for targets in names.values() for target in targets}
     tied = model.all_tied_weights_keys or {}

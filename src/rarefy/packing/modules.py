@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,74 +11,61 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from rarefy.models.experts import Call, FusedExperts
-from rarefy.packing.matrix import MASK, SCALE, check_layout, count_values, unpack
 from rarefy.packing.operator import packed_linear
+from rarefy.packing.weight import CHECK, ENDINGS, MASK, SCALE, PackedWeight
 
 OFFSETS = "_offsets"
 
 
-@dataclass(frozen=True)
-class Packed:
-    """One packed parameter: the tensors of matrices (..., rows, width), which lie one after the other."""
-
-    values: Tensor
-    mask: Tensor
-    scale: Tensor | None
-    shape: tuple[int, ...]
-    group: int
-
-
 class PackedModule(nn.Module):
-    """Parameters of a module as packed matrices, each under the name that the dense one had.
+    """Parameters of a module as packed weights, each under the name that the dense one had.
 
-    Three buffers each: ``name`` has the values, ``name_mask`` the mask, ``name_scale`` the scales of codes. As
-    buffers of the state dict they are filled by loaders, moved by ``to`` and written by ``save_pretrained``. Once
-    they are filled, ``count`` must be called. The weights cannot be trained; gradients pass through to inputs and
-    biases.
+    The tensors of weight.py are buffers of the state dict, so they are filled by loaders, moved by ``to`` and written
+    by ``save_pretrained``. Once they are filled, ``count`` must be called. The weights cannot be trained; gradients
+    pass through to inputs and biases.
     """
 
     def __init__(self, dense_dtype: torch.dtype) -> None:
         super().__init__()
         self.dense_dtype = dense_dtype
-        self._shapes: dict[str, tuple[int, ...]] = {}
-        self._groups: dict[str, int] = {}
+        self._held: dict[str, tuple[tuple[int, ...], int]] = {}  # shape and group by name
 
-    def hold(self, name: str, packed: Packed) -> None:
+    def hold(self, name: str, weight: PackedWeight) -> None:
         """Make the buffers of a parameter."""
-        self._shapes[name], self._groups[name] = packed.shape, packed.group
-        self.register_buffer(name, packed.values)
-        self.register_buffer(name + MASK, packed.mask)
-        self.register_buffer(name + SCALE, packed.scale)
+        self._held[name] = weight.shape, weight.group
+        tensors = weight.tensors()
+        for ending in ENDINGS:
+            self.register_buffer(name + ending, tensors.get(ending))
         self.register_buffer(name + OFFSETS, None, persistent=False)
 
-    def packed(self, name: str) -> Packed:
-        """A packed parameter."""
-        values, mask, scale = (getattr(self, name + end) for end in ("", MASK, SCALE))
-        return Packed(values, mask, scale, self._shapes[name], self._groups[name])
+    def packed(self, name: str) -> PackedWeight:
+        """A packed parameter, as it is now."""
+        shape, group = self._held[name]
+        values, mask, scale = (getattr(self, name + ending) for ending in ("", MASK, SCALE))
+        return PackedWeight(values, mask, shape, scale, group)
+
+    def packed_names(self) -> list[str]:
+        """The names of all packed parameters."""
+        return list(self._held)
 
     @property
     def on_cpu(self) -> bool:
         """Whether the packed parameters are in the memory of the CPU."""
-        return all(self.packed(name).values.device.type == "cpu" for name in self._shapes)
-
-    def packed_names(self) -> list[str]:
-        """The names of all packed parameters."""
-        return list(self._shapes)
+        return all(self.packed(name).values.device.type == "cpu" for name in self._held)
 
     def count(self, prefix: str = "") -> None:
-        """Find where each row's values begin. Raises ModelError where the buffers make no packed matrix."""
-        for name, shape in self._shapes.items():
-            full = f"{prefix}.{name}" if prefix else name
-            packed = self.packed(name)
-            check_layout(full, packed.values, packed.mask, packed.scale, shape, packed.group)
-            offsets = count_values(packed.values, packed.mask.flatten(0, -2), shape[-1], full)
+        """Find where each row's values begin. Raises ModelError where the buffers hold what was never packed."""
+        for name in self._held:
+            full, weight = f"{prefix}.{name}" if prefix else name, self.packed(name)
+            offsets = weight.counted(full)
+            weight.verify(full, getattr(self, name + CHECK))
             self.register_buffer(name + OFFSETS, offsets, persistent=False)
 
     def multiply(
         self, name: str, x: Float[Tensor, "... width"], index: int = 0, bias: Tensor | None = None
     ) -> Tensor:
         """``x @ matrix.T + bias`` with the matrix of that index, (..., rows)."""
-        rows, width = self._shapes[name][-2:]
+        (*_, rows, width), group = self._held[name]
         values, mask, scale, offsets = (self._buffers[name + end] for end in ("", MASK, SCALE, OFFSETS))
         assert values is not None
         assert mask is not None
@@ -88,15 +74,11 @@ class PackedModule(nn.Module):
             first = index * rows
             mask, offsets = mask[index], offsets[first : first + rows + 1]
             scale = None if scale is None else scale[index]
-        return packed_linear(x, values, mask, offsets, scale, bias, width, self._groups[name])
+        return packed_linear(x, values, mask, offsets, scale, bias, width, group)
 
     def dense(self, name: str, dtype: torch.dtype) -> Float[Tensor, "... rows width"]:
         """The matrices, unpacked, on the device of their values."""
-        packed = self.packed(name)
-        offsets = getattr(self, name + OFFSETS)
-        scale = None if packed.scale is None else packed.scale.flatten(0, -2)
-        mask = packed.mask.flatten(0, -2)
-        return unpack(packed.values, mask, offsets, scale, packed.shape[-1], packed.group, dtype).view(packed.shape)
+        return self.packed(name).unpack(dtype, getattr(self, name + OFFSETS))
 
     def original(self, dtype: torch.dtype) -> nn.Module:
         """The ordinary module with the same weights, in ``dtype``."""
@@ -104,13 +86,19 @@ class PackedModule(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedModule:
         """Move or cast the buffers; scales keep their dtype, as the kernel knows no other."""
-        scales = {name: self._buffers[name + SCALE] for name in self._shapes}
+        scales = {name: self._buffers[name + SCALE] for name in self._held}
         super()._apply(fn, recurse)
         for name, scale in scales.items():
             cast = self._buffers[name + SCALE]
             if scale is not None and cast is not None and cast.dtype != scale.dtype:
                 self._buffers[name + SCALE] = scale.to(cast.device)
         return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        """Save the buffers, with checksums of what they hold now: values may have been cast."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name in self._held:
+            destination[prefix + name + CHECK] = self.packed(name).checksum()
 
 
 class PackedLinear(PackedModule):
@@ -119,7 +107,7 @@ class PackedLinear(PackedModule):
     weight: Tensor
     bias: nn.Parameter | None
 
-    def __init__(self, linear: nn.Linear | Conv1D, weight: Packed) -> None:
+    def __init__(self, linear: nn.Linear | Conv1D, weight: PackedWeight) -> None:
         super().__init__(linear.weight.dtype)
         self.out_features, self.in_features = weight.shape
         self._is_conv1d = isinstance(linear, Conv1D)
@@ -154,7 +142,7 @@ class PackedExperts(PackedModule):
     Each expert is applied to the tokens that are routed to it, by the formula of models/experts.py.
     """
 
-    def __init__(self, experts: FusedExperts, stacks: Mapping[str, Packed]) -> None:
+    def __init__(self, experts: FusedExperts, stacks: Mapping[str, PackedWeight]) -> None:
         module = experts.module
         super().__init__(getattr(module, next(iter(stacks))).dtype)
         self._dense_module = (module,)  # a tuple, so that it is no submodule
@@ -206,7 +194,7 @@ class PackedExperts(PackedModule):
 
     def original(self, dtype: torch.dtype) -> nn.Module:
         module = self._dense_module[0]
-        for name in self._shapes:
+        for name in self._held:
             stack = self.dense(name, dtype)
             stack = stack.transpose(1, 2).contiguous() if self._formula.transposed else stack
             setattr(module, name, nn.Parameter(stack, requires_grad=False))

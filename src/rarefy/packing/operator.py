@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from rarefy.packing import kernel
-from rarefy.packing.matrix import unpack, unpacked_as
+from rarefy.packing.weight import unpack, unpacked_as
 
 _NAME = "rarefy::packed_linear"
 _shared = threading.local()  # two threads may multiply at the same time
@@ -32,7 +32,7 @@ def packed_linear(
     width: int,
     group: int,
 ) -> Float[Tensor, "... rows"]:
-    """``x @ matrix.T + bias`` for a matrix (rows, width) as matrix.py keeps it.
+    """``x @ matrix.T + bias`` for a matrix (rows, width) as weight.py has it.
 
     Raises ValueError where the tensors do not make a packed matrix.
     """
@@ -105,20 +105,19 @@ def _shape(
     return x.new_empty(*x.shape[:-1], mask.shape[0])
 
 
-def _save(context: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, values, mask, offsets, scale, _, context.width, context.group = inputs
-    context.dtype = x.dtype
-    context.save_for_backward(values, mask, offsets, scale)
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, values, mask, offsets, scale, _, ctx.width, ctx.group = inputs
+    ctx.dtype = x.dtype
+    ctx.save_for_backward(values, mask, offsets, scale)
 
 
-def _backward(context: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     """Gradients of x and bias; the packed weight is fixed."""
-    values, mask, offsets, scale = context.saved_tensors
+    values, mask, offsets, scale = ctx.saved_tensors
     of_x = of_bias = None
-    if context.needs_input_grad[0]:
-        weight = unpack(values, mask, offsets, scale, context.width, context.group, context.dtype)
-        of_x = gradient @ weight
-    if context.needs_input_grad[5]:
+    if ctx.needs_input_grad[0]:
+        of_x = gradient @ unpack(values, mask, offsets, scale, ctx.width, ctx.group, ctx.dtype)
+    if ctx.needs_input_grad[5]:
         of_bias = gradient.flatten(0, -2).sum(dim=0)
     return of_x, None, None, None, None, of_bias, None, None
 

@@ -24,8 +24,9 @@ from rarefy.models.shards import Shards
 from rarefy.models.source import ModelSource, read_json
 from rarefy.packing.card import write_card
 from rarefy.packing.codes import GROUPS
-from rarefy.packing.matrix import FORMAT, MASK, PACKABLE, SCALE, PackedMatrix, mask_bytes
 from rarefy.packing.places import Place, place_of
+from rarefy.packing.summary import PackedLayer, Summary
+from rarefy.packing.weight import CHECK, FORMAT, MASK, PACKABLE, SCALE, PackedWeight, mask_bytes
 from rarefy.packing.writing import Form, NewShard, check_new, new_folder, write_index
 
 #: Told how many of how many parameters are done.
@@ -37,32 +38,6 @@ BITS = {"int8": 8, "int4": 4}
 LEAST_ZEROS = 0.3
 
 METHOD = "rarefy"
-
-
-@dataclass(frozen=True)
-class PackedLayer:
-    """What became of one parameter: ``size`` weights of which ``zeros`` are zero, its bytes before and after."""
-
-    name: str
-    size: int
-    zeros: int
-    dense_bytes: int
-    nbytes: int
-
-    @property
-    def packed(self) -> bool:
-        """Whether it is packed; it stays dense where it holds few zeros."""
-        return self.nbytes != self.dense_bytes
-
-
-@dataclass(frozen=True)
-class Summary:
-    """What packing did: the layers, and the bytes of all tensors before and after."""
-
-    values: str
-    layers: list[PackedLayer]
-    dense_bytes: int
-    nbytes: int
 
 
 def pack(source: ModelSource, out: Path, values: str = "auto", watch: Watch = lambda done, count: None) -> Summary:
@@ -168,6 +143,7 @@ class Count:
         forms = {
             self.name: Form.of((self.stored,), self.values),
             self.name + MASK: Form.of((*rows, mask_bytes(width)), torch.uint8),
+            self.name + CHECK: Form.of((1,), torch.int64),
         }
         if self.group:
             forms[self.name + SCALE] = Form.of((*rows, -(-width // self.group)), torch.float16)
@@ -209,7 +185,9 @@ def _write(
     for done, group in enumerate(groups):
         for name, tensor in checkpoint.load(group).items():
             if name in chosen:
-                for ending, part in _packed(_cast(chosen[name].place.turned(tensor), values), chosen[name]):
+                weight = _cast(chosen[name].place.turned(tensor), values)
+                packed = PackedWeight.pack(weight, BITS.get(values), chosen[name].group)
+                for ending, part in packed.tensors().items():
                     where[name + ending].write(name + ending, part)
             else:
                 where[name].write(name, tensor)
@@ -221,16 +199,6 @@ def _write(
         shard.finish()
     if checkpoint.shards.index is not None:
         write_index(folder, files)
-
-
-def _packed(weight: Tensor, count: Count) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a packed parameter (..., rows, width), by ending."""
-    bits = {torch.int8: 8, torch.uint8: 4}.get(count.values)
-    matrices = [PackedMatrix.pack(matrix, bits, count.group) for matrix in weight.reshape(-1, *weight.shape[-2:])]
-    yield "", torch.cat([matrix.values for matrix in matrices])
-    yield MASK, torch.cat([matrix.mask for matrix in matrices])
-    if bits:
-        yield SCALE, torch.cat([matrix.scale for matrix in matrices if matrix.scale is not None])
 
 
 def _cast(tensor: Tensor, values: str) -> Tensor:

@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from rarefy.errors import ModelError
 from rarefy.models.experts import FusedExperts, matrix_stacks
-from rarefy.packing.matrix import MASK, SCALE
+from rarefy.packing.weight import ENDINGS
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,11 @@ class Place:
     shape: tuple[int, ...]
     transposed: bool
     experts: FusedExperts | None = None
+
+    @property
+    def name(self) -> str:
+        """The full name of the parameter."""
+        return f"{self.path}.{self.leaf}"
 
     def turned(self, tensor: Tensor) -> Tensor:
         """From the module's orientation to (..., rows, width), or back."""
@@ -57,8 +62,8 @@ def place_of(model: nn.Module, name: str) -> Place:
 def model_names(model: PreTrainedModel, stored: Iterable[str]) -> dict[str, list[str]]:
     """For each tensor of a checkpoint the parameters of ``model`` that transformers would make of it, if any.
 
-    ``model`` must be dense, as its settings make it. The mask and the scales of a packed parameter come to the name
-    of the parameter with the same ending.
+    ``model`` must be dense, as its settings make it. The mask of a packed parameter, and its other tensors,
+    come to the name of the parameter with the same ending.
     """
     expected = model.state_dict()
     rules = get_model_conversion_mapping(model)
@@ -80,7 +85,7 @@ def model_names(model: PreTrainedModel, stored: Iterable[str]) -> dict[str, list
     names = {}
     for name in stored:
         names[name] = renamed(name)
-        for end in (MASK, SCALE):
+        for end in ENDINGS[1:]:
             if not names[name] and name.endswith(end):
                 names[name] = [target + end for target in renamed(name.removesuffix(end))]
     return names

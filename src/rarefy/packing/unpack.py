@@ -16,10 +16,10 @@ from rarefy.models.settings import copy_settings
 from rarefy.models.shards import Shards, StoredTensor
 from rarefy.models.source import ModelSource, quiet, read_json
 from rarefy.packing.card import write_unpacked_card
-from rarefy.packing.loading import check_format, find_packed
-from rarefy.packing.matrix import MASK, SCALE, PackedMatrix
+from rarefy.packing.loading import check_format, find_packed, refuse_missing
 from rarefy.packing.pack import METHOD, Watch
 from rarefy.packing.places import Place, model_names
+from rarefy.packing.weight import CHECK, PackedWeight
 from rarefy.packing.writing import Form, NewShard, check_new, new_folder, write_index
 
 
@@ -38,9 +38,10 @@ class PackedCheckpoint:
         self.shards = Shards.open(folder)
         self.model = dense_skeleton(folder)
         self.names = model_names(self.model, self.shards.tensors)
+        refuse_missing(self.model, self.names, folder)
         found = find_packed(self.model, self.shards.tensors, self.names, self.group)
         self.packed: dict[str, tuple[Place, dict[str, StoredTensor]]] = {
-            f"{place.path}.{place.leaf}": (place, tensors) for place, tensors in found
+            place.name: (place, tensors) for place, tensors in found
         }
 
     def stored(self, name: str) -> list[StoredTensor]:
@@ -53,12 +54,12 @@ class PackedCheckpoint:
         """A parameter as the dense model has it. Raises ModelError where it is damaged."""
         if name not in self.packed:
             return self.stored(name)[0].read()
-        place, tensors = self.packed[name]
-        values, mask = tensors[""].read(), tensors[MASK].read().flatten(0, -2)
-        scale = tensors[SCALE].read().flatten(0, -2) if SCALE in tensors else None
-        matrix = PackedMatrix(values, mask, place.shape[-1], scale, self.group if scale is not None else 0)
-        matrix.check(name)
-        return place.turned(matrix.unpack(self.dtype_of(name)).view(place.shape)).contiguous()
+        place, stored = self.packed[name]
+        tensors = {end: tensor.read() for end, tensor in stored.items()}
+        weight = PackedWeight.of(name, tensors, place.shape, self.group)
+        offsets = weight.counted(name)
+        weight.verify(name, tensors[CHECK])
+        return place.turned(weight.unpack(self.dtype_of(name), offsets)).contiguous()
 
     def dtype_of(self, name: str) -> torch.dtype:
         """The dtype of a parameter: that of its values, or the model's where these are codes."""
