@@ -116,7 +116,7 @@ def test_locked_entries_are_kept_first(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("by", ["rows", "columns"])
-def test_budgets_of_slices_add_up(name: str, by: str) -> None:
+def test_budgets_of_slices_all_reduce_grams(name: str, by: str) -> None:
     pattern = patterns()[name]
     length = SHAPE[by == "columns"]
     cuts = [0, 12, 24] if by == "columns" else [0, 1, 4, 6]

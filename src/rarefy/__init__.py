@@ -35,8 +35,13 @@ if TYPE_CHECKING:
     from rarefy.methods.sparsegpt import SparseGPT
     from rarefy.methods.swaps import Swaps
     from rarefy.methods.wanda import Wanda
-    from rarefy.pruning.loop import prune, solve
+    from rarefy.pruning.loop import prune
+    from rarefy.pruning.matching import Matching
     from rarefy.pruning.records import Report
+    from rarefy.pruning.solve import solve
+    from rarefy.runs.recipe import Recipe
+    from rarefy.runs.run import RunResult, forecast, run
+    from rarefy.runs.verify import inspect_folder
 
 __version__ = "0.1.0"
 
@@ -56,6 +61,7 @@ __all__ = [
     "IterativeMethod",
     "LayerProblem",
     "Magnitude",
+    "Matching",
     "Method",
     "MethodError",
     "ModelError",
@@ -65,8 +71,10 @@ __all__ = [
     "PerRow",
     "RankError",
     "RarefyError",
+    "Recipe",
     "RecipeError",
     "Report",
+    "RunResult",
     "Solution",
     "SparseFW",
     "SparseGPT",
@@ -76,7 +84,10 @@ __all__ = [
     "Unstructured",
     "VerificationError",
     "Wanda",
+    "forecast",
+    "inspect_folder",
     "prune",
+    "run",
     "solve",
 ]
 
@@ -111,8 +122,13 @@ _HOME = {
     "rarefy.methods.sparsegpt": ("SparseGPT",),
     "rarefy.methods.swaps": ("Swaps",),
     "rarefy.methods.wanda": ("Wanda",),
-    "rarefy.pruning.loop": ("prune", "solve"),
+    "rarefy.pruning.loop": ("prune",),
+    "rarefy.pruning.matching": ("Matching",),
     "rarefy.pruning.records": ("Report",),
+    "rarefy.pruning.solve": ("solve",),
+    "rarefy.runs.recipe": ("Recipe",),
+    "rarefy.runs.run": ("RunResult", "forecast", "run"),
+    "rarefy.runs.verify": ("inspect_folder",),
 }
 
 

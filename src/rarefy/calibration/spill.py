@@ -25,6 +25,9 @@ from torch import Tensor
 from rarefy.errors import OutputError
 from rarefy.models.atomic import CHUNK, replacing
 
+#: The two paths of hidden states: through the pruned blocks, and through the dense ones.
+PRUNED, DENSE = "pruned", "dense"
+
 
 def states_nbytes(shape: Sequence[int], dtype: torch.dtype) -> int:
     """Bytes of hidden states of a shape, in memory or in a file."""
@@ -66,7 +69,8 @@ class MappedStates:
 class StatesPart:
     """What is in one file of saved hidden states: windows ``first`` to ``first + shape[0]`` of the run.
 
-    ``shape`` is [windows, length, hidden], ``checksums`` has one number for each window.
+    ``shape`` is [windows, length, hidden], ``checksums`` has one number for each window. ``path`` says whether
+    they have come through the pruned blocks or through the dense ones.
     """
 
     file: str
@@ -74,17 +78,24 @@ class StatesPart:
     shape: list[int]
     dtype: str
     checksums: list[int]
+    path: str = PRUNED
 
 
 def save_states(
-    folder: Path, block: int, states: Tensor, first: int = 0, on_window: Callable[[], None] | None = None
+    folder: Path,
+    block: int,
+    states: Tensor,
+    first: int = 0,
+    on_window: Callable[[], None] | None = None,
+    *,
+    path: str = PRUNED,
 ) -> StatesPart:
     """Save the hidden states that enter ``block``, of windows ``first`` and on, into a file of ``folder``.
 
     It is on the disk, whole, afterwards. Raises OutputError where the disk refuses; files of other blocks
     stay as they are.
     """
-    name = f"states-{block:05d}-{first:06d}.bin"
+    name = f"states-{'' if path == PRUNED else path + '-'}{block:05d}-{first:06d}.bin"
     checksums = []
     with replacing(folder / name) as file:
         for window in states:
@@ -93,7 +104,7 @@ def save_states(
             checksums.append(zlib.crc32(content))
             if on_window:
                 on_window()
-    return StatesPart(name, first, list(states.shape), _name(states.dtype), checksums)
+    return StatesPart(name, first, list(states.shape), _name(states.dtype), checksums, path)
 
 
 def load_states(

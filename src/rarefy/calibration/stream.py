@@ -62,6 +62,17 @@ class HiddenStates:
         for i in range(self.num_batches):
             yield i, slice(i * self.batch_size, (i + 1) * self.batch_size)
 
+    def fork(self, offload: Path | None = None) -> HiddenStates:
+        """A second path that starts with the same states, and calls blocks in the same way.
+
+        Its states are in memory, or in a file of the folder ``offload``, which raises OutputError where it is full.
+        """
+        other = _allocate(tuple(self.states.shape), self.states.dtype, offload, self.batch_size, self.device)
+        other.states.copy_(self.states)
+        other.calls, other.compute_dtype = self.calls, self.compute_dtype
+        other.release()
+        return other
+
     def run(self, module: nn.Module, block: int, batch: int, windows: slice) -> Float[Tensor, "b length hidden"]:
         """The output of one block for one batch, in the dtype of computation."""
         call = self.calls[block][batch]

@@ -22,10 +22,11 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """Read the written files again; exit status 1 where they do not hold what was promised."""
+    from rarefy.layer.pattern import NM
     from rarefy.runs.recipe import parse_pattern
     from rarefy.runs.verify import inspect_folder
 
-    inspection = inspect_folder(model, parse_pattern(pattern) if pattern is not None else None)
+    inspection = inspect_folder(model, NM(*parse_pattern(pattern)) if pattern is not None else None)
     if as_json:
         print(json.dumps(inspection.to_dict()))
     else:

@@ -103,6 +103,17 @@ def prune(
     strict: Annotated[
         bool | None, typer.Option("--strict/--no-strict", help="Stop where the method fails on a layer.")
     ] = None,
+    match: Annotated[
+        Text,
+        typer.Option(
+            metavar="PASSES",
+            help="Train what is kept of each block to match the dense model: passes over the windows (default: 0).",
+        ),
+    ] = None,
+    match_lr: Annotated[
+        Text, typer.Option(metavar="RATE", help="Learning rate of --match, falling linearly (default: 2e-4).")
+    ] = None,
+    match_batch: Annotated[Text, typer.Option(metavar="N", help="Windows per step of --match (default: 4).")] = None,
     offload_dir: OffloadDir = None,
     texts: Annotated[
         bool,
@@ -141,6 +152,9 @@ def prune(
         "exclude": exclude or None,
         "settings": parse_settings(settings) if settings else None,
         "strict": strict,
+        "match": match,
+        "match_lr": match_lr,
+        "match_batch": match_batch,
     }
     world = World.current()
     folder = RunFolder(output) if output is not None else None
@@ -185,21 +199,19 @@ def _print_plan(plan: Plan, texts: bool) -> None:
 
     ``texts``: the models write some for the report.
     """
-    from rarefy.runs.memory import estimated_bytes
     from rarefy.runs.plan import calibration_words
+    from rarefy.runs.run import forecast_of
 
+    forecast = forecast_of(plan, texts)
     sites = [site for block in plan.blocks for site in block.sites]
     kinds = Counter((site.name.rpartition(".")[2], site.shape) for site in sites)
     rows = [["layer", "count", "shape", "to prune"]]
-    total = 0
     for (kind, shape), count in kinds.items():
         pruned = count * (shape[0] * shape[1] - plan.pattern.count(shape))
         rows.append([kind, f"{count:,}", f"{shape[0]} x {shape[1]}", f"{pruned:,}"])
-        total += pruned
-    size = sum(site.shape[0] * site.shape[1] for site in sites)
-    rows.append(["all", f"{len(sites):,}", "", f"{total:,}"])
+    rows.append(["all", f"{len(sites):,}", "", f"{forecast.pruned:,}"])
     print_table(rows)
-    print(f"{plan.method}, {plan.pattern}: {total:,} of {size:,} weights would be pruned")
+    print(f"{plan.method}, {plan.pattern}: {forecast.pruned:,} of {forecast.size:,} weights would be pruned")
     print(calibration_words(plan.recipe))
     each = "" if plan.num_ranks == 1 else f" for each of {plan.num_ranks} processes"
-    print(f"peak memory, estimated: {memory_words(estimated_bytes(plan, texts))} on {plan.device}{each}")
+    print(f"peak memory, estimated: {memory_words(forecast.peak_bytes)} on {plan.device}{each}")

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -64,11 +66,32 @@ class Pattern(ABC):
         """The exact fraction of zeros in a matrix of ``shape``."""
         return 1 - self.count(shape) / (shape[0] * shape[1])
 
+    @abstractmethod
+    def nominal_sparsity(self) -> float:
+        """The fraction of zeros that is asked for, before it is rounded to a count."""
+
     def check(self, mask: Mask) -> None:
         """Raise PatternError where ``mask`` is not an allowed mask."""
         kept, allowed = count(mask), self.count(_shape(mask))
         if kept != allowed:
             raise PatternError.sentence(f"The mask keeps {kept} weights, but {self} keeps {allowed}.")
+
+    def excess(self, nonzero: Mask) -> Iterator[str]:
+        """What a weight with these non-zeros breaks of the pattern, each as the end of a sentence about the weight.
+
+        A kept weight may be zero, so fewer non-zeros than the pattern keeps are no excess.
+        """
+        size, zeros = nonzero.numel(), nonzero.numel() - count(nonzero)
+        if zeros < (promised := size - self.count(_shape(nonzero))):
+            yield f"it holds {zeros:,} zeros, promised were {promised:,}"
+
+    def spec(self) -> dict[str, Any]:
+        """Plain values from which ``pattern_from_spec`` makes this pattern again, for records; {} where none do."""
+        return {}
+
+    @abstractmethod
+    def describe(self) -> str:
+        """The pattern as a clause for people, without its name."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +119,9 @@ class Unstructured(Pattern):
         scores = _locked_first(scores, locked)
         return keep_largest(scores.reshape(-1), self.count(_shape(scores))).view_as(scores)
 
+    def nominal_sparsity(self) -> float:
+        return self.sparsity
+
     def at(self, share: float) -> Unstructured:
         _refuse_slice(self, self.kept)
         return Unstructured(self.sparsity * share)
@@ -105,6 +131,12 @@ class Unstructured(Pattern):
 
     def columns(self, start: int, stop: int, shape: Shape) -> Unstructured:
         return Unstructured(self.sparsity, _share(self.count(shape), start, stop, shape[1]))
+
+    def spec(self) -> dict[str, Any]:
+        return {"kind": "unstructured", "sparsity": self.sparsity} if self.kept is None else {}
+
+    def describe(self) -> str:
+        return f"{_percent(self.sparsity)} of every weight matrix is zero"
 
 
 @dataclass(frozen=True)
@@ -129,6 +161,9 @@ class PerRow(Pattern):
     def project(self, scores: Scores, locked: Mask | None = None) -> Mask:
         return keep_largest(_locked_first(scores, locked), self._kept_per_row(scores.shape[1]))
 
+    def nominal_sparsity(self) -> float:
+        return self.sparsity
+
     def at(self, share: float) -> PerRow:
         _refuse_slice(self, self.kept)
         return PerRow(self.sparsity * share)
@@ -147,6 +182,18 @@ class PerRow(Pattern):
             raise PatternError.sentence(
                 f"Row {row} of the mask keeps {int(per_row[row])} weights, but {self} keeps {allowed}."
             )
+
+    def excess(self, nonzero: Mask) -> Iterator[str]:
+        yield from super().excess(nonzero)
+        allowed = self._kept_per_row(nonzero.shape[1])
+        if wrong := int((count_rows(nonzero) > allowed).sum()):
+            yield f"{wrong:,} of its {nonzero.shape[0]:,} rows hold more than {allowed:,} non-zero weights"
+
+    def spec(self) -> dict[str, Any]:
+        return {"kind": "row", "sparsity": self.sparsity} if self.kept is None else {}
+
+    def describe(self) -> str:
+        return f"{_percent(self.sparsity)} of every row of every weight matrix is zero"
 
     def _kept_per_row(self, inputs: int) -> int:
         return inputs - round(self.sparsity * inputs) if self.kept is None else self.kept
@@ -186,6 +233,9 @@ class NM(Pattern):
         self.validate(_shape(scores))
         return keep_largest_in_groups(_locked_first(scores, locked), self.keep, self.of)
 
+    def nominal_sparsity(self) -> float:
+        return 1 - self.keep / self.of
+
     def at(self, share: float) -> _Gradual:
         return _Gradual(self, share)
 
@@ -206,6 +256,23 @@ class NM(Pattern):
                 f"Group {index} of row {row} keeps {int(per_group[row, index])} weights, but {self} keeps "
                 f"{self.keep}."
             )
+
+    def excess(self, nonzero: Mask) -> Iterator[str]:
+        if nonzero.shape[1] % self.of:
+            yield f"its {nonzero.shape[1]:,} inputs cannot be cut into groups of {self.of}"
+            return
+        per_group = nonzero.unflatten(1, (-1, self.of)).sum(dim=2)
+        if wrong := int((per_group > self.keep).sum()):
+            yield (
+                f"{wrong:,} of its {per_group.numel():,} groups hold more than {self.keep} of {self.of} "
+                "non-zero weights"
+            )
+
+    def spec(self) -> dict[str, Any]:
+        return {"kind": "n:m", "keep": self.keep, "of": self.of}
+
+    def describe(self) -> str:
+        return f"at most {self.keep} of every {self.of} consecutive inputs of a row are not zero"
 
 
 @dataclass(frozen=True, eq=False)
@@ -237,6 +304,9 @@ class Fixed(Pattern):
         self.validate(_shape(scores))
         return self.mask.to(scores.device)
 
+    def nominal_sparsity(self) -> float:
+        return self.sparsity_of(_shape(self.mask))
+
     def at(self, share: float) -> Fixed:
         return self
 
@@ -250,6 +320,9 @@ class Fixed(Pattern):
         self.validate(_shape(mask))
         if not torch.equal(mask, self.mask.to(mask.device)):
             raise PatternError.sentence("The mask differs from the fixed mask.")
+
+    def describe(self) -> str:
+        return "the same weights are zero as in the mask that was given"
 
 
 @dataclass(frozen=True, eq=False)
@@ -278,6 +351,9 @@ class _Gradual(Pattern):
         count = self.count(_shape(scores))
         return keep_largest(_locked_first(scores, protected).reshape(-1), count).view_as(scores)
 
+    def nominal_sparsity(self) -> float:
+        return self.share * self.final.nominal_sparsity()
+
     def at(self, share: float) -> Pattern:
         return _Gradual(self.final, self.share * share)
 
@@ -286,6 +362,24 @@ class _Gradual(Pattern):
 
     def columns(self, start: int, stop: int, shape: Shape) -> Pattern:
         raise PatternError.sentence(f"{self} couples all columns and cannot be cut.")
+
+    def describe(self) -> str:
+        return str(self)
+
+
+def pattern_from_spec(spec: Mapping[str, Any]) -> Pattern:
+    """The pattern whose ``spec`` this is. Raises PatternError where it is none."""
+    try:
+        kind = spec["kind"]
+        if kind == "n:m":
+            return NM(spec["keep"], spec["of"])
+        if kind in ("unstructured", "row"):
+            return (Unstructured if kind == "unstructured" else PerRow)(spec["sparsity"])
+    except (KeyError, TypeError) as error:
+        raise PatternError(
+            "pattern", dict(spec), "of kind n:m with keep and of, or of kind unstructured or row with sparsity"
+        ) from error
+    raise PatternError("pattern", dict(spec), "of kind n:m, unstructured or row")
 
 
 def check_sparsity(sparsity: object, argument: str = "sparsity") -> None:

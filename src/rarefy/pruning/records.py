@@ -16,7 +16,8 @@ from rarefy.errors import InputError
 class LayerRecord:
     """One pruned layer, as graded from the weight that was written; one line of ``layers.jsonl``.
 
-    ``shape`` is [out, in], ``kept`` the exact count of weights that may be non-zero,
+    ``shape`` is [out, in], ``pattern`` the name of its pattern and ``pattern_spec`` what the pattern is made from
+    again (layer/pattern.py), ``kept`` the exact count of weights that may be non-zero,
     ``relative_error`` the output energy lost (0 is exact, 1 is as bad as the zero matrix), ``status``
     the sentence in which the method says how it ended, ``failed`` whether that is a failure,
     ``details`` numbers that belong to it, ``peak_bytes`` the most memory in use while it was solved
@@ -31,6 +32,7 @@ class LayerRecord:
     relative_error: float
     status: str
     failed: bool = False
+    pattern_spec: dict[str, str | int | float] = field(default_factory=dict)
     details: dict[str, float | str] = field(default_factory=dict)
     steps: int = 0
     seconds: float = 0.0

@@ -65,13 +65,17 @@ class Picture:
 
 @dataclass(frozen=True)
 class Point:
-    """One method at one sparsity: mean and standard deviation of a measurement; ``pattern`` names the place."""
+    """One method at one sparsity: mean and standard deviation of a measurement; ``pattern`` names the place.
+
+    ``in_groups`` says that the pattern is N:M.
+    """
 
     method: str
     pattern: str
     sparsity: float
     mean: float
     deviation: float = 0.0
+    in_groups: bool = False
 
 
 def error_map(layers: Sequence[LayerRecord], title: str, limits: tuple[float, float]) -> Picture:
@@ -170,8 +174,8 @@ def against_sparsity(
     Bars are the points' deviations. With ``share`` the numbers are fractions, shown in percent.
     """
     methods = list(dict.fromkeys(point.method for point in points))
-    patterns = list(dict.fromkeys(point.pattern for point in points if ":" in point.pattern))
-    plain = [point for point in points if ":" not in point.pattern]
+    patterns = list(dict.fromkeys(point.pattern for point in points if point.in_groups))
+    plain = [point for point in points if not point.in_groups]
     words = "; ".join(
         f"{method}: " + ", ".join(f"{one.mean:.4g} at {one.pattern}" for one in points if one.method == method)
         for method in methods

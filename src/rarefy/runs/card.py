@@ -50,9 +50,8 @@ def model_card(run: Mapping[str, Any]) -> str:
             "front_matter": yaml.safe_dump(front, sort_keys=False),
             "base": f"`{name}`",
             "title": f"{name.rpartition('/')[2]}, pruned ({run['method']}, {pattern})",
-            "pattern_words": _pattern_words(pattern),
             "calibration_words": _calibration_words(run["calibration"]),
-            "speed": _SPEED[pattern == "2:4"],
+            "speed": _SPEED[run["pattern_spec"] == {"kind": "n:m", "keep": 2, "of": 4}],
         }
     )
 
@@ -91,15 +90,6 @@ def _calibration_words(calibration: Mapping[str, Any]) -> str:
     own = calibration["source"] == "self"
     where = "written by the dense model itself" if own else f"from `{calibration['source']}`"
     return f"{calibration['num_samples']:,} windows of {calibration['sequence_length']:,} tokens, {where}"
-
-
-def _pattern_words(pattern: str) -> str:
-    keep, colon, of = pattern.partition(":")
-    if colon:
-        return f"{pattern}: at most {keep} of every {of} consecutive inputs of a row are not zero"
-    kind, _, percent = pattern.partition(" ")
-    where = {"unstructured": "of every weight matrix", "row": "of every row of every weight matrix"}.get(kind)
-    return f"{percent} {where} is zero" if where else pattern
 
 
 _ENVIRONMENT = Environment(

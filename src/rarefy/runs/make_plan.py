@@ -27,7 +27,8 @@ def make_plan(recipe: Recipe, output: Path | None = None, offload: Path | None =
     from rarefy.models.checkpoint import resolve_device
     from rarefy.models.source import resolve_model
     from rarefy.parallel.world import World
-    from rarefy.pruning.loop import check_pattern
+    from rarefy.pruning.loop import check_patterns
+    from rarefy.pruning.settings import Uniform
     from rarefy.pruning.stores import kept_windows
     from rarefy.runs.journal import Journal
     from rarefy.runs.recipe import DEFAULT_CALIBRATION
@@ -44,7 +45,7 @@ def make_plan(recipe: Recipe, output: Path | None = None, offload: Path | None =
         raise InputError("--num-samples", recipe.window_shape[0], f"at least {world.size}, a window for each process")
     skeleton = source.skeleton()
     blocks = select_sites(find_blocks(skeleton), recipe.include, recipe.exclude)
-    check_pattern(blocks, pattern)
+    check_patterns(blocks, Uniform(pattern))
     windows = None
     if text is not SELF:
         num, length = recipe.window_shape

@@ -121,12 +121,14 @@ class OnDiskModel(RunModel):
     def where_possible(cls, plan: Plan, events: Events) -> OnDiskModel | None:
         """The model of ``plan`` on disk; None where it cannot be had in parts, or not be written back so."""
         from rarefy.models.streaming import StreamedModel
+        from rarefy.pruning.loop import changed_parameters
 
         if not plan.streams:
             return None
         try:
             streamed = StreamedModel(plan.source)
-            streamed.check_storable(site.parameter_name for block in plan.blocks for site in block.sites)
+            settings = plan.recipe.prune_settings()
+            streamed.check_storable(name for block in plan.blocks for name in changed_parameters(block, settings))
         except ModelError as error:
             events.note(f"the model is loaded as a whole: {error}")
             return None

@@ -20,7 +20,8 @@ from rarefy.errors import InputError, MethodError, PatternError, RecipeError
 from rarefy.layer.pattern import NM, Pattern, PerRow, Unstructured
 from rarefy.methods import all_settings, build
 from rarefy.methods.base import Method
-from rarefy.pruning.settings import PruneSettings
+from rarefy.pruning.matching import Matching
+from rarefy.pruning.settings import PruneSettings, Uniform
 
 DEFAULT_METHOD = "alps"
 DEFAULT_SPARSITY = 0.5
@@ -77,6 +78,9 @@ class Recipe(BaseModel):
     include: list[str] = Field([], description="a list of patterns of module names, such as '*.mlp.*'")
     exclude: list[str] = Field([], description="a list of patterns of module names, such as '*.mlp.*'")
     strict: bool = Field(False, description="true or false")
+    match: Whole = Field(0, ge=0, description="a whole number of at least 0 (passes over the windows; 0 = off)")
+    match_lr: Number = Field(2e-4, gt=0, lt=1, description="a number between 0 and 1, the learning rate")
+    match_batch: Whole = Field(4, ge=1, description="a whole number of at least 1 (windows)")
 
     @classmethod
     def read(cls, options: Mapping[str, Any], file: Path | None = None) -> Self:
@@ -172,7 +176,13 @@ class Recipe(BaseModel):
     def prune_settings(self) -> PruneSettings:
         """What the loop over blocks is to do. Raises MethodError, PatternError."""
         return PruneSettings(
-            self.build_pattern(), self.build_method(), self.batch_size, self.include, self.exclude, self.strict
+            Uniform(self.build_pattern()),
+            self.build_method(),
+            self.batch_size,
+            self.include,
+            self.exclude,
+            self.strict,
+            [Matching(self.match, self.match_lr, self.match_batch, seed=self.seed)] if self.match else [],
         )
 
     def resolved(self, context: int | None) -> Self:

@@ -30,6 +30,7 @@ from rarefy.runs.fingerprint import Fingerprint, versions
 from rarefy.runs.folder import RunFolder
 from rarefy.runs.journal import Journal, finished_blocks
 from rarefy.runs.make_plan import make_plan
+from rarefy.runs.memory import estimated_bytes
 from rarefy.runs.model import RunModel, open_model
 from rarefy.runs.plan import Plan, calibration_words
 from rarefy.runs.recipe import Recipe
@@ -84,6 +85,36 @@ def run(
         events.warn(warning)
     command = ["rarefy", "prune", "--recipe", str(folder.recipe), "-o", str(folder.path)]
     return execute(plan, folder, command, events, chosen=wanted.calibration is not None, texts=texts)
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a run would do: its plan, the weights that it would prune, and about the most memory that it takes.
+
+    ``size`` counts the weights of all layers to prune, ``pruned`` those that become zero. ``peak_bytes`` is an
+    estimate for the device of the run, of each process.
+    """
+
+    plan: Plan
+    size: int
+    pruned: int
+    peak_bytes: int
+
+
+def forecast(
+    recipe: Recipe | Mapping[str, Any] | str | Path, *, offload_dir: str | Path | None = None, texts: bool = True
+) -> Forecast:
+    """Check a run as ``run`` does, without loading weights or writing anything; arguments and errors are those."""
+    plan = make_plan(_recipe(recipe), offload=Path(offload_dir) if offload_dir is not None else None)
+    return forecast_of(plan, texts)
+
+
+def forecast_of(plan: Plan, texts: bool) -> Forecast:
+    """The forecast of a plan; ``texts``: the models write some for the report."""
+    shapes = [site.shape for block in plan.blocks for site in block.sites]
+    size = sum(rows * inputs for rows, inputs in shapes)
+    kept = sum(plan.pattern.count(shape) for shape in shapes)
+    return Forecast(plan, size, size - kept, estimated_bytes(plan, texts))
 
 
 def _recipe(recipe: Recipe | Mapping[str, Any] | str | Path) -> Recipe:
@@ -247,6 +278,8 @@ def _facts(plan: Plan, report: Report, command: Sequence[str], began: datetime, 
         "method": report.method,
         "paper": plan.method.paper,
         "pattern": report.pattern,
+        "pattern_spec": plan.pattern.spec(),
+        "pattern_words": plan.pattern.describe(),
         "layers": len(report.layers),
         "failed": [layer.name for layer in report.failed],
         "size": report.size,

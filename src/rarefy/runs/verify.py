@@ -7,7 +7,6 @@ kept may be zero by chance, so a promise is a least number of zeros, never an ex
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
@@ -20,6 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rarefy.errors import ModelError
+from rarefy.layer.pattern import Pattern, pattern_from_spec
 from rarefy.models.blocks import LinearSite, Site, find_blocks
 from rarefy.models.conversion import Plan, plan_conversion
 from rarefy.models.source import resolve_model
@@ -99,12 +99,12 @@ class Inspection:
         }
 
 
-def inspect_folder(name: str | Path, pattern: tuple[int, int] | None = None) -> Inspection:
+def inspect_folder(name: str | Path, pattern: Pattern | None = None) -> Inspection:
     """Count the zeros of every linear in the decoder blocks, and check what was promised about them.
 
     ``name`` is a run folder or its ``model``: then the layers of ``layers.jsonl`` must hold at least
     the zeros it says, in its pattern. It may be any other model with safetensors files, too: then its
-    linears are listed. ``pattern`` (keep, of) is checked in addition. Tensors are read one at a time, but
+    linears are listed. ``pattern`` is checked in addition. Tensors are read one at a time, but
     for experts that the model keeps in one stack: these block by block.
     Raises ModelError where there is no model or no safetensors file, InputError where the run folder
     is damaged.
@@ -136,9 +136,7 @@ def inspect_folder(name: str | Path, pattern: tuple[int, int] | None = None) -> 
     return Inspection(str(folder), bool(run), layers)
 
 
-def _inspect(
-    layer: LayerInspection, weight: Tensor, record: LayerRecord | None, pattern: tuple[int, int] | None
-) -> None:
+def _inspect(layer: LayerInspection, weight: Tensor, record: LayerRecord | None, pattern: Pattern | None) -> None:
     """Count and check one weight (out, in) as it lies in the file."""
     if list(weight.shape) != layer.shape:
         layer.problems.append(f"its shape in the file is {list(weight.shape)}")
@@ -149,10 +147,10 @@ def _inspect(
         layer.problems.append("it holds NaN or infinity")
     if record is not None:
         layer.pattern = record.pattern
-        layer.problems += _broken_promises(nonzero, record)
-    if pattern is not None and (wanted := f"{pattern[0]}:{pattern[1]}") != layer.pattern:
-        layer.pattern = ", ".join(filter(None, (layer.pattern, wanted)))
-        layer.problems += _broken_groups(nonzero, *pattern)
+        layer.problems += dict.fromkeys(_broken_promises(nonzero, record))  # each once
+    if pattern is not None and str(pattern) != layer.pattern:
+        layer.pattern = ", ".join(filter(None, (layer.pattern, str(pattern))))
+        layer.problems += pattern.excess(nonzero)
 
 
 def _broken_promises(nonzero: Tensor, record: LayerRecord) -> Iterator[str]:
@@ -163,22 +161,8 @@ def _broken_promises(nonzero: Tensor, record: LayerRecord) -> Iterator[str]:
     zeros = record.size - int(nonzero.sum())
     if zeros < record.pruned:
         yield f"it holds {zeros:,} zeros, promised were {record.pruned:,}"
-    if groups := re.fullmatch(r"(\d+):(\d+)", record.pattern):
-        yield from _broken_groups(nonzero, int(groups[1]), int(groups[2]))
-    elif record.pattern.startswith("row "):
-        allowed = record.kept // record.shape[0]
-        if wrong := int((nonzero.sum(dim=1) > allowed).sum()):
-            yield f"{wrong:,} of its {record.shape[0]:,} rows hold more than {allowed:,} non-zero weights"
-
-
-def _broken_groups(nonzero: Tensor, keep: int, of: int) -> Iterator[str]:
-    """What breaks keep:of along the inputs of a weight with these non-zeros (out, in)."""
-    if nonzero.shape[1] % of:
-        yield f"its {nonzero.shape[1]:,} inputs cannot be cut into groups of {of}"
-        return
-    per_group = nonzero.unflatten(1, (-1, of)).sum(dim=2)
-    if wrong := int((per_group > keep).sum()):
-        yield f"{wrong:,} of its {per_group.numel():,} groups hold more than {keep} of {of} non-zero weights"
+    if record.pattern_spec:
+        yield from pattern_from_spec(record.pattern_spec).excess(nonzero)
 
 
 class _StoredWeights:

@@ -18,7 +18,8 @@ from rarefy.evaluation.measure import Measures, corpora, parse_texts
 from rarefy.models.blocks import find_blocks, select_sites
 from rarefy.models.checkpoint import load_tokenizer, resolve_device
 from rarefy.models.source import ModelSource, resolve_model
-from rarefy.pruning.loop import check_pattern
+from rarefy.pruning.loop import check_patterns
+from rarefy.pruning.settings import Uniform
 from rarefy.runs.fingerprint import file_digests
 from rarefy.runs.recipe import DEFAULT_CALIBRATION, DEFAULT_SPARSITY, Recipe
 from rarefy.sweeps.folder import SweepFolder
@@ -73,11 +74,7 @@ class Cell:
     @property
     def sparsity(self) -> float:
         """The fraction of zeros that was asked for."""
-        if self.recipe.pattern is not None:
-            keep, of = map(int, self.recipe.pattern.split(":"))
-            return 1 - keep / of
-        assert self.recipe.sparsity is not None
-        return self.recipe.sparsity
+        return self.recipe.build_pattern().nominal_sparsity()
 
     @property
     def pattern(self) -> str:
@@ -99,6 +96,8 @@ class Cell:
             "method": recipe.method,
             "paper": recipe.build_method().paper,
             "pattern": self.pattern,
+            "pattern_spec": recipe.build_pattern().spec(),
+            "pattern_words": recipe.build_pattern().describe(),
             "asked_sparsity": self.sparsity,
             "seed": recipe.seed,
             "calibration": {
@@ -136,6 +135,50 @@ def plan_sweep(options: Options, folder: SweepFolder) -> Plan:
     Raises InputError, one sentence, also where ``folder`` holds another sweep; nothing is written.
     """
     recipes = _recipes(options)
+    _check_numbers(options)
+    device = resolve_device(options.device)
+    texts = parse_texts(options.texts)
+    calibration = parse_source(options.calibration or DEFAULT_CALIBRATION)
+    folder.check()
+    source = resolve_model(options.model)
+    cells = [Cell(recipe.resolved(source.context)) for recipe in recipes]
+    blocks = select_sites(find_blocks(source.skeleton()), options.include, options.exclude)
+    for pattern in dict.fromkeys(cell.recipe.build_pattern() for cell in cells):
+        check_patterns(blocks, Uniform(pattern))
+    tokenizer = load_tokenizer(source)
+    if tokenizer is None:
+        raise ModelError.sentence(f"{source.name} has no tokenizer, so nothing can be measured of it.")
+    if options.bos and tokenizer.bos_token_id is None:
+        raise InputError.sentence(f"--bos asks for a start token, but the tokenizer of {source.name} has none.")
+    measures = _measures(options, texts, source, tokenizer)
+    recipe = cells[0].recipe
+    tokens = None
+    if calibration is not SELF:
+        num, length = recipe.window_shape
+        tokens = token_stream(calibration, tokenizer, enough=DRAW_FROM * num * length)
+        # Drawn once for its errors; warnings come when the sweep runs.
+        if len(tokens) < length - options.bos:
+            draw_windows(tokens, num, length, 0, measures.bos_id, name=f"the text of {calibration.name}")
+    settings = _settings(options, source, recipe, measures, tokens)
+    folder.check_same(settings)
+    return Plan(
+        cells,
+        source,
+        device,
+        measures,
+        calibration,
+        tokens,
+        measures.bos_id,
+        tokenizer,
+        settings,
+        [(block.index, site.name) for block in blocks for site in block.sites],
+        options.save,
+        options.retry,
+    )
+
+
+def _check_numbers(options: Options) -> None:
+    """Raise InputError for numbers out of range, and for options that go with --tasks alone."""
     for argument, number in (
         ("--max-windows", options.max_windows),
         ("--eval-batch-size", options.eval_batch_size),
@@ -146,46 +189,34 @@ def plan_sweep(options: Options, folder: SweepFolder) -> Plan:
     for argument, given in (("--task-data", options.task_data), ("--limit", options.limit)):
         if given is not None and not options.tasks:
             raise InputError.sentence(f"{argument} goes with --tasks, which is not given.")
-    device = resolve_device(options.device)
-    texts = parse_texts(options.texts)
-    calibration = parse_source(options.calibration or DEFAULT_CALIBRATION)
-    folder.check()
-    source = resolve_model(options.model)
-    cells = [Cell(recipe.resolved(source.context)) for recipe in recipes]
-    blocks = select_sites(find_blocks(source.skeleton()), options.include, options.exclude)
-    for pattern in dict.fromkeys(cell.recipe.build_pattern() for cell in cells):
-        check_pattern(blocks, pattern)
 
-    tokenizer = load_tokenizer(source)
-    if tokenizer is None:
-        raise ModelError.sentence(f"{source.name} has no tokenizer, so nothing can be measured of it.")
-    if options.bos and tokenizer.bos_token_id is None:
-        raise InputError.sentence(f"--bos asks for a start token, but the tokenizer of {source.name} has none.")
+
+def _measures(
+    options: Options, texts: dict[str, Source], source: ModelSource, tokenizer: PreTrainedTokenizerBase
+) -> Measures:
+    """What is measured of the dense model and of each cell."""
     length = _evaluation_length(options.eval_length, source)
     tasks = None
     if options.tasks:
         from rarefy.evaluation.tasks import prepare
 
         tasks = prepare(options.tasks, options.task_data)
-    bos_id = tokenizer.bos_token_id if options.bos else None
-    recipe = cells[0].recipe
-    measures = Measures(
+    return Measures(
         corpora(texts, tokenizer, length, options.bos),
         length,
         options.max_windows,
-        bos_id,
+        tokenizer.bos_token_id if options.bos else None,
         batch_size=options.eval_batch_size,
         tasks=tasks,
         limit=options.limit,
     )
-    tokens = None
-    if calibration is not SELF:
-        num, window = recipe.window_shape
-        tokens = token_stream(calibration, tokenizer, enough=DRAW_FROM * num * window)
-        # Drawn once for its errors; warnings come when the sweep runs.
-        if len(tokens) < window - options.bos:
-            draw_windows(tokens, num, window, 0, bos_id, name=f"the text of {calibration.name}")
-    settings = {
+
+
+def _settings(
+    options: Options, source: ModelSource, recipe: Recipe, measures: Measures, tokens: Tensor | None
+) -> dict[str, Any]:
+    """All that the cells of a sweep have in common; a folder goes on only with the same."""
+    return {
         "model": source.name,
         "weights": _fingerprint(source),
         "calibration": recipe.calibration,
@@ -199,27 +230,12 @@ def plan_sweep(options: Options, folder: SweepFolder) -> Plan:
         "settings": dict(options.settings),
         "texts": {corpus.label: corpus.source for corpus in measures.corpora},
         "text_contents": {corpus.label: corpus.digest for corpus in measures.corpora},
-        "eval_length": length,
+        "eval_length": measures.length,
         "max_windows": options.max_windows,
         "tasks": list(options.tasks),
-        "task_data": tasks.digest if tasks else "",
+        "task_data": measures.tasks.digest if measures.tasks else "",
         "limit": options.limit,
     }
-    folder.check_same(settings)
-    return Plan(
-        cells,
-        source,
-        device,
-        measures,
-        calibration,
-        tokens,
-        bos_id,
-        tokenizer,
-        settings,
-        [(block.index, site.name) for block in blocks for site in block.sites],
-        options.save,
-        options.retry,
-    )
 
 
 def _recipes(options: Options) -> list[Recipe]:
@@ -285,7 +301,7 @@ def _evaluation_length(asked: int | None, source: ModelSource) -> int:
 
 
 def _fingerprint(source: ModelSource) -> str:
-    """Of the files of a local model; of one on the hub, its revision."""
+    """A digest of the files of a local model; the revision of one on the hub."""
     if source.kind == "hub":
         return source.path.name
     return hashlib.sha256(repr(file_digests(source.path)).encode()).hexdigest()[:16]

@@ -28,6 +28,7 @@ class Summary:
     """One method with one pattern: ``mean`` and ``deviation`` of every measurement over the seeds that ended well.
 
     ``deviation`` is the sample standard deviation, absent where there is one seed. ``failed`` counts the others.
+    ``in_groups`` says that the pattern is N:M.
     """
 
     method: str
@@ -37,6 +38,7 @@ class Summary:
     failed: int
     mean: Mapping[str, float]
     deviation: Mapping[str, float]
+    in_groups: bool = False
 
 
 def row(facts: Facts) -> dict[str, Value]:
@@ -99,7 +101,9 @@ def summarise(cells: Sequence[Facts]) -> list[Summary]:
                 if len(numbers) > 1:
                     deviation[key] = statistics.stdev(numbers)
         sparsity = float(group[0]["asked_sparsity"])
-        found.append(Summary(method, pattern, sparsity, len(good), len(group) - len(good), mean, deviation))
+        in_groups = group[0].get("pattern_spec", {}).get("kind") == "n:m"
+        failed = len(group) - len(good)
+        found.append(Summary(method, pattern, sparsity, len(good), failed, mean, deviation, in_groups))
     return found
 
 
