@@ -22,7 +22,7 @@ DEMO_WINDOWS ?= 3
 
 # torch comes first and alone: with its version fixed, pip takes the build that this machine offers
 # (often a CPU-only one) before another package can ask for a larger one.
-$(VENV)/.installed: pyproject.toml constraints.txt
+$(VENV)/.installed: pyproject.toml constraints.txt hatch_build.py src/rarefy/packing/kernel.c
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet -c constraints.txt torch
 	$(PIP) install --quiet -c constraints.txt -e '.[dev]'

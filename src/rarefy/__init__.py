@@ -3,6 +3,8 @@
 import importlib
 from typing import TYPE_CHECKING
 
+from rarefy.packing.registration import register
+
 if TYPE_CHECKING:
     from rarefy.errors import (
         CalibrationError,
@@ -153,3 +155,7 @@ def __getattr__(name: str) -> object:
 
 def __dir__() -> list[str]:
     return sorted(__all__)
+
+
+# The one thing that importing does: from then on transformers' from_pretrained reads packed checkpoints.
+register()
