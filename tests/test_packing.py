@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -315,8 +315,7 @@ def test_what_a_killed_process_left_is_replaced(sparse_folder: Callable[..., Pat
 def test_a_full_disk_is_found_before_anything_is_written(
     sparse_folder: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    status = os.statvfs(tmp_path)
-    monkeypatch.setattr(os, "statvfs", lambda _: type("Full", (), {"f_bavail": 0, "f_frsize": status.f_frsize}))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
     with pytest.raises(OutputError, match="needs 0.0 GB, but its disk has 0.0 GB left"):
         pack_folder(sparse_folder("llama"), tmp_path / "packed")
     assert not list(tmp_path.iterdir())
