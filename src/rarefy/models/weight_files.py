@@ -59,6 +59,13 @@ def find_weight_files(folder: Path) -> WeightFiles | None:
     return None
 
 
+def unnamed_files(files: WeightFiles) -> list[Path]:
+    """Files of weights beside those of a model, of which nothing is loaded: another format of it, or more."""
+    if files.files[0].suffix == ".bin":
+        return []
+    return sorted({*files.folder.glob("*.safetensors")} - {*files.files})
+
+
 def possible_files(folder: Path) -> Iterator[WeightFiles]:
     """What a model's weights may be in, in the order in which transformers looks: what an index names, or one file.
 
