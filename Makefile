@@ -4,6 +4,7 @@
 #   make test-gpu    the ones that need CUDA                make bench       the benchmarks of README.md
 #   make architectures  every decoder of transformers, built small: graded, or refused with the reason (20 minutes)
 #   make mutants     breaks the code token by token, and counts what the tests notice (hours)
+#   make methods     write what is known of methods before torch is imported, after one was added or changed
 #   make docs        check the links and file names in the documentation
 #   make lint        formatting, lint and types only        make clean       remove what make has made
 
@@ -18,7 +19,7 @@ DEMO_SPARSITY ?= 0.6
 DEMO_OPTIONS ?= --num-samples 24 --sequence-length 256
 DEMO_WINDOWS ?= 3
 
-.PHONY: demo test test-slow test-gpu bench architectures mutants docs lint install clean
+.PHONY: demo test test-slow test-gpu bench architectures mutants methods docs lint install clean
 
 # torch comes first and alone: with its version fixed, pip takes the build that this machine offers
 # (often a CPU-only one) before another package can ask for a larger one.
@@ -66,6 +67,10 @@ mutants: $(VENV)/.tasks
 
 architectures: $(VENV)/.installed
 	$(BIN)/python tests/test_architectures.py
+
+methods: $(VENV)/.installed
+	$(BIN)/python -m rarefy.methods.table > described.json
+	mv described.json src/rarefy/methods/described.json
 
 docs: $(VENV)/.installed
 	$(BIN)/pytest tests/test_docs.py

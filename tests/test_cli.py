@@ -260,7 +260,7 @@ def test_a_run_keeps_what_dense_and_pruned_model_write(
     assert facts["dense_texts"] != facts["texts"]
     monkeypatch.setattr("rarefy.models.checkpoint.load_model", lambda *_: pytest.fail("a model was loaded"))
     assert rarefy_("report", "out").status == 0
-    page = html.unescape(Path("out/report.html").read_text())
+    page = html.unescape(Path("out/report.html").read_bytes().decode())  # text may hold a carriage return
     assert all(one["text"] in page for key in ("dense_texts", "texts") for one in facts[key])
 
 
@@ -384,6 +384,14 @@ def test_a_method_of_ones_own(rarefy_: Rarefy, shelf: Path, tmp_path: Path, monk
     monkeypatch.syspath_prepend(library)
     assert rarefy_(*prune_arguments(shelf, "-o", "out", "--method", "own_method:Own")).status == 0
     assert RunFolder("out").read_run()["method"] == "own"
+    refused = rarefy_("prune", "--recipe", "out/recipe.yaml", "-o", "again")
+    assert is_one_sentence(refused.err)
+    assert refused.status == 2
+    assert "is 'own_method:Own', which is code from outside Rarefy: --allow-code" in refused.err
+    assert rarefy_("prune", "--recipe", "out/recipe.yaml", "-o", "again", "--allow-code").status == 0
+    assert load_equal(Path("out/model/model.safetensors"), Path("again/model/model.safetensors"))
+    rarefy.run(Path("out/recipe.yaml"), "once more", allow_code=True)
+    assert RunFolder("once more").read_run()["command"].endswith("--allow-code")
 
 
 def test_a_start_token_comes_before_every_window(

@@ -148,7 +148,7 @@ def test_a_full_or_impossible_folder_is_one_sentence(tmp_path: Path, monkeypatch
         MappedStates(tmp_path / "file", _SHAPE, torch.float32)
     with monkeypatch.context() as patch:
         patch.setattr(os, "posix_fallocate", _refuse(errno.ENOSPC))
-        patch.setattr(os, "pwrite", lambda *_: pytest.fail("wrote to a full disk"))
+        patch.setattr(os, "write", lambda *_: pytest.fail("wrote to a full disk"))
         with pytest.raises(
             OutputError, match=r"cannot take the 8\.6 GB of hidden states: No space left on device\.$"
         ):
@@ -157,7 +157,7 @@ def test_a_full_or_impossible_folder_is_one_sentence(tmp_path: Path, monkeypatch
     with monkeypatch.context() as patch:  # a file system that cannot reserve space
         patch.setattr(os, "posix_fallocate", _refuse(errno.EOPNOTSUPP))
         assert not MappedStates(tmp_path, _SHAPE, torch.float32).tensor.any()
-        patch.setattr(os, "pwrite", _refuse(errno.ENOSPC))
+        patch.setattr(os, "write", _refuse(errno.ENOSPC))
         with pytest.raises(OutputError, match="No space left"):
             MappedStates(tmp_path, _SHAPE, torch.float32)
 

@@ -32,8 +32,8 @@ from rarefy.calibration.trees import Place, at, tensors_in
 from rarefy.errors import ModelError
 from rarefy.models.blocks import Block
 from rarefy.models.experts import FusedExperts
+from rarefy.models.quiet import quiet
 from rarefy.models.sites import Site
-from rarefy.models.source import quiet
 
 _WINDOWS, _LENGTH = 3, 7  # numbers that hardly any dimension of a model has
 

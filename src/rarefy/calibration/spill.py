@@ -46,17 +46,11 @@ class MappedStates:
         self.nbytes = states_nbytes(shape, dtype)
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            descriptor, name = tempfile.mkstemp(prefix=".rarefy-states-", dir=folder)
+            with tempfile.TemporaryFile(prefix=".rarefy-states-", dir=folder, buffering=0) as file:
+                _take_space(file.fileno(), self.nbytes)
+                self._map = mmap.mmap(file.fileno(), self.nbytes)  # which holds the file until the process ends
         except OSError as error:
             raise _refused(folder, self.nbytes, error) from error
-        try:
-            Path(name).unlink()  # from now on it is there only as long as it is open
-            _take_space(descriptor, self.nbytes)
-            self._map = mmap.mmap(descriptor, self.nbytes)
-        except OSError as error:
-            raise _refused(folder, self.nbytes, error) from error
-        finally:
-            os.close(descriptor)
         self.tensor: Tensor = torch.frombuffer(self._map, dtype=dtype).view(*shape)
 
     def release(self) -> None:
@@ -167,7 +161,7 @@ def _take_space(descriptor: int, size: int) -> None:
                 raise  # others say that the file system does not know the call
     zeros, done = bytes(CHUNK), 0
     while done < size:
-        done += os.pwrite(descriptor, zeros[: size - done], done)
+        done += os.write(descriptor, zeros[: size - done])
 
 
 def _refused(folder: Path, size: int, error: OSError) -> OutputError:

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass
 from operator import ne
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import ClassVar, Generic, TypeVar
 
 import torch
 from jaxtyping import Bool, Float
@@ -23,29 +23,27 @@ from rarefy.layer.passes import apply_mask, compare, count, finite
 from rarefy.layer.pattern import Pattern, Shape
 from rarefy.layer.problem import LayerProblem
 from rarefy.layer.solution import Solution, Status
+from rarefy.methods.settings import cannot_come_first, check_hyperparameters, hyper
+
+__all__ = [
+    "Cost",
+    "Diverged",
+    "IterativeMethod",
+    "Method",
+    "cannot_come_first",
+    "fallback",
+    "hyper",
+    "inversions",
+    "masked",
+    "run",
+    "wanda_scores",
+]
 
 State = TypeVar("State")
 
 
 class Diverged(NumericalError):
     """The iterates of a method stopped being finite."""
-
-
-def hyper(
-    default: Any,
-    help: str,
-    *,
-    low: float | None = None,
-    high: float | None = None,
-    choices: tuple[str, ...] = (),
-    by: str = "",
-) -> Any:
-    """A hyperparameter: its default, what it means, and the values it may take (bounds included).
-
-    A default of None is a number that is chosen ``by`` something else where it is not given.
-    """
-    metadata = {"help": help, "low": low, "high": high, "choices": choices, "by": by}
-    return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)
@@ -196,13 +194,6 @@ def run(
     return solution
 
 
-def cannot_come_first(method: Method) -> MethodError:
-    """The error for a method that only improves a start, used without one."""
-    return MethodError.sentence(
-        f"{method} improves what another method found, so it cannot come first: write for example wanda+{method}."
-    )
-
-
 def fallback(problem: LayerProblem, pattern: Pattern) -> Solution:
     """W0 on the mask of the largest Wanda scores, with a status that says that the method failed."""
     mask = pattern.project(wanda_scores(problem))
@@ -217,40 +208,6 @@ def wanda_scores(problem: LayerProblem) -> Float[Tensor, "out inputs"]:
 def masked(weight: Float[Tensor, "out inputs"], mask: Bool[Tensor, "out inputs"]) -> Solution:
     """The weight with zeros where ``mask`` is False."""
     return Solution(apply_mask(weight, mask), mask)
-
-
-def check_hyperparameters(method: Method) -> None:
-    """Raise MethodError where a field has the wrong type, is out of range or not among its choices."""
-    for item in fields(method):
-        if "help" not in item.metadata:
-            continue  # a part of a combination, or a field of a user's own class
-        value, default = getattr(method, item.name), item.default
-        low, high, choices = (item.metadata[key] for key in ("low", "high", "choices"))
-        argument = f"{method.name}.{item.name}"
-        if choices:
-            if value not in choices:
-                raise MethodError(argument, value, "one of " + ", ".join(choices))
-        elif value is None and default is None:
-            continue
-        elif isinstance(default, bool):
-            if not isinstance(value, bool):
-                raise MethodError(argument, value, "true or false")
-        elif default is None or isinstance(default, (int, float)):
-            kind = "a whole number" if isinstance(default, int) else "a number"
-            right = isinstance(value, int if isinstance(default, int) else (int, float))
-            allowed = kind + _bounds(low, high)
-            if isinstance(value, bool) or not right or not _within(value, low, high):
-                raise MethodError(argument, value, allowed)
-
-
-def _within(value: float, low: float | None, high: float | None) -> bool:
-    return float("-inf") < value < float("inf") and (low is None or value >= low) and (high is None or value <= high)
-
-
-def _bounds(low: float | None, high: float | None) -> str:
-    if low is not None and high is not None:
-        return f" from {low:g} to {high:g}"
-    return f" of at least {low:g}" if low is not None else ""
 
 
 def _check_contract(method: Method, solution: Solution, pattern: Pattern, problem: LayerProblem, name: str) -> None:

@@ -13,7 +13,8 @@ from rarefy.errors import MethodError, NumericalError
 from rarefy.layer.pattern import Pattern, Shape
 from rarefy.layer.problem import LayerProblem
 from rarefy.layer.solution import Solution, Status
-from rarefy.methods.base import Cost, Method, cannot_come_first
+from rarefy.methods.base import Cost, Method
+from rarefy.methods.settings import check_order
 
 
 @dataclass(frozen=True, init=False)
@@ -52,13 +53,7 @@ class Then(_Combination):
 
     def __init__(self, *parts: Method) -> None:
         super().__init__(*parts)
-        for part in parts[1:]:
-            if not part.takes_start:
-                raise MethodError.sentence(
-                    f"{part} starts afresh, so it can only be the first part of a combination."
-                )
-        if parts[0].needs_start:
-            raise cannot_come_first(parts[0])
+        check_order(parts)
 
     def __str__(self) -> str:
         return "+".join(str(part) for part in self.parts)

@@ -26,7 +26,6 @@ from rarefy.calibration.stream import HiddenStates, convert_calls
 from rarefy.errors import OutputError
 from rarefy.models.atomic import replace_file
 from rarefy.models.blocks import Block
-from rarefy.models.shards import ShardCopies
 from rarefy.models.streaming import StreamedModel
 from rarefy.parallel.world import World
 from rarefy.pruning.precision import compute_dtype, computing_in
@@ -230,17 +229,22 @@ def kept_windows(output: Path) -> Int64[Tensor, "num length"] | None:
 class StreamedStore(JournaledStore):
     """A model on disk: one block of it is in memory at a time, on ``device``.
 
-    The copies of the checkpoint's files are made here, in the model folder of ``journal``. Raises
-    OutputError where they cannot be.
+    The copies of the checkpoint's files are made here, in the model folder of ``journal``; ``changed`` are the
+    parameters that will be written to them. Raises OutputError where they cannot be made.
     """
 
     def __init__(
-        self, streamed: StreamedModel, journal: Journal, device: torch.device, offload: Path | None = None
+        self,
+        streamed: StreamedModel,
+        journal: Journal,
+        device: torch.device,
+        offload: Path | None = None,
+        changed: Collection[str] = (),
     ) -> None:
         super().__init__(streamed.model, journal, offload)
         self.streamed = streamed
         self.device = device
-        self.copies = ShardCopies(streamed.shards, journal.model)
+        self.copies = streamed.copies(journal.model, changed)
 
     def prepare(self, num_blocks: int) -> None:
         """Make the copies, or check those of an earlier run unless it got through all ``num_blocks``."""
