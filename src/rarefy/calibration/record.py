@@ -132,7 +132,9 @@ class _Recorder:
             if self._output is None:
                 self._output = forward(*args, **kwargs)
             keyword = "" if args else "hidden_states"
-            hidden = args[0] if args else kwargs.pop(keyword)
+            hidden = args[0] if args else kwargs.pop(keyword, None)
+            if not isinstance(hidden, Tensor):
+                raise ModelError.sentence(called_without_states(self._model, index))
             self._check_unchanged(index, hidden)
             self._order.append(index)
             marked = {key: self._marked(value) for key, value in kwargs.items()}
@@ -203,6 +205,11 @@ def blocks_out_of_order(num_blocks: int, order: Sequence[int]) -> str:
 def cannot_run(model: str, error: Exception) -> str:
     """The sentence about a model that needs more than token ids."""
     return f"{model} cannot be run on token ids alone: {' '.join(str(error).split()).rstrip('.')}."
+
+
+def called_without_states(model: str, index: int) -> str:
+    """The sentence about a block whose first argument, or ``hidden_states``, is no tensor with the windows in it."""
+    return f"{model} does not call block {index} with the hidden states of every window, which Rarefy needs."
 
 
 def changed_between(model: str, index: int) -> str:
