@@ -161,9 +161,7 @@ def _content(folder: Path) -> dict[str, str]:
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-def _try(
-    rarefy_: Rarefy, sources: Sources, name: str, seed: int, choose: Callable[[Path], bool] | None = None
-) -> None:
+def _try(rarefy_: Rarefy, sources: Sources, name: str, seed: int) -> None:
     draw = random.Random(f"{name} {seed}")
     source, command = _commands(sources)[name]
     folder = Path("damaged")
