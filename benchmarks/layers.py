@@ -61,8 +61,9 @@ def saved_layers(*kinds: str) -> list[Layer]:
 def save_layers(model_name: str, calibration: str, blocks: tuple[int, ...], num: int, length: int, seed: int) -> None:
     """Run the dense model over the calibration windows and save the layers of ``blocks``."""
     from rarefy.calibration.collect import collect
+    from rarefy.calibration.record import record
     from rarefy.calibration.sources import parse_source
-    from rarefy.calibration.stream import convert_calls, record
+    from rarefy.calibration.stream import convert_calls
     from rarefy.calibration.windows import draw_windows, token_stream
     from rarefy.models.blocks import find_blocks
     from rarefy.models.checkpoint import load_model, resolve_model

@@ -158,12 +158,16 @@ def float64_grams() -> Iterator[None]:
     """Within the scope, Grams are summed in float64, in which no two scores are equal but for rounding."""
     import torch
 
-    defaults = rarefy.Gram.__init__.__kwdefaults__
-    defaults["dtype"] = torch.float64
+    plain = rarefy.Gram.__init__
+
+    def in_float64(self: rarefy.Gram, size: int, **options: Any) -> None:
+        plain(self, size, **{"dtype": torch.float64, **options})
+
+    rarefy.Gram.__init__ = in_float64
     try:
         yield
     finally:
-        defaults["dtype"] = torch.float32
+        rarefy.Gram.__init__ = plain
 
 
 def pruned_in_float64(method: str) -> dict[str, Any]:

@@ -228,3 +228,12 @@ def test_a_negative_diagonal_is_no_gram() -> None:
         Gram.from_matrix(torch.diag(torch.tensor([1.0, -1e-3]))).check("it")
     Gram.from_matrix(torch.zeros(2, 2)).check("it")
     Gram.from_matrix(torch.full((40, 40), 3e38)).check("large, but finite")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("means", [False, True])
+def test_inputs_are_not_changed(dtype: torch.dtype, means: bool) -> None:
+    X = torch.randn(20, 5, generator=torch.Generator().manual_seed(0)).to(dtype)
+    before = X.clone()
+    Gram(5, means=means, dtype=torch.float64).update(X)
+    assert torch.equal(X, before)

@@ -18,10 +18,10 @@ import transformers
 from torch import Tensor
 
 from models_for_tests import _GROUPED, build
+from rarefy.calibration.record import record
 from rarefy.calibration.spill import StatesPart, load_states, save_states
-from rarefy.calibration.stream import record
 from rarefy.errors import OutputError
-from rarefy.models.shards import ShardCopies
+from rarefy.models.copies import ShardCopies
 from rarefy.models.source import resolve_model
 from rarefy.models.streaming import StreamedModel
 from rarefy.pruning.records import LayerRecord
@@ -222,7 +222,9 @@ def test_a_run_of_another_recipe_model_or_text_is_refused_and_left_alone(
 def test_a_fingerprint_depends_on_all_that_the_result_depends_on(tmp_path: Path) -> None:
     folder = tmp_path / "model"
     folder.mkdir()
-    for name in ("a.safetensors", "config.json", "model.safetensors.index.json", "tokenizer.json", "README.md"):
+    (folder / "config.json").write_text("{}")
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "a.safetensors"}}')
+    for name in ("a.safetensors", "other.safetensors", "tokenizer.json", "README.md"):
         (folder / name).write_bytes(name.encode() * 300_000)
 
     def fingerprint(windows: Tensor = _WINDOWS, **recipe: object) -> Fingerprint:
@@ -238,7 +240,13 @@ def test_a_fingerprint_depends_on_all_that_the_result_depends_on(tmp_path: Path)
         assert original.difference(fingerprint(windows)) == "on another calibration text"
     weights = folder / "a.safetensors"
     content = weights.read_bytes()
-    for other in (content + b"x", b"x" + content[1:], content[:-1] + b"x"):
+    middle = len(content) // 2  # where a merged checkpoint differs, although it begins and ends alike
+    for other in (
+        content + b"x",
+        b"x" + content[1:],
+        content[:-1] + b"x",
+        content[:middle] + b"X" + content[middle + 1 :],
+    ):
         weights.write_bytes(other)
         assert original.difference(fingerprint()) == "of another model: a.safetensors is not the same file"
     weights.write_bytes(content)
@@ -344,8 +352,6 @@ def streamed(tmp_path_factory: pytest.TempPathFactory) -> StreamedModel:
 def _run(streamed: StreamedModel, output: Path) -> int:
     """Prune by a rule that depends on the hidden states, and return how many blocks were done in this go."""
     done = 0
-    names = [f"{block}.{parameter}" for block in _BLOCKS for parameter in _PARAMETERS]
-    streamed.check_storable(names)
     fingerprint = Fingerprint.of({"rule": "mean"}, streamed.shards.folder, _WINDOWS)
     with Journal(output).open(fingerprint) as journal, journal.keeping():
         copies = ShardCopies(streamed.shards, journal.model)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import rarefy
 from models_for_tests import VOCABULARY, make_model
-from rarefy.calibration.stream import record
+from rarefy.calibration.record import record
 from rarefy.models.blocks import find_blocks
 from rarefy.pruning.loop import prune_blocks
 from rarefy.pruning.matching import Matching

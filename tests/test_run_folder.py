@@ -21,6 +21,7 @@ def record(name: str = "model.layers.0.mlp.up_proj", **changes: object) -> Layer
         "pattern": "2:4",
         "kept": 16,
         "relative_error": 0.25,
+        "balanced_error": 0.5,
         "status": "solved",
     }
     return LayerRecord(name=name, **{**values, **changes})

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from models_for_tests import make_model
 from rarefy.errors import ModelError, OutputError
-from rarefy.models import shards
-from rarefy.models.shards import ShardCopies, Shards
+from rarefy.models import stored
+from rarefy.models.copies import ShardCopies
+from rarefy.models.shards import Shards
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.int8, torch.uint8)
 
@@ -118,7 +119,7 @@ def test_several_files_are_read_and_copied_with_their_index(folder: Path, tmp_pa
 
 
 def test_tensors_are_compared_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shards, "CHUNK", 16)
+    monkeypatch.setattr(stored, "CHUNK", 16)
     one = torch.arange(30.0)
     others = {f"at {i}": one.clone() for i in range(30)}
     for i, other in enumerate(others.values()):
@@ -192,10 +193,12 @@ def test_a_folder_without_safetensors_or_with_a_wrong_index_is_refused(folder: P
         Shards.open(folder)
     for wrong in ("{", "[]", "{}", '{"weight_map": 3}'):
         index.write_text(wrong)
-        with pytest.raises(ModelError, match="cannot be read as an index of weights"):
+        with pytest.raises(
+            ModelError, match="cannot be read as JSON|is JSON, but no object|names no files of weights"
+        ):
             Shards.open(folder)
     index.unlink()
-    with pytest.raises(ModelError, match="has no safetensors files, and only those can be read in parts"):
+    with pytest.raises(ModelError, match="has no files of weights"):
         Shards.open(folder)
 
 
@@ -236,7 +239,7 @@ def test_copies_that_are_there_are_kept_and_the_others_made(folder: Path, tmp_pa
     with pytest.raises(OutputError, match=f"{lost.name} is missing, although the unfinished run had made it"):
         copy.check()
     again = ShardCopies(opened, tmp_path / "copy")
-    assert again.missing == [lost]
+    assert again.missing == [tmp_path / "copy" / lost.name]
     again.make()
     assert again.missing == []
     assert torch.equal(again.stored(name).read(), written)

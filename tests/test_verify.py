@@ -28,7 +28,7 @@ def run(folder: Path, pattern: Pattern, architecture: str = "llama", **options: 
     with out.writing():
         out.write_layers(report.layers)
         out.write_model(lambda path: save_folder(model, path))
-        out.write_run({})
+        out.write_run({"method": "magnitude", "pattern": str(pattern)})
     return out
 
 

@@ -25,7 +25,7 @@ from transformers.cache_utils import DynamicLayer
 
 from rarefy.calibration.documents import CalibrationWarning, first_line
 from rarefy.errors import CalibrationError, NumericalError
-from rarefy.models.source import quiet
+from rarefy.models.quiet import quiet
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -46,7 +46,7 @@ class Way:
 
 
 # The trial: this many texts of so many tokens, more than a convolution of a state-space model reaches back.
-_TRIAL_TEXTS, _TRIAL_LENGTH = 2, 8
+_TRIAL_TEXTS, _TRIAL_LENGTH = 2, 6
 
 # How far a way's logits may be from those of the whole text, as a fraction of how far they are where all that was
 # before is forgotten. A cache that is not used leaves all of that; positions that are not counted left .01 in a
@@ -84,11 +84,11 @@ def way_of_writing(model: PreTrainedModel) -> Way:
     near = _NEAR if next(model.parameters()).dtype.itemsize >= 4 else _NEAR_IN_16_BITS
     allowed = max(near * float((alone - whole).abs().sum()), _ROUNDING * float(whole.abs().sum()))
     for way in (ALLOCATED_CACHE, OWN_STATE, OWN_STATE_ONE_BY_ONE):
-        # Twice, in another order: nothing of one batch may be left in the next.
-        first, second = _logits_on(model, way, ids), _logits_on(model, way, ids.flip(0))
+        # A second batch, of which one step is enough: nothing of the first may be left in it.
+        first, second = _logits_on(model, way, ids), _logits_on(model, way, ids.flip(0)[:, :2])
         if first is not None and second is not None:
-            difference = (first - whole).abs().sum().maximum((second.flip(0) - whole).abs().sum())
-            if float(difference) <= allowed:
+            leftover = second.flip(0) - whole[:, :1]
+            if float((first - whole).abs().sum() + leftover.abs().sum()) <= allowed:
                 return way
     warnings.warn(
         "the model keeps nothing of what it has written that Rarefy could use, so each token takes a pass over the "

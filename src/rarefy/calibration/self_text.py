@@ -15,10 +15,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,7 +27,8 @@ from torch import Tensor, nn
 
 from rarefy.calibration.documents import CalibrationWarning
 from rarefy.calibration.generation import NO_STATE, Way, embedding_shape, embeddings, way_of_writing
-from rarefy.errors import InputError, NumericalError
+from rarefy.errors import InputError, NumericalError, OutputError
+from rarefy.models.atomic import refusals, replace_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -268,19 +268,9 @@ def _load(file: Path, num: int, length: int) -> Int64[Tensor, "num length"] | No
 def _store(file: Path, windows: Int64[Tensor, "num length"]) -> None:
     """Write a checksum and the tokens; the file appears whole or not at all. Failing here fails nothing else."""
     body = windows.numpy().tobytes()
-    temporary = None
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=file.parent, suffix=".part", delete=False) as stream:
-            temporary = Path(stream.name)
-            stream.write(hashlib.sha256(body).digest() + body)
-        temporary.replace(file)
-    except OSError as error:
-        if temporary is not None:
-            with suppress(OSError):
-                temporary.unlink()
-        warnings.warn(
-            f"the text that the model wrote could not be kept in {file.parent} ({error.strerror or error})",
-            CalibrationWarning,
-            stacklevel=3,
-        )
+        with refusals(file.parent):
+            file.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(file, hashlib.sha256(body).digest() + body)
+    except OutputError as error:
+        warnings.warn(f"the text that the model wrote could not be kept: {error}", CalibrationWarning, stacklevel=3)

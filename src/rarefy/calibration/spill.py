@@ -64,7 +64,8 @@ class StatesPart:
     """What is in one file of saved hidden states: windows ``first`` to ``first + shape[0]`` of the run.
 
     ``shape`` is [windows, length, hidden], ``checksums`` has one number for each window. ``path`` says whether
-    they have come through the pruned blocks or through the dense ones.
+    they have come through the pruned blocks or through the dense ones. ``carried`` is the name of what else
+    crosses from block to block (carried.py), if it is that.
     """
 
     file: str
@@ -73,6 +74,7 @@ class StatesPart:
     dtype: str
     checksums: list[int]
     path: str = PRUNED
+    carried: str = ""
 
 
 def save_states(
@@ -83,13 +85,16 @@ def save_states(
     on_window: Callable[[], None] | None = None,
     *,
     path: str = PRUNED,
+    carried: str = "",
 ) -> StatesPart:
     """Save the hidden states that enter ``block``, of windows ``first`` and on, into a file of ``folder``.
 
     It is on the disk, whole, afterwards. Raises OutputError where the disk refuses; files of other blocks
     stay as they are.
     """
-    name = f"states-{'' if path == PRUNED else path + '-'}{block:05d}-{first:06d}.bin"
+    of_path = "" if path == PRUNED else f"{path}-"
+    what = f"-{zlib.crc32(carried.encode()):08x}" if carried else ""
+    name = f"states-{of_path}{block:05d}-{first:06d}{what}.bin"
     checksums = []
     with replacing(folder / name) as file:
         for window in states:
@@ -98,7 +103,7 @@ def save_states(
             checksums.append(zlib.crc32(content))
             if on_window:
                 on_window()
-    return StatesPart(name, first, list(states.shape), _name(states.dtype), checksums, path)
+    return StatesPart(name, first, list(states.shape), _name(states.dtype), checksums, path, carried)
 
 
 def load_states(

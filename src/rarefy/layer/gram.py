@@ -123,7 +123,7 @@ class Gram:
         for start in range(0, X.shape[0], step):
             self._add(X[start : start + step])
             if self._sum_squares is not None:
-                self._sum_squares += X[start : start + step].double().square_().sum(dim=0)
+                self._sum_squares += X[start : start + step].double().square().sum(dim=0)
 
     def _add(self, X: Float[Tensor, "tokens in"]) -> None:
         # H is symmetric: strips of the upper triangle need little more than half of the products.

@@ -9,7 +9,8 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from rarefy.calibration.collect import Grams, turns
+from rarefy.calibration.collect import gram_groups
+from rarefy.calibration.experts import Grams
 from rarefy.calibration.stream import HiddenStates
 from rarefy.models.blocks import Block
 from rarefy.models.memory import peak_bytes
@@ -42,7 +43,7 @@ def prune_layers(
     mask of every site. Raises NumericalError where a layer has NaN or infinity, or, if the settings are strict,
     could not be solved.
     """
-    for sites in turns(block.sites):
+    for sites in gram_groups(block.sites):
         grams, notes = collect_grams(
             world, block, sites, entering, means=settings.method.needs_means, on_batch=counter.count
         )

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from rarefy.calibration.collect import Grams, collect, collect_all_tokens, starved
+from rarefy.calibration.collect import collect, collect_all_tokens, starved
+from rarefy.calibration.experts import Grams
 from rarefy.calibration.stream import HiddenStates
 from rarefy.models.blocks import Block
 from rarefy.models.sites import Site

@@ -21,22 +21,25 @@ from itertools import zip_longest
 from jaxtyping import Int64
 from torch import Tensor, nn
 
-from rarefy.calibration.collect import turns
+from rarefy.calibration.check import check_blocks
+from rarefy.calibration.collect import gram_groups
 from rarefy.calibration.stream import convert_calls
 from rarefy.errors import InputError
 from rarefy.layer.pattern import Pattern
 from rarefy.methods.base import Method
 from rarefy.models.blocks import Block, find_blocks, select_sites
+from rarefy.models.wrappers import unwrapped
 from rarefy.parallel.world import World
 from rarefy.pruning.advance import advance
 from rarefy.pruning.block import Masks, OnProgress, PartCounter, prune_layers
 from rarefy.pruning.collect import STARVED
 from rarefy.pruning.matching import Matching
-from rarefy.pruning.precision import compute_dtype
+from rarefy.pruning.precision import compute_dtype, full_float32
 from rarefy.pruning.records import LayerRecord, Report
 from rarefy.pruning.settings import PatternOf, PruneSettings, as_pattern_of
 from rarefy.pruning.steps import PrunedBlock
 from rarefy.pruning.stores import BlockStore
+from rarefy.pruning.write import OVERFLOWED
 
 _NAMED = 8  # of these, so many are named in the warning
 
@@ -61,9 +64,10 @@ def prune(
     one for all layers, or a function that gives the pattern of a ``Site``.
     ``include`` and ``exclude`` are globs on full module names. ``matching`` trains what is kept of each block to
     match the dense model. ``on_progress(done, total, note)`` and
-    ``on_layer(record)`` are called as the run goes on. Raises PatternError before anything changes
-    where the pattern does not fit a layer, NumericalError for NaN or infinity, and, if ``strict``,
-    for a layer whose status is a failure.
+    ``on_layer(record)`` are called as the run goes on. What torch.compile or data parallelism wraps around a
+    model is taken off. Raises ModelError for a model that cannot be pruned, such as one with adapters or quantised
+    weights, PatternError before anything changes where the pattern does not fit a layer, NumericalError for NaN
+    or infinity, and, if ``strict``, for a layer whose status is a failure.
 
     Where torch.distributed's default group is initialised, all of its processes call this alike, with the
     same model, all windows and the same settings; they share the work, and each ends with the pruned model
@@ -82,9 +86,11 @@ def prune_model(
     on_layer: Callable[[LayerRecord], None] | None = None,
 ) -> Report:
     """What ``prune`` does, with the settings in one piece."""
+    model = unwrapped(model)
     store = BlockStore(model)
     if store.world.size > 1:
         _check_alike(store.world, model, windows, settings)
+    check_blocks(model, select_sites(find_blocks(model), settings.include, settings.exclude))
     training = model.training
     model.eval()
     try:
@@ -93,6 +99,7 @@ def prune_model(
         model.train(training)
 
 
+@full_float32()
 def prune_blocks(
     store: BlockStore,
     windows: Int64[Tensor, "num length"],
@@ -146,7 +153,7 @@ def prune_blocks(
             store.finish(block, done, entering, dense)
         records += done
     if world.leads:
-        _warn_of_starved(records)
+        _warn_of(records)
     seconds = time.perf_counter() - started
     return Report(records, seconds=seconds, method=str(settings.method), pattern=settings.pattern_name)
 
@@ -162,7 +169,7 @@ def changed_parameters(block: Block, settings: PruneSettings) -> list[str]:
 
 def _num_parts(blocks: Sequence[Block], num_batches: int, settings: PruneSettings) -> int:
     """What progress counts: batches collected and advanced, layers solved, parts of steps."""
-    collected = sum(len(turns(block.sites)) for block in blocks)
+    collected = sum(len(gram_groups(block.sites)) for block in blocks)
     advanced = len(blocks) - 1  # nothing comes after the last
     if settings.needs_dense_path:
         advanced += len(blocks)
@@ -208,12 +215,18 @@ def _check_alike(world: World, model: nn.Module, windows: Tensor, settings: Prun
                 )
 
 
-def _warn_of_starved(records: Sequence[LayerRecord]) -> None:
-    names = [record.name for record in records if STARVED in record.details]
-    if names:
-        more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-        warnings.warn(
-            f"{len(names)} weights of experts were solved with all tokens of their block, because the router sent "
-            f"fewer tokens to them than they have inputs: {', '.join(names[:_NAMED])}{more}. Their records say so.",
-            stacklevel=5,
-        )
+#: What is warned of where a record's details have the key: {number} and {names} of layers.
+_WARNINGS = {
+    STARVED: "{number} weights of experts were solved with all tokens of their block, because the router sent fewer "
+    "tokens to them than they have inputs: {names}. Their records say so.",
+    OVERFLOWED: "{number} layers have weights beyond the range of the dtype in which they are stored, which were "
+    "clipped: {names}. Another --dtype, bfloat16 for instance, has the range.",
+}
+
+
+def _warn_of(records: Sequence[LayerRecord]) -> None:
+    for key, sentence in _WARNINGS.items():
+        names = [record.name for record in records if key in record.details]
+        if names:
+            more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+            warnings.warn(sentence.format(number=len(names), names=", ".join(names[:_NAMED]) + more), stacklevel=5)

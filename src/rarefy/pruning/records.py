@@ -15,7 +15,8 @@ class LayerRecord:
 
     ``shape`` is [out, in], ``pattern`` the name of its pattern and ``pattern_spec`` what the pattern is made from
     again (layer/pattern.py), ``kept`` the exact count of weights that may be non-zero,
-    ``relative_error`` the output energy lost (0 is exact, 1 is as bad as the zero matrix), ``status``
+    ``relative_error`` the output energy lost (0 is exact, 1 is as bad as the zero matrix),
+    ``balanced_error`` the same if all inputs had the same energy, which no single input can hide, ``status``
     the sentence in which the method says how it ended, ``failed`` whether that is a failure,
     ``details`` numbers that belong to it, ``peak_bytes`` the most memory in use while it was solved
     (0 where unknown), ``trace`` one number per step under each name (left out of the file where empty).
@@ -29,6 +30,7 @@ class LayerRecord:
     relative_error: float
     status: str
     failed: bool = False
+    balanced_error: float = math.nan
     pattern_spec: dict[str, str | int | float] = field(default_factory=dict)
     # Whole numbers that are read again stay whole, and so a record is written again as it was.
     details: dict[str, int | float | str] = field(default_factory=dict)
@@ -98,6 +100,11 @@ class Report:
         return geometric_mean(layer.relative_error for layer in self.layers)
 
     @property
+    def balanced_error(self) -> float:
+        """The geometric mean of the layers' balanced errors, in which all inputs count the same."""
+        return geometric_mean(layer.balanced_error for layer in self.layers)
+
+    @property
     def failed(self) -> list[LayerRecord]:
         """The layers on which the method failed."""
         return [layer for layer in self.layers if layer.failed]
@@ -118,7 +125,7 @@ class Report:
 
     def rows(self) -> list[list[str]]:
         """A table by kind of layer: heading, one row per kind, and the sum of all."""
-        heading = ["layer", "count", "shape", "sparsity", "relative error", "worst", "seconds"]
+        heading = ["layer", "count", "shape", "sparsity", "relative error", "worst", "balanced error", "seconds"]
         body = [_row(kind, part, part.seconds) for kind, part in self.by_kind().items()]
         return [heading, *body, _row("all", self, sum(layer.seconds for layer in self.layers))]
 
@@ -168,6 +175,7 @@ def _row(kind: str, part: Report, seconds: float) -> list[str]:
         f"{part.sparsity:.2%}",
         three_digits(part.relative_error),
         three_digits(worst),
+        three_digits(part.balanced_error),
         f"{seconds:.1f}",
     ]
 

@@ -14,12 +14,14 @@ from rarefy.layer.solution import Solution
 from rarefy.methods.base import Method, run
 from rarefy.models.sites import Site
 from rarefy.parallel.sharing import Piece
-from rarefy.pruning.parts import Part
+from rarefy.pruning.parts import Energies, Part
+from rarefy.pruning.precision import full_float32
 from rarefy.pruning.records import LayerRecord
 from rarefy.pruning.settings import PruneSettings
 from rarefy.pruning.write import write_rows
 
 
+@full_float32()
 def solve(
     weight: Tensor, gram: Tensor | Gram, pattern: Pattern, method: Method, *, name: str = "the layer"
 ) -> Solution:
@@ -48,7 +50,9 @@ def solve_piece(
             reason = solution.details.get("failure", solution.status.value)
             raise NumericalError(f"{site.name}: {reason} (strict)")
         write_rows(site, piece.rows, solution)
-        lost = problem.objective(site.read(piece.rows))
+        written = site.read(piece.rows)
+        lost = Energies(problem.objective(written), problem.balanced_objective(written))
+        dense = Energies(problem.dense_energy, problem.balanced_energy)
     record = LayerRecord(
         name=site.name,
         block=block,
@@ -56,7 +60,8 @@ def solve_piece(
         pattern=str(whole),
         pattern_spec=whole.spec(),
         kept=int(solution.mask.sum()),
-        relative_error=error_ratio(lost, problem.dense_energy),
+        relative_error=error_ratio(lost.plain, dense.plain),
+        balanced_error=error_ratio(lost.balanced, dense.balanced),
         status=solution.status.value,
         failed=solution.status.failed,
         details=solution.details,
@@ -64,4 +69,4 @@ def solve_piece(
         seconds=solution.seconds,
         trace=solution.trace,
     )
-    return Part(record, lost, problem.dense_energy), solution.mask
+    return Part(record, lost, dense), solution.mask

@@ -19,12 +19,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from rarefy.calibration.spill import DENSE, PRUNED, StatesPart, load_states, save_states
-from rarefy.calibration.stream import HiddenStates, convert_calls, record
+from rarefy.calibration.record import record
+from rarefy.calibration.saved import load_stream, save_stream
+from rarefy.calibration.spill import DENSE, PRUNED, StatesPart
+from rarefy.calibration.stream import HiddenStates, convert_calls
 from rarefy.errors import OutputError
 from rarefy.models.atomic import replace_file
 from rarefy.models.blocks import Block
-from rarefy.models.shards import ShardCopies
 from rarefy.models.streaming import StreamedModel
 from rarefy.parallel.world import World
 from rarefy.pruning.precision import compute_dtype, computing_in
@@ -143,15 +144,14 @@ class JournaledStore(BlockStore):
         dense = entering.fork(self.offload) if dense_path else None
         if not self.journal.states:
             return entering, dense
-        saved = {path: [part for part in self.journal.states if part.path == path] for path in (PRUNED, DENSE)}
         try:
-            load_states(self.journal.folder, saved[PRUNED], entering.states, first, entering.release)
+            load_stream(self.journal.folder, self.journal.states, entering, first)
         except OutputError as error:
             warnings.warn(f"{error} They are computed again from the finished blocks.", stacklevel=2)
             entering = self._record(blocks, windows, batch_size)  # some of them may be overwritten
             self._replay(entering, blocks[: self.finished])
         if dense is not None:
-            load_states(self.journal.folder, saved[DENSE], dense.states, first, dense.release)
+            load_stream(self.journal.folder, self.journal.states, dense, first, path=DENSE)
         return entering, dense
 
     def _record(self, blocks: Sequence[Block], windows: Int64[Tensor, "num length"], batch_size: int) -> HiddenStates:
@@ -187,12 +187,12 @@ class JournaledStore(BlockStore):
 
         Of several processes, each saves those of its windows.
         """
-        own = []
+        own: list[StatesPart] = []
         folder, number = self.journal.folder, block.index + 1
         with self.world.together():
             for path, states in ((PRUNED, entering), (DENSE, entering_dense)):
                 if states is not None:
-                    own.append(save_states(folder, number, states.states, self._first, states.release, path=path))
+                    own += save_stream(folder, number, states, self._first, path=path)
         everyone = self.world.gather(own)
         with self.world.together():
             self.journal.finish_block(block.index, records, [part for parts in everyone for part in parts])
@@ -229,17 +229,22 @@ def kept_windows(output: Path) -> Int64[Tensor, "num length"] | None:
 class StreamedStore(JournaledStore):
     """A model on disk: one block of it is in memory at a time, on ``device``.
 
-    The copies of the checkpoint's files are made here, in the model folder of ``journal``. Raises
-    OutputError where they cannot be.
+    The copies of the checkpoint's files are made here, in the model folder of ``journal``; ``changed`` are the
+    parameters that will be written to them. Raises OutputError where they cannot be made.
     """
 
     def __init__(
-        self, streamed: StreamedModel, journal: Journal, device: torch.device, offload: Path | None = None
+        self,
+        streamed: StreamedModel,
+        journal: Journal,
+        device: torch.device,
+        offload: Path | None = None,
+        changed: Collection[str] = (),
     ) -> None:
         super().__init__(streamed.model, journal, offload)
         self.streamed = streamed
         self.device = device
-        self.copies = ShardCopies(streamed.shards, journal.model)
+        self.copies = streamed.copies(journal.model, changed)
 
     def prepare(self, num_blocks: int) -> None:
         """Make the copies, or check those of an earlier run unless it got through all ``num_blocks``."""

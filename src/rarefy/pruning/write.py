@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-import torch
 from jaxtyping import Bool
 from torch import Tensor
 
+from rarefy.layer.cast import round_to
 from rarefy.layer.solution import Solution
 from rarefy.models.sites import Site
 from rarefy.parallel.sharing import Piece
 from rarefy.parallel.world import World
 
+OVERFLOWED = "overflowed"  # what a record's details call weights that were clipped to the dtype's largest number
+
 
 def write_rows(site: Site, rows: slice, solution: Solution) -> None:
     """Write the solution of some rows in the dtype of the site, with +0 outside of the mask.
 
-    The mask is applied again after the cast, since a tiny weight may have become -0.
+    Weights that overflow the dtype are clipped to its largest number, and ``solution.details`` counts them.
     """
-    site.write(torch.where(solution.mask, solution.weight.to(site.dtype), 0), rows)
+    rounded, overflowed = round_to(solution.weight, solution.mask, site.dtype)
+    if overflowed:
+        solution.details[OVERFLOWED] = overflowed
+    site.write(rounded, rows)
 
 
 def broadcast_piece(world: World, site: Site, piece: Piece, mask: Bool[Tensor, "out inputs"] | None) -> None:

@@ -148,7 +148,8 @@ class _Writer:
 
     def both(self, folder: RunFolder) -> tuple[Texts, Texts]:
         """What the dense and the pruned model write. Raises RarefyError where they cannot."""
-        name = read_yaml(folder.recipe).get("model")
+        settings = read_yaml(folder.recipe)
+        name = settings.get("against") or settings.get("model")  # of a tuning, the dense model is the former
         if not isinstance(name, str):
             raise InputError.sentence(f"{folder.recipe} names no model.")
         self.note(f"loading {name}, which {folder.recipe} names, and {folder.model}")

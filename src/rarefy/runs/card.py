@@ -14,7 +14,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from jinja2 import Environment, PackageLoader, StrictUndefined, UndefinedError
 
 from rarefy.errors import InputError
-from rarefy.models.source import quiet
+from rarefy.models.quiet import quiet
 from rarefy.pruning.records import three_digits
 
 #: Models that Rarefy knows by a name of its own.
@@ -56,6 +56,7 @@ def _card(run: Mapping[str, Any]) -> str:
     return _ENVIRONMENT.get_template("card.md.jinja").render(
         {
             "divergence": [],
+            "tuning": None,
             "tasks": {},
             **run,
             "front_matter": f"{front.to_yaml()}\n",

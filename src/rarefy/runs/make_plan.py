@@ -30,6 +30,7 @@ def make_plan(recipe: Recipe, output: Path | None = None, offload: Path | None =
     text = parse_source(recipe.calibration or DEFAULT_CALIBRATION, text_column=recipe.text_column)
 
     # What follows imports torch, which takes seconds.
+    from rarefy.calibration.check import check_blocks
     from rarefy.calibration.windows import DRAW_FROM, draw_windows
     from rarefy.models.blocks import find_blocks, select_sites
     from rarefy.models.checkpoint import resolve_device
@@ -50,6 +51,7 @@ def make_plan(recipe: Recipe, output: Path | None = None, offload: Path | None =
     skeleton = source.skeleton()
     blocks = select_sites(find_blocks(skeleton), recipe.include, recipe.exclude)
     check_patterns(blocks, Uniform(pattern))
+    check_blocks(skeleton, blocks)
     windows = None
     if text is not SELF:
         num, length = recipe.window_shape
@@ -58,23 +60,13 @@ def make_plan(recipe: Recipe, output: Path | None = None, offload: Path | None =
     else:
         windows = kept_windows(output) if output else None
         recipe = recipe.model_copy(update={"bos": False})  # what the model writes begins with it anyway
-    streams = _streams(source, recipe)
+    streams = source.kind != "gguf"
     plan = Plan(recipe, method, pattern, device, source, skeleton, blocks, windows, streams, offload, world.size)
     if output and (journal := Journal.find(output)) and windows is not None and source.kind != "hub":
         journal.check(plan.fingerprint(windows))
     if windows is None and plan.streams:
         check_own_text_fits(plan)
     return plan
-
-
-def _streams(source: ModelSource, recipe: Recipe) -> bool:
-    """Whether the model has files of which parts can be read, and is to be used in their dtype."""
-    from rarefy.models.checkpoint import resolve_dtype
-
-    if source.kind == "gguf" or (recipe.dtype != "auto" and resolve_dtype(recipe.dtype) != source.config.dtype):
-        return False
-    files = ("model.safetensors", "model.safetensors.index.json")
-    return source.kind == "hub" or any((source.path / file).is_file() for file in files)
 
 
 def read_tokens(

@@ -34,9 +34,10 @@ from rarefy.runs.memory import estimated_bytes
 from rarefy.runs.model import RunModel, open_model
 from rarefy.runs.plan import Plan, calibration_words
 from rarefy.runs.recipe import Recipe
-from rarefy.runs.verify import inspect_folder
+from rarefy.runs.verify import count_tensors, inspect_folder
 
 if TYPE_CHECKING:
+    from rarefy.models.source import ModelSource
     from rarefy.pruning.stores import BlockStore
 
 
@@ -184,18 +185,18 @@ def _write(
     clock: _Clock,
     texts: bool,
 ) -> dict[str, Any]:
-    """Write recipe, records and model, verify the files, and let the models write; the texts for ``run.json``."""
+    """Write recipe, records and model, verify the files, and let the models write; what ``run.json`` says of it."""
     with clock.stage("write"):
         folder.remove_partial()
         folder.write_recipe(plan.recipe.to_yaml())
         folder.write_layers(report.layers)
         model.write(folder, journal)
     with clock.stage("verify"):
-        _verify(folder)
+        tensors = _verify(folder, plan.source)
     if texts:
         with clock.stage("texts"):
             model.write_texts(folder)
-    return dict(model.texts)
+    return {"tensors": tensors, **model.texts}
 
 
 def _prune(plan: Plan, store: BlockStore, windows: torch.Tensor, events: Events) -> Report:
@@ -267,11 +268,13 @@ def _end_finished(plan: Plan, folder: RunFolder) -> RunResult:
     return RunResult(folder, report, facts, went_on=True)
 
 
-def _verify(folder: RunFolder) -> None:
-    problems = inspect_folder(folder.model).problems
-    if problems:
+def _verify(folder: RunFolder, source: ModelSource) -> dict[str, int]:
+    """Read the written files again; how many tensors of each kind they hold. Raises VerificationError."""
+    inspection = inspect_folder(folder.model, source=source)
+    if problems := inspection.problems:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise VerificationError(f"The written files do not hold what was promised: {problems[0]}{more}.")
+    return count_tensors(inspection.tensors)
 
 
 def _iso(moment: datetime) -> str:
@@ -297,6 +300,7 @@ def _facts(plan: Plan, report: Report, command: Sequence[str], began: datetime, 
         "pruned": report.pruned,
         "sparsity": report.sparsity,
         "relative_error": report.relative_error if math.isfinite(report.relative_error) else None,
+        "balanced_error": report.balanced_error if math.isfinite(report.balanced_error) else None,
         "seed": recipe.seed,
         "device": str(plan.device),
         "dtype": str(dtype).removeprefix("torch."),

@@ -9,7 +9,7 @@ import torch
 from transformers import GenerationConfig
 
 from rarefy.calibration.windows import check_token_ids
-from rarefy.models.source import quiet
+from rarefy.models.quiet import quiet
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
