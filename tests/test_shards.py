@@ -246,6 +246,32 @@ def test_copies_that_are_there_are_kept_and_the_others_made(folder: Path, tmp_pa
     assert not list((tmp_path / "copy").glob(".*"))
 
 
+def test_what_was_written_is_on_the_disk_after_sync(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[int] = []
+    fsync = os.fsync
+
+    def sync(descriptor: int) -> None:
+        synced.append(os.fstat(descriptor).st_ino)
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", sync)
+    opened = Shards.open(folder)
+    copy = ShardCopies(opened, tmp_path / "copy")
+    copy.make()
+    made = {path.stat().st_ino for path in (tmp_path / "copy", *(tmp_path / "copy").iterdir())}
+    assert made <= {*synced}
+    synced.clear()
+    name = sorted(opened.tensors)[0]
+    copy.write(name, torch.ones(opened.tensors[name].shape, dtype=torch.bfloat16))
+    assert synced == []
+    copy.sync()
+    assert synced == [copy.stored(name).file.stat().st_ino]
+    copy.sync()
+    assert len(synced) == 1
+
+
 def test_a_copy_that_is_none_is_noticed(folder: Path, tmp_path: Path) -> None:
     copy = ShardCopies(Shards.open(folder), tmp_path / "copy")
     copy.make()
