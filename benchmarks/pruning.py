@@ -17,8 +17,10 @@ import time
 import torch
 
 import rarefy
-from rarefy.calibration.sources import draw_windows, parse_source, token_stream
-from rarefy.calibration.stream import convert_calls, record
+from rarefy.calibration.record import record
+from rarefy.calibration.sources import parse_source
+from rarefy.calibration.stream import convert_calls
+from rarefy.calibration.windows import draw_windows, token_stream
 from rarefy.models.blocks import find_blocks
 from rarefy.models.checkpoint import load_model, resolve_model
 from rarefy.pruning.precision import compute_dtype, computing_in

@@ -31,14 +31,14 @@ class Saliency(rarefy.Method):
     summary: ClassVar[str] = "keeps the weights of largest optimal-brain-surgeon saliency"
     paper: ClassVar[str] = "Hassibi and Stork, 1993"
 
-    damping: float = hyper(0.01, "added to the diagonal of H, as a fraction of its mean", low=0)
+    damping: float = hyper(0.01, "added to the diagonal of H, as a share of each input's own energy", low=0)
 
     def solve(
         self, problem: rarefy.LayerProblem, pattern: Pattern, start: rarefy.Solution | None = None
     ) -> rarefy.Solution:
-        factor = inverse_factor(problem, self.damping)  # H^-1 = U^T U, shared by all layers with this Gram
-        inverse_diagonal = factor.U.square().sum(dim=0)  # (H^-1)_jj
-        scores = problem.W0.square() / inverse_diagonal
+        factor = inverse_factor(problem, self.damping)  # A^-1 = U^T U, shared by all layers with this Gram
+        inverse_diagonal = factor.U.square().sum(dim=0)  # (A^-1)_jj
+        scores = problem.to_scaled(problem.W0, problem.scaled).square() / inverse_diagonal
         return masked(problem.W0, pattern.project(scores))
 
     def rows_independent(self, pattern: Pattern) -> bool:
@@ -70,12 +70,12 @@ class HardThresholding(rarefy.IterativeMethod[_State]):
     tolerance: float = hyper(1e-4, "stops where a step moves the weight by less than this share of it", low=0)
 
     def init(self, problem: rarefy.LayerProblem, pattern: Pattern, start: rarefy.Solution | None) -> _State:
-        scaled = problem.scaled(0.0, damp_first=True)
+        scaled = problem.scaled
         W0 = problem.to_scaled(problem.W0, scaled)
         mask = pattern.project(W0.abs()) if start is None else start.mask
         W = W0 * mask if start is None else problem.to_scaled(start.weight.to(problem.dtype), scaled)
         smoothness = problem.gram.cached(
-            ("hard-thresholding", problem.dtype, W0.device), lambda: float(torch.linalg.matrix_norm(scaled.H, 2))
+            ("hard-thresholding", problem.dtype, W0.device), lambda: float(torch.linalg.matrix_norm(scaled.A, 2))
         )
         return _State(problem, pattern, scaled, W0, W, mask, smoothness)
 
@@ -84,7 +84,7 @@ class HardThresholding(rarefy.IterativeMethod[_State]):
 
     def step(self, state: _State, t: int) -> dict[str, float]:
         before = state.W
-        W = before - (before - state.W0) @ state.scaled.H / state.smoothness  # (1)
+        W = before - (before - state.W0) @ state.scaled.A / state.smoothness  # (1)
         state.mask = state.pattern.project(W.abs())  # (2)
         state.W = W * state.mask
         moved = float((state.W - before).norm() / before.norm().clamp_min(1e-38))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,8 +13,7 @@ import pytest
 # Before huggingface_hub is imported, which reads this once: no test may depend on a network.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-if os.environ.get("CHECK_SHAPES"):
-    import shape_checks  # noqa: F401 (before what it checks is imported)
+import shape_checks  # isort: skip (before what it checks is imported)
 
 import transformers
 
@@ -23,6 +22,14 @@ from models_for_tests import build, make_model, save_folder
 from rarefy.cli import main
 
 transformers.utils.logging.disable_progress_bar()
+
+
+@pytest.fixture
+def checked_shapes() -> Iterator[None]:
+    """Types and shapes are checked against the annotations of the mathematics in every call."""
+    shape_checks.turn(on=True)
+    yield
+    shape_checks.turn(on=bool(os.environ.get("CHECK_SHAPES")))
 
 
 @pytest.fixture(scope="session")
@@ -70,6 +77,7 @@ def shelf(tmp_path_factory: pytest.TempPathFactory, model_folder: Callable[[str]
     (folder / "no_model" / "letter.txt").write_text("Dear reader")
     (folder / "file").touch()
     (folder / "text.txt").write_text("the quick brown fox jumps over the lazy dog; " * 200)
+    (folder / "rows.csv").write_text('id,body\n1,"' + (folder / "text.txt").read_text() + '"\n')
     (folder / "short.txt").write_text("the end")
     (folder / "empty.txt").touch()
     (folder / "binary.txt").write_bytes(bytes(range(256)) * 20)

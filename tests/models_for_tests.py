@@ -12,6 +12,7 @@ from pathlib import Path
 import gguf
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
@@ -101,6 +102,26 @@ def build(config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
     return model.eval().requires_grad_(False)
 
 
+def save_composite(folder: Path, dtype: torch.dtype = torch.bfloat16) -> Path:
+    """Writes a model that also sees, with a layer for speculation of which transformers does not load a tensor."""
+    text = {**_GROUPED, "head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 4}
+    text |= {"linear_key_head_dim": 8, "linear_value_head_dim": 8}
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 32}
+    vision |= {"patch_size": 4, "num_position_embeddings": 16, "deepstack_visual_indexes": []}
+    config = transformers.Qwen3_5Config(
+        text_config=text, vision_config=vision, image_token_id=150, video_token_id=151
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = transformers.Qwen3_5ForConditionalGeneration(config).to(dtype)
+        model.save_pretrained(folder)
+        tensors = load_file(folder / "model.safetensors")
+        tensors["mtp.fc.weight"] = torch.randn(32, 64).to(dtype)
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
 def make_tokenizer() -> PreTrainedTokenizerFast:
     """Three special tokens, one token for each printable character, and a few frequent pairs."""
     vocabulary = [*_SPECIAL_TOKENS, *string.printable, *(a + b for a, b in _MERGES)]
@@ -123,8 +144,11 @@ def save_folder(model: PreTrainedModel, folder: Path) -> Path:
     return folder
 
 
-def write_gguf(path: Path, model: PreTrainedModel) -> Path:
-    """Writes a small Llama as llama.cpp does, matrices as blocks of 8-bit numbers, and returns ``path``."""
+def write_gguf(path: Path, model: PreTrainedModel, extra: str | None = None) -> Path:
+    """Writes a small Llama as llama.cpp does, matrices as blocks of 8-bit numbers, and returns ``path``.
+
+    ``extra`` is the name of one more tensor, which is no part of the model.
+    """
     config = model.config
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_context_length(config.max_position_embeddings)
@@ -155,6 +179,8 @@ def write_gguf(path: Path, model: PreTrainedModel) -> Path:
         kind = gguf.GGMLQuantizationType.Q8_0 if weight.ndim == 2 else gguf.GGMLQuantizationType.F32
         short_name = names.get_name(name, try_suffixes=(".weight",))
         writer.add_tensor(short_name, gguf.quantize(weight.numpy(), kind), raw_dtype=kind)
+    if extra is not None:
+        writer.add_tensor(extra, torch.ones(32).numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

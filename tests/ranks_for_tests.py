@@ -7,6 +7,8 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -134,7 +136,8 @@ def prune_experts(folder: str) -> None:
             assert "windows on process 1 is not that on process 0" in str(error)  # noqa: PT017
         else:
             raise AssertionError
-        report = rarefy.prune(model, windows, pattern=rarefy.NM(2, 4), method=rarefy.DSnoT(), batch_size=1)
+        with float64_grams():
+            report = rarefy.prune(model, windows, pattern=rarefy.NM(2, 4), method=rarefy.DSnoT(), batch_size=1)
         torch.save((model.state_dict(), report.layers), f"{folder}/{world.rank}.pt")
         world.leave()
 
@@ -147,7 +150,52 @@ def experts_and_windows() -> tuple[Any, Any]:
     from test_experts import listed
 
     windows = torch.randint(3, VOCABULARY, (24, 2), generator=torch.Generator().manual_seed(0))
-    return listed(make_model("mixtral")), windows
+    return listed(make_model("mixtral")).double(), windows
+
+
+@contextmanager
+def float64_grams() -> Iterator[None]:
+    """Within the scope, Grams are summed in float64, in which no two scores are equal but for rounding."""
+    import torch
+
+    plain = rarefy.Gram.__init__
+
+    def in_float64(self: rarefy.Gram, size: int, **options: Any) -> None:
+        plain(self, size, **{"dtype": torch.float64, **options})
+
+    rarefy.Gram.__init__ = in_float64
+    try:
+        yield
+    finally:
+        rarefy.Gram.__init__ = plain
+
+
+def pruned_in_float64(method: str) -> dict[str, Any]:
+    """The weights of a model with float64 in all of its arithmetic, pruned by all processes of the group."""
+    import torch
+    from transformers import LlamaConfig
+
+    from models_for_tests import _GROUPED, VOCABULARY, build
+    from rarefy.methods import METHODS
+
+    sizes = {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 160}
+    model = build(LlamaConfig(**{**_GROUPED, **sizes})).double()
+    windows = torch.randint(3, VOCABULARY, (7, 48), generator=torch.Generator().manual_seed(0))
+    with float64_grams():
+        rarefy.prune(model, windows, pattern=rarefy.PerRow(0.5), method=METHODS[method], batch_size=2)
+    return dict(model.state_dict())
+
+
+def prune_in_float64(folder: str, method: str) -> None:
+    """Each rank writes the weights that it ends with."""
+    import torch
+
+    from rarefy.parallel.world import World, joined
+
+    with joined() as _:
+        world = World.current()
+        torch.save(pruned_in_float64(method), f"{folder}/{world.rank}.pt")
+        world.leave()
 
 
 def add_up_unlike(folder: str) -> None:
@@ -155,7 +203,7 @@ def add_up_unlike(folder: str) -> None:
     import torch
 
     from rarefy.layer.gram import Gram
-    from rarefy.parallel.reduce import add_up
+    from rarefy.parallel.reduce import all_reduce_grams
     from rarefy.parallel.world import World, joined
 
     with joined() as _:
@@ -165,7 +213,7 @@ def add_up_unlike(folder: str) -> None:
             one, other = Gram(3, means=True), Gram(3, means=True)
             one.update(inputs[world.rank])
             other.update(inputs[world.rank])
-            grams = add_up(world, {"a": one, "b": one if world.rank == sharing else other, "c": other})
+            grams = all_reduce_grams(world, {"a": one, "b": one if world.rank == sharing else other, "c": other})
             whole = Gram(3, means=True)
             whole.update(inputs)
             assert (grams["a"] is grams["b"]) == (sharing == 0)

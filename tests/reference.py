@@ -135,9 +135,10 @@ def _project(scores: Floats, pattern: Pattern) -> Mask:
 def project_gradual(scores: Matrix, pattern: Pattern, progress: float) -> Tensor:
     """Mask on the way to the pattern: at progress p its sparsity is s_t = s - s (1 - p)^3.
 
-    N:M: the `keep` largest of every group are kept, of the others the smallest of the whole matrix are
-    pruned, round(s_t * numel) in all. A fixed mask is itself from the start. Choice: s_t is computed by
-    this expression and rounded with Python's round, per row for a row pattern.
+    N:M: the `keep` largest of every group are kept; of the others, divided by the smallest of those of their
+    group, the smallest of every row are pruned, round(s_t * inputs) in a row. A fixed mask is itself from the
+    start. Choices: s_t is computed by this expression and rounded with Python's round, per row for a row pattern;
+    0 / 0 is 0.
     """
     array = _floats(scores)
     if pattern[0] == "fixed":
@@ -146,8 +147,15 @@ def project_gradual(scores: Matrix, pattern: Pattern, progress: float) -> Tensor
     now = sparsity - sparsity * (1 - progress) ** 3
     if pattern[0] != "nm":
         return project(array, (pattern[0], now))
-    protected = _project(array, pattern)
-    return project_topk(np.where(protected, np.inf, array), array.size - round(now * array.size))
+    relative = np.zeros_like(array)
+    for i, row in enumerate(array):
+        for j in range(0, len(row), pattern[2]):
+            group = row[j : j + pattern[2]]
+            protected = _topk(group, pattern[1])
+            smallest = group[protected].min()
+            ratios = group / smallest if smallest > 0 else np.zeros_like(group)
+            relative[i, j : j + pattern[2]] = np.where(protected, np.inf, ratios)
+    return project_rows(relative, array.shape[1] - round(now * array.shape[1]))
 
 
 # --- scores and the methods that only choose a mask
@@ -201,16 +209,16 @@ def sparsegpt(W0: Matrix, H: Matrix, pattern: Pattern, block_size: int = 128, da
 
     H^-1 is that of the columns not yet passed; column j is passed by Gaussian elimination of its row and
     column. The pivot [H^-1]_jj at that moment is diag(U)_j^2 of the paper's Cholesky factor, known before
-    the sweep. Masks are chosen per block of columns by W^2 / pivot on entering the block: with K kept of
+    the sweep. Damping is added to diag H as a share of each entry. Masks are chosen per block of columns by
+    W^2 / pivot on entering the block: with K kept of
     `in` columns, the blocks up to column b have kept floor(K b / in), over all rows ("layer") or in every
     row ("row"); N:M masks on entering each group.
-    Choices: mean diag H is that of H as given, dead inputs counted as 0; a dead input's diagonal becomes 1
-    and its weight 0; N:M groups do not care where blocks end.
+    Choices: a dead input's diagonal becomes 1 and its weight 0; N:M groups do not care where blocks end.
     """
     W, H = _floats(W0), _floats(H)
     out, inputs = W.shape
     dead = np.diag(H) == 0
-    H = H + damping * np.mean(np.diag(H)) * np.eye(inputs)
+    H = H + damping * np.diag(np.diag(H))
     H[dead, dead] = 1
     W[:, dead] = 0
 
@@ -324,6 +332,7 @@ def admm(
     damping: float = 0.1,
     rho: float = 1.0,
     schedule: str = "cubic",
+    start: Matrix | None = None,
 ) -> Answer:
     """ADMM weight update with gradual pruning (Boža, arXiv 2401.02938).
 
@@ -332,13 +341,14 @@ def admm(
     released code), "fixed" keeps the Wanda-score mask of the start (ADMM1).
     Choices: the comparison group is the pattern's; a "fixed" pattern overrides the schedule; the mask of
     iteration mask_steps is frozen; where the iterations end before that, the last projection is at the full
-    sparsity.
+    sparsity; W begins at `start` (out, in), by default W0.
     """
+    first = None if start is None else np.where(np.diag(_floats(H)) <= 0, 0, _floats(start))
     W0, H, s = _scale(_floats(W0), _floats(H))
     eye = np.eye(len(H))
     H = H + damping * eye
     target = W0 @ H
-    W, U = W0.copy(), np.zeros_like(W0)
+    W, U = W0.copy() if first is None else first * s, np.zeros_like(W0)
     mask = _project(np.abs(W0), pattern)
     for t in range(1, steps + 1):
         if schedule == "cubic" and t <= mask_steps:
@@ -421,29 +431,35 @@ def alps_geometric(
     H: Matrix,
     pattern: Pattern,
     damping: float = 0.01,
+    refit_damping: float | None = None,
     rho_first: float = 0.03,
     rho_last: float = 3.0,
     steps: int = 40,
+    levels: int | None = None,
     pcg_steps: int = 10,
     rtol: float = 1e-4,
 ) -> Answer:
-    """The iteration of ALPS (arXiv 2406.07831) with rho_t from rho_first to rho_last in equal ratios, then
-    PCG.
+    """The iteration of ALPS (arXiv 2406.07831) with rho from rho_first to rho_last in equal ratios, then PCG.
 
-    Choices: rho_t = rho_first (rho_last / rho_first)^(t / (steps - 1)), t = 0..steps-1, serves the W, D and
-    V updates of its iteration; V, not U, is carried over; D starts at the projected dense weight; the final
-    support is the projection of the primal W, and PCG starts there, on the damped and scaled H, as in
-    `alps`.
+    `levels` penalties, by default as many as steps, are each held for steps / levels iterations. Damping is added
+    to the diagonal after it has been scaled to 1, `refit_damping`, by default the same, in the PCG.
+    Choices: where levels do not divide steps, iteration t (from 0) has level floor(t levels / steps); a penalty
+    serves the W, D and V updates of its iteration; V, not U, is carried over; D starts at the projected dense
+    weight; the final support is the projection of the primal W, and PCG starts there, on the damped and scaled H.
     """
-    W0, H, s = _alps_problem(W0, H, damping)
-    eye, target = np.eye(len(H)), W0 @ H
+    W0, unit, s = _scale(_floats(W0), _floats(H))
+    eye = np.eye(len(unit))
+    H, levels = unit + damping * eye, levels or steps
+    target = W0 @ H
     W, D, V = W0.copy(), np.where(_project(np.abs(W0), pattern), W0, 0), np.zeros_like(W0)
+    penalties = np.geomspace(rho_first, rho_last, levels) if levels > 1 else np.array([rho_first])
     for t in range(steps):
-        rho = rho_first * (rho_last / rho_first) ** (t / max(1, steps - 1))
+        rho = float(penalties[t * levels // steps])
         W = _right_solve(target - V + rho * D, H + rho * eye)
         D = np.where(_project(np.abs(W + V / rho), pattern), W + V / rho, 0)
         V = V + rho * (W - D)
     mask = _project(np.abs(W), pattern)
+    H = unit + (damping if refit_damping is None else refit_damping) * eye
     return _answer(_cg(W0, H, np.where(mask, W, 0), mask, pcg_steps, rtol) / s, mask)
 
 
@@ -451,8 +467,7 @@ def alps_geometric(
 
 
 def _cg(W0: Floats, H: Floats, W: Floats, mask: Mask, steps: int, rtol: float) -> Floats:
-    """Conjugate gradients of every row on its support, for H with unit diagonal (so Jacobi is the
-    identity)."""
+    """Conjugate gradients of every row on its support, for H with an even diagonal (Jacobi is then a number)."""
     W = W.copy()
     R = np.where(mask, (W0 - W) @ H, 0)
     P = R.copy()
@@ -484,6 +499,7 @@ def pcg(
     start: Matrix | None = None,
     steps: int = 10,
     rtol: float = 1e-4,
+    damping: float = 0.0,
 ) -> Answer:
     """Row-wise preconditioned conjugate gradients on a fixed support (ALPS, arXiv 2406.07831, Algorithm 2).
 
@@ -491,7 +507,7 @@ def pcg(
     usually
     ("fixed", mask), else the largest |start|. Jacobi preconditioner; residual ((W0 - W) H) on the support;
     one
-    product with H per step; H undamped.
+    product with H per step; damping is a share of each diag H.
     Choices: all rows go on until every row's residual, divided by sqrt(diag H), has at most rtol times the
     norm of the same row of W0 H on the support (no row is frozen earlier); rows without residual or
     curvature stand still.
@@ -499,7 +515,8 @@ def pcg(
     W, mask = _refit_start(W0, pattern, start)
     gram = _floats(H)
     s = np.where(np.diag(gram) <= 0, 1, _norms(gram))
-    return _answer(_cg(_floats(W0) * s, gram / np.outer(s, s), W * s, mask, steps, rtol) / s, mask)
+    unit = (gram + damping * np.diag(np.diag(gram))) / np.outer(s, s)
+    return _answer(_cg(_floats(W0) * s, unit, W * s, mask, steps, rtol) / s, mask)
 
 
 def _best_rows(W: Floats, H: Floats, support: Mask) -> Floats:
@@ -557,14 +574,18 @@ def sparsefw_fixed_part(scores: Matrix, pattern: Pattern, alpha: float) -> Tenso
     """M_bar: the floor(alpha k) most salient entries of the start mask, per row for a row pattern, else
     over all.
 
-    Choice: "per row" floors alpha times the row's count; N:M takes them over the whole matrix.
+    Choices: "per row" floors alpha times the row's count; N:M takes them over the whole matrix, but at most
+    N - 1 of a group, the whole group where N is 1.
     """
     array = _floats(scores)
     start = _project(array, pattern)
-    inside = np.where(start, array, -np.inf)
     if pattern[0] == "row":
+        inside = np.where(start, array, -np.inf)
         return project_rows(inside, math.floor(alpha * num_kept(pattern, 1, array.shape[1])))
-    return project_topk(inside, math.floor(alpha * num_kept(pattern, *array.shape)))
+    num = math.floor(alpha * num_kept(pattern, *array.shape))
+    if pattern[0] == "nm":
+        start &= _mask(project_nm(array, max(1, pattern[1] - 1), pattern[2]))
+    return project_topk(np.where(start, array, -np.inf), min(num, int(start.sum())))
 
 
 def sparsefw(
@@ -609,13 +630,30 @@ def sparsefw(
             eta = float(np.clip(-slope / (2 * curvature), 0, 1)) if curvature > 0 else float(slope < 0)
         else:
             raise ValueError(f"unknown step {step!r}")
-        M = (1 - eta) * M + eta * V
+        M = M + eta * (V - M)
         if (t + 1) % grade_every == 0 or t + 1 == steps:
             rounded = _free_topk(M, pattern, fixed, positive_only=False) | fixed
             loss = objective(W * rounded, W, G)
             if loss < lowest:
                 best, lowest = rounded, loss
     return _answer(W, best)
+
+
+def frank_wolfe_groups(W0: Matrix, H: Matrix, keep: int, of: int, steps: int = 200, locked: int = 1) -> Answer:
+    """Plain open-loop Frank-Wolfe for N:M: eta = 2 / (t + 2), the `locked` best of each group kept for ever.
+
+    It begins at Wanda's mask, without line search, and its last M is rounded: what any SparseFW must not lose to.
+    """
+    W, G = _floats(W0), _floats(H)
+    pattern = ("nm", keep, of)
+    scores = _floats(saliency(W, G, "wanda"))
+    fixed = _mask(project_nm(scores, locked, of))
+    M = (_project(scores, pattern) & ~fixed).astype(np.float64)
+    for t in range(steps):
+        gradient = _floats(sparsefw_gradient(W, G, M + fixed))
+        V = _free_topk(-gradient, pattern, fixed, positive_only=True)
+        M = M + 2 / (t + 2) * (V - M)
+    return _answer(W, _free_topk(M, pattern, fixed, positive_only=False) | fixed)
 
 
 # --- SparseSwaps
@@ -651,9 +689,9 @@ def swaps(
 
     `start` is a mask, by default Wanda's under the pattern. N:M swaps stay within a group; "layer" keeps
     the row counts of the start; a fixed pattern returns its mask. Weights are those of W0.
-    Choices: "lowers" means by more than `tolerance` times the row's dense energy w H w (rounding could
-    cycle); ties go to the lowest pruned index u, then the lowest revived p; c is computed anew for every
-    swap.
+    Choices: "lowers" means by more than `tolerance` times the sum of w_j^2 H_jj over what the row's mask prunes
+    (rounding could cycle); ties go to the lowest pruned index u, then the lowest revived p; c is computed anew
+    for every swap.
     """
     W, G = _floats(W0), _floats(H)
     if pattern[0] == "fixed":
@@ -666,7 +704,7 @@ def swaps(
         for _ in range(max_swaps):
             changes = np.where(allowed, _floats(swap_changes(w, G, m)), np.inf)
             u, p = np.unravel_index(int(np.argmin(changes)), changes.shape)
-            if not changes[u, p] < -tolerance * float(w @ G @ w):
+            if not changes[u, p] < -tolerance * float(np.sum(np.where(m, 0, w**2 * np.diag(G)))):
                 break
             m[u], m[p] = False, True
     return _answer(W, mask)

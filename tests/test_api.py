@@ -18,8 +18,9 @@ from rarefy.methods.base import Method
 
 README = Path(__file__).parents[1] / "README.md"
 
-FUNCTIONS = {"solve", "prune", "keep_zeros", "merge"}
-LAYER = {"Gram", "LayerProblem", "Solution", "Status", "Report", "Unstructured", "PerRow", "NM", "Fixed"}
+FUNCTIONS = {"solve", "prune", "run", "forecast", "inspect_folder", "keep_zeros", "merge", "tune"}
+LAYER = {"Gram", "LayerProblem", "Solution", "Status", "Unstructured", "PerRow", "NM", "Fixed"}
+RUN = {"Report", "Recipe", "RunResult", "Matching", "TuneRecipe", "TuneResult"}
 METHOD = {"Method", "IterativeMethod", "Magnitude", "Wanda", "RIA", "SparseGPT", "Then", "BestOf"}
 ERRORS = {
     name
@@ -29,13 +30,13 @@ ERRORS = {
 
 
 def test_exported_names() -> None:
-    assert set(rarefy.__all__) >= FUNCTIONS | LAYER | METHOD | ERRORS
+    assert set(rarefy.__all__) >= FUNCTIONS | LAYER | RUN | METHOD | ERRORS
     assert len(set(rarefy.__all__)) == len(rarefy.__all__)
     for name in rarefy.__all__:
         value = getattr(rarefy, name)
         assert value.__name__ == name
         assert value.__doc__, name
-    extra = set(rarefy.__all__) - FUNCTIONS - LAYER - METHOD - ERRORS
+    extra = set(rarefy.__all__) - FUNCTIONS - LAYER - RUN - METHOD - ERRORS
     assert all(issubclass(getattr(rarefy, name), Method) for name in extra), extra
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 import transformers
@@ -9,7 +11,7 @@ from torch import nn
 
 from models_for_tests import ARCHITECTURES, make_model
 from rarefy.errors import InputError, ModelError
-from rarefy.models.blocks import Block, find_blocks, select_sites
+from rarefy.models.blocks import Block, find_blocks, left_dense, select_sites
 
 _LLAMA = [
     *(f"self_attn.{name}_proj" for name in "qkvo"),
@@ -127,6 +129,10 @@ class _Toy(nn.Module):
         self.layers = nn.ModuleList(blocks)
 
 
+def _names_of(blocks: list[Block]) -> list[str]:
+    return [site.name for block in blocks for site in block.sites]
+
+
 def _mlp() -> nn.Module:
     return nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 8))
 
@@ -141,15 +147,94 @@ def test_a_list_of_modules_without_a_router_is_of_ordinary_linears() -> None:
     assert all(site.expert is None for site in sites)
 
 
-@pytest.mark.parametrize("shapes", [[(4, 8, 8)], [(4, 8, 8), (4, 8, 8)], [(4, 32, 8), (4, 8, 8)]])
-def test_stacks_of_matrices_that_are_no_known_experts_are_refused(shapes: list[tuple[int, ...]]) -> None:
-    block = nn.ModuleDict({"attention": nn.Linear(8, 8), "mixer": nn.Module()})
+_UNKNOWN = [[(4, 8, 8)], [(4, 8, 8), (4, 8, 8)], [(4, 32, 8), (4, 8, 8)]]
+
+
+def _with_stacks(shapes: list[tuple[int, ...]], **beside: nn.Module) -> nn.Module:
+    """A block with large linears, and a module that keeps stacks of matrices."""
+    block = nn.ModuleDict({"up": nn.Linear(8, 512), "down": nn.Linear(512, 8), "mixer": nn.Module(), **beside})
     for index, shape in enumerate(shapes):
         block["mixer"].register_parameter(f"w{index}", nn.Parameter(torch.zeros(shape)))
+    return block
+
+
+@pytest.mark.parametrize("shapes", _UNKNOWN)
+def test_experts_of_an_unknown_form_are_refused_unless_they_are_left_out(shapes: list[tuple[int, ...]]) -> None:
+    model = _Toy(*(_with_stacks(shapes, router=nn.Linear(8, 4)) for _ in range(2)))
+    blocks = find_blocks(model)
+    assert _names_of(blocks) == ["layers.0.up", "layers.0.down", "layers.1.up", "layers.1.down"]
+    message = (
+        r"^layers\.0\.mixer\.w0 is a stack of 4 matrices, like experts, but Module is not built like the experts"
+    )
+    for include in ([], ["*.mixer", "*.up"]):
+        with pytest.raises(ModelError, match=message) as error:
+            select_sites(blocks, include)
+        way_out = re.findall(r"--exclude '(\S+)'", str(error.value))
+        assert way_out == ["layers.*.mixer"]
+    assert _names_of(select_sites(blocks, exclude=way_out)) == _names_of(blocks)
+    assert _names_of(select_sites(blocks, include=["*.up"])) == ["layers.0.up", "layers.1.up"]
+    with pytest.raises(ModelError, match="not built like the experts"):
+        select_sites(blocks, exclude=["layers.0.mixer"])
+
+
+@pytest.mark.parametrize("shapes", _UNKNOWN)
+def test_stacks_of_matrices_that_nothing_chooses_among_are_no_experts(shapes: list[tuple[int, ...]]) -> None:
+    """As the gates of recurrent blocks, and mixers with several heads: linears beside them are ordinary ones."""
+    block = _with_stacks(shapes, gate=nn.Linear(8, 1), heads=nn.Linear(8, 6))
+    blocks = select_sites(find_blocks(_Toy(block)))
+    assert _names_of(blocks) == [f"layers.0.{name}" for name in ("up", "down", "gate", "heads")]
+    others = {name: size for name, size in blocks[0].others.items() if not name.endswith(".bias")}
+    assert others == {f"layers.0.mixer.w{i}": torch.Size(shape).numel() for i, shape in enumerate(shapes)}
+    share, name = left_dense(blocks)
+    assert name == max(blocks[0].others, key=blocks[0].others.__getitem__)
+    assert share == pytest.approx(sum(blocks[0].others.values()) / sum(p.numel() for p in block.parameters()))
+
+
+_SMALL = {
+    "vocab_size": 160, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 4,
+}  # fmt: skip
+
+
+def _on_meta(config: transformers.PreTrainedConfig) -> nn.Module:
+    with torch.device("meta"):
+        model: nn.Module = transformers.AutoModelForCausalLM.from_config(config)
+    return model
+
+
+def test_matrices_for_each_head_are_no_experts_even_where_something_has_a_number_for_each_head() -> None:
+    block = _with_stacks([(4, 2, 2)], beta=nn.Linear(8, 4))
+    assert _names_of(select_sites(find_blocks(_Toy(block)))) == [
+        f"layers.0.{name}" for name in ("up", "down", "beta")
+    ]
+
+
+def test_a_recurrent_block_has_no_experts() -> None:
+    config = transformers.RecurrentGemmaConfig(**_SMALL, num_hidden_layers=3, lru_width=64, attention_window_size=16)
+    blocks = select_sites(find_blocks(_on_meta(config)))
+    recurrent = [f"temporal_block.linear_{name}" for name in ("y", "x", "out")]
+    mlp = [f"mlp_block.{name}_proj" for name in ("gate", "up", "down")]
+    assert [site.name.removeprefix("model.layers.0.") for site in blocks[0].sites] == recurrent + mlp
+    assert not any(site.expert for block in blocks for site in block.sites)
+
+
+def test_a_block_that_several_places_share_is_refused_unless_it_is_left_out() -> None:
+    config = transformers.Zamba2Config(
+        **_SMALL, num_hidden_layers=4, layers_block_type=["mamba", "hybrid"] * 2, mamba_d_state=8, n_mamba_heads=8,
+        mamba_ngroups=1, num_mem_blocks=1, use_shared_attention_adapter=True, adapter_rank=8, chunk_size=16,
+        attention_head_dim=32, attention_hidden_size=128,
+    )  # fmt: skip
+    blocks = find_blocks(_on_meta(config))
     with pytest.raises(
-        ModelError, match=r"^layers\.0\.mixer\.w0 is a stack of 4 matrices, like experts, but Module is"
-    ):
-        find_blocks(_Toy(block))
+        ModelError, match=r"layers\.1\.shared_.*\.q_proj and .*layers\.3\..* share one weight, whi"
+    ) as error:
+        select_sites(blocks)
+    way_out = re.findall(r"--exclude '(\S+)'", str(error.value))
+    assert way_out == ["model.layers.*.shared_transformer.*"]
+    left = select_sites(blocks, exclude=way_out)
+    assert {site.name.split(".", 3)[3] for block in left for site in block.sites} == {
+        "mamba.in_proj", "mamba.out_proj", "mamba_decoder.mamba.in_proj", "mamba_decoder.mamba.out_proj", "linear",
+    }  # fmt: skip
+    assert not any(site.expert for block in left for site in block.sites)
 
 
 def test_experts_flattened_into_matrices_are_refused() -> None:
@@ -170,16 +255,21 @@ def test_a_linear_with_the_weight_of_the_embedding_is_no_site() -> None:
     assert [site.name for block in find_blocks(model) for site in block.sites] == ["layers.0.0"]
 
 
-def test_linears_that_share_one_weight_are_refused() -> None:
+def test_linears_that_share_one_weight_are_refused_unless_all_are_left_out() -> None:
     shared = nn.Linear(8, 8)
-    with pytest.raises(ModelError, match=r"^layers\.1\.0 and layers\.0\.0 share one weight"):
-        find_blocks(_Toy(nn.Sequential(shared), nn.Sequential(shared)))
+    blocks = find_blocks(_Toy(*(nn.Sequential(shared, nn.Linear(8, 8)) for _ in range(2))))
+    for exclude in ([], ["layers.0.0"]):
+        with pytest.raises(
+            ModelError, match=r"^layers\.\d\.0 and layers\.\d\.0 share one weight.*--exclude 'layers\.\*\.0'"
+        ):
+            select_sites(blocks, exclude=exclude)
+    assert _names_of(select_sites(blocks, exclude=["layers.*.0"])) == ["layers.0.1", "layers.1.1"]
 
 
 def test_packed_weights_are_refused() -> None:
     block = nn.Sequential(nn.Linear(8, 8))
     block[0].weight = nn.Parameter(torch.zeros(8, 8, dtype=torch.uint8), requires_grad=False)
-    with pytest.raises(ModelError, match=r"^layers\.0\.0 keeps its weight as uint8"):
+    with pytest.raises(ModelError, match=r"^layers\.0\.0 keeps its weight as uint8, but Rarefy prunes"):
         find_blocks(_Toy(block))
 
 

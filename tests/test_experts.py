@@ -17,8 +17,8 @@ from transformers import PreTrainedModel
 
 import rarefy
 from models_for_tests import EXPERT_ARCHITECTURES, VOCABULARY, make_model, save_folder
-from rarefy.calibration.collect import collect, collect_all_tokens, starved, turns
-from rarefy.calibration.stream import record
+from rarefy.calibration.collect import collect, collect_all_tokens, gram_groups, starved
+from rarefy.calibration.record import record
 from rarefy.errors import InputError, ModelError
 from rarefy.layer.gram import Gram
 from rarefy.layer.pattern import NM, Pattern, Unstructured
@@ -271,16 +271,16 @@ def _with_swapped_gate(self: Any, hidden_states: Tensor, top_k_index: Tensor, to
     return output
 
 
-def test_experts_take_turns_where_their_grams_do_not_fit() -> None:
+def test_experts_are_collected_one_after_the_other_where_their_grams_do_not_fit() -> None:
     sites = last_block(make_model("deepseek_v3")).sites
     one_expert = 4 * (32**2 + 16**2)
-    assert turns(sites) == [sites]
-    assert turns(sites, 4 * one_expert) == [sites]
-    groups = turns(sites, 2 * one_expert)
+    assert gram_groups(sites) == [sites]
+    assert gram_groups(sites, 4 * one_expert) == [sites]
+    groups = gram_groups(sites, 2 * one_expert)
     experts = [site for site in sites if site.expert]
     assert groups == [experts[:6], experts[6:], [site for site in sites if not site.expert]]
-    assert [len(group) for group in turns(sites, 0)] == [3, 3, 3, 3, 8]
-    assert turns([]) == []
+    assert [len(group) for group in gram_groups(sites, 0)] == [3, 3, 3, 3, 8]
+    assert gram_groups([]) == []
 
 
 # --- pruning
@@ -304,7 +304,7 @@ def test_what_is_pruned_is_what_is_loaded_again(architecture: str, pattern: Patt
     with out.writing():
         out.write_layers(report.layers)
         out.write_model(lambda path: save_folder(model, path))
-        out.write_run({})
+        out.write_run({"method": "m", "pattern": "p"})
     sites = {site.name: site for block in find_blocks(model) for site in block.sites}
     assert [layer.name for layer in report.layers] == list(sites)
     for layer in report.layers:
@@ -344,7 +344,7 @@ def test_a_broken_promise_of_an_expert_is_found_in_the_files(architecture: str, 
     with out.writing():
         out.write_layers(report.layers)
         out.write_model(lambda path: save_folder(model, path))
-        out.write_run({})
+        out.write_run({"method": "m", "pattern": "p"})
     file = out.model / "model.safetensors"
     tensors = load_file(file)
     matrix = tensors[tensor][2].T[1::2] if architecture == "gpt_oss" else tensors[tensor]
@@ -386,7 +386,7 @@ def test_taking_turns_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         steps: list[tuple[int, int]] = []
         with monkeypatch.context() as patch:
             for module in ("pruning.loop", "pruning.block"):
-                patch.setattr(f"rarefy.{module}.turns", partial(turns, gram_bytes=gram_bytes))
+                patch.setattr(f"rarefy.{module}.gram_groups", partial(gram_groups, gram_bytes=gram_bytes))
             report = prune(model, NM(2, 4), on_progress=lambda *step, steps=steps: steps.append(step[:2]))
         assert steps == [(done, steps[-1][0]) for done in range(1, len(steps) + 1)]
         pruned.append((model.state_dict(), sorted(report.layers, key=lambda layer: layer.name)))

@@ -23,6 +23,7 @@ def inputs(tokens: int, size: int, seed: int = 0, *, whole: bool = False) -> Ten
     return torch.randn(tokens, size, generator=generator)
 
 
+@pytest.mark.usefixtures("checked_shapes")
 @pytest.mark.parametrize("size", [1, 2, 3, 24, 515, 1030])  # from one column to several strips
 def test_update_is_the_product(size: int) -> None:
     X = inputs(40, size, whole=True)
@@ -97,6 +98,7 @@ def test_inputs_of_any_dtype_are_summed_in_float32(dtype: torch.dtype) -> None:
     assert float((gram.H - exact).abs().max()) <= FLOAT32_SUM * float(exact.abs().max())
 
 
+@pytest.mark.usefixtures("checked_shapes")
 def test_means() -> None:
     X = inputs(50, 5)
     gram = Gram(5, means=True)
@@ -106,6 +108,28 @@ def test_means() -> None:
     assert Gram.from_matrix(torch.eye(5), num_tokens=2, sum_x=torch.full((5,), 3.0)).mean.tolist() == [1.5] * 5
 
 
+@pytest.mark.usefixtures("checked_shapes")
+def test_a_small_variance_beside_a_large_mean_is_not_lost() -> None:
+    """In float32 sums 1,000^2 + 0.1^2 is 1,000^2."""
+    X = torch.randn(5000, 4, generator=torch.Generator().manual_seed(0)) * torch.tensor([0.1, 0.03, 1.0, 0.0]) + 1000
+    expected = X.double().var(dim=0, correction=0)
+    whole, first, second = (Gram(4, means=True) for _ in range(3))
+    whole.update(X)
+    first.update(X[:3000])
+    second.update(X[3000:])
+    first.merge(second)
+    for gram in (whole, first):
+        torch.testing.assert_close(gram.variance, expected, rtol=1e-6, atol=1e-9)
+    assert len(whole.sums_()) == 3
+    assert len(Gram(4).sums_()) == 1
+    # of a finished matrix only its diagonal is known, unless the sum of squares comes with it
+    H, sum_x = X.double().T @ X.double(), X.double().sum(dim=0)
+    torch.testing.assert_close(Gram.from_matrix(H, 5000, sum_x).variance, expected, rtol=1e-5, atol=1e-8)
+    given = Gram.from_matrix(H.float(), 5000, sum_x, X.double().square().sum(dim=0))
+    torch.testing.assert_close(given.variance, expected, rtol=1e-6, atol=1e-9)
+    assert bool((Gram.from_matrix(H.float(), 5000, sum_x).variance >= 0).all())
+
+
 def test_a_missing_statistic_raises() -> None:
     gram = Gram(4)
     gram.update(inputs(3, 4))
@@ -113,6 +137,8 @@ def test_a_missing_statistic_raises() -> None:
     for empty in (gram, Gram(4, means=True), Gram.from_matrix(torch.eye(4))):
         with pytest.raises(InputError, match="mean of the inputs"):
             _ = empty.mean
+        with pytest.raises(InputError, match="mean of the inputs"):
+            _ = empty.variance
 
 
 def test_what_does_not_fit_does_not_merge() -> None:
@@ -130,6 +156,24 @@ def test_from_matrix() -> None:
     for wrong in (torch.ones(3), torch.ones(3, 4), torch.ones(2, 3, 3)):
         with pytest.raises(InputError, match=r"gram is .*, but must be a square matrix"):
             Gram.from_matrix(wrong)
+
+
+@pytest.mark.parametrize("size", [4, 700])
+def test_a_matrix_that_is_not_symmetric_is_refused_in_one_sentence(size: int) -> None:
+    X = inputs(2 * size, size)
+    H = X.T @ X
+    H[-1, 1] += 0.01 * float((H[1, 1] * H[-1, -1]).sqrt())
+    with pytest.raises(
+        InputError, match=rf"^gram is not symmetric, as X\^T X is: its entry \(1, {size - 1}\) is [^\n]*\.$"
+    ):
+        Gram.from_matrix(H)
+    with pytest.raises(InputError, match="gram is not symmetric"):
+        Gram.from_matrix(torch.eye(size).roll(1, dims=0))
+    # rounding is no asymmetry, however unlike the inputs are in size
+    X = X * torch.logspace(-3, 3, size)
+    H = X.T @ X
+    H[0] *= 1 + 1e-6
+    assert torch.equal(Gram.from_matrix(H).H, H)
 
 
 def test_updating_a_gram_made_of_a_matrix_leaves_that_matrix_alone() -> None:
@@ -184,3 +228,12 @@ def test_a_negative_diagonal_is_no_gram() -> None:
         Gram.from_matrix(torch.diag(torch.tensor([1.0, -1e-3]))).check("it")
     Gram.from_matrix(torch.zeros(2, 2)).check("it")
     Gram.from_matrix(torch.full((40, 40), 3e38)).check("large, but finite")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("means", [False, True])
+def test_inputs_are_not_changed(dtype: torch.dtype, means: bool) -> None:
+    X = torch.randn(20, 5, generator=torch.Generator().manual_seed(0)).to(dtype)
+    before = X.clone()
+    Gram(5, means=means, dtype=torch.float64).update(X)
+    assert torch.equal(X, before)

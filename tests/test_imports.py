@@ -57,7 +57,8 @@ FORBIDDEN = {
 ONLY_IN = {
     "typer": {"rarefy.cli"},
     "rich": {"rarefy.cli"},
-    "pydantic": {"rarefy.runs.recipe", "rarefy.runs.tune_recipe"},
+    "pydantic": {"rarefy.runs.recipe", "rarefy.runs.schema", "rarefy.runs.tune_recipe"},
+    "filelock": {"rarefy.runs.journal"},
     "jinja2": {"rarefy.runs.card", "rarefy.report.page"},
     "matplotlib": {"rarefy.report.plots"},
     "gguf": {"rarefy.models.gguf"},
@@ -129,6 +130,35 @@ def test_no_module_imports_what_it_must_do_without(module: str) -> None:
 def test_optional_and_heavy_libraries_have_one_place(library: str) -> None:
     users = {module for module in MODULES for name in imported_by(module) if within(name, library)}
     assert [user for user in users if not any(within(user, home) for home in ONLY_IN[library])] == []
+
+
+#: What Windows does not have: modules, and attributes of modules that it has.
+_UNIX_MODULES = {"fcntl", "resource", "termios", "tty", "pty", "pwd", "grp", "curses", "readline", "syslog"}
+_UNIX_ATTRIBUTES = {
+    "os": {"sched_getaffinity", "statvfs", "posix_fallocate", "copy_file_range", "pread", "pwrite", "fork", "getuid"}
+    | {"geteuid", "uname", "mkfifo", "chown", "killpg", "setsid", "sysconf", "getpgid", "O_NOFOLLOW", "O_DIRECTORY"},
+    "mmap": {"MADV_DONTNEED", "MAP_PRIVATE", "MAP_SHARED", "PROT_READ", "PROT_WRITE"},
+    "signal": {"SIGKILL", "SIGHUP", "SIGALRM", "alarm", "pause"},
+}
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_what_windows_does_not_have_is_asked_for_first(module: str) -> None:
+    """A module within ``try``, an attribute in a function that asks ``hasattr``."""
+    tree = ast.parse(MODULES[module].read_text(encoding="utf-8"))
+    tried = {id(node) for attempt in ast.walk(tree) if isinstance(attempt, ast.Try) for node in ast.walk(attempt)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [str(node.module)]
+            assert not _UNIX_MODULES & {*names} or id(node) in tried, f"{module}, line {node.lineno}"
+    scopes = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            owner, name = node.value.id, node.attr
+            if name in _UNIX_ATTRIBUTES.get(owner, ()):
+                inside = [ast.unparse(scope) for scope in scopes if node in ast.walk(scope)]
+                question = f"hasattr({owner}, '{name}')"
+                assert any(question in text for text in inside), f"{module}, line {node.lineno}: {owner}.{name}"
 
 
 def test_the_command_line_starts_without_the_heavy_libraries() -> None:

@@ -6,6 +6,8 @@ import errno
 import os
 import shutil
 import stat
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,14 +18,15 @@ import transformers
 from torch import Tensor
 
 from models_for_tests import _GROUPED, build
+from rarefy.calibration.record import record
 from rarefy.calibration.spill import StatesPart, load_states, save_states
-from rarefy.calibration.stream import record
 from rarefy.errors import OutputError
-from rarefy.models.shards import ShardCopies
+from rarefy.models.copies import ShardCopies
 from rarefy.models.source import resolve_model
 from rarefy.models.streaming import StreamedModel
 from rarefy.pruning.records import LayerRecord
 from rarefy.runs.fingerprint import Fingerprint, file_digests
+from rarefy.runs.folder import RunFolder
 from rarefy.runs.journal import Journal
 
 _WINDOWS = torch.randint(3, 100, (3, 6), generator=torch.Generator().manual_seed(0))
@@ -39,9 +42,9 @@ def _record(block: int, name: str = "up_proj", error: float = 0.25) -> LayerReco
     return LayerRecord(f"model.layers.{block}.{name}", block, [2, 3], "50 %", 3, error, "done", trace={"loss": [1.0]})
 
 
-def _finish(progress: Journal, index: int, states: Tensor | None = None) -> list[StatesPart]:
-    parts = [save_states(progress.folder, index + 1, torch.zeros(2, 3, 4) if states is None else states)]
-    progress.finish_block(index, [_record(index), _record(index, "down_proj")], parts)
+def _finish(journal: Journal, index: int, states: Tensor | None = None) -> list[StatesPart]:
+    parts = [save_states(journal.folder, index + 1, torch.zeros(2, 3, 4) if states is None else states)]
+    journal.finish_block(index, [_record(index), _record(index, "down_proj")], parts)
     return parts
 
 
@@ -54,14 +57,14 @@ def _full(*_: object) -> None:
 
 def test_what_is_finished_is_there_again(tmp_path: Path) -> None:
     assert Journal.find(tmp_path) is None
-    with Journal(tmp_path / "new" / "out").open(_fingerprint()) as progress:
-        assert (progress.finished, progress.states, progress.records()) == (0, [], [])
-        assert progress.folder == tmp_path / "new" / "out" / "unfinished"
+    with Journal(tmp_path / "new" / "out").open(_fingerprint()) as journal:
+        assert (journal.finished, journal.states, journal.records()) == (0, [], [])
+        assert journal.folder == tmp_path / "new" / "out" / "unfinished"
         for index in range(3):
-            parts = _finish(progress, index, torch.full((2, 3, 4), float(index)))
-            assert (progress.finished, progress.states) == (index + 1, parts)
+            parts = _finish(journal, index, torch.full((2, 3, 4), float(index)))
+            assert (journal.finished, journal.states) == (index + 1, parts)
             with pytest.raises(ValueError, match=f"Block {index} was finished, but {index + 1} is the next"):
-                progress.finish_block(index, [], [])
+                journal.finish_block(index, [], [])
     found = Journal.find(tmp_path / "new" / "out")
     assert found is not None
     found.check(_fingerprint())
@@ -86,17 +89,17 @@ def test_what_is_finished_is_there_again(tmp_path: Path) -> None:
 
 
 def test_the_model_takes_its_name_once(tmp_path: Path) -> None:
-    progress = Journal(tmp_path).open(_fingerprint())
-    progress.model.mkdir()
-    (progress.model / "config.json").write_text("{}")
+    journal = Journal(tmp_path).open(_fingerprint())
+    journal.model.mkdir()
+    (journal.model / "config.json").write_text("{}")
     for _ in range(2):
-        progress.publish(tmp_path / "model")
+        journal.publish(tmp_path / "model")
         assert (tmp_path / "model" / "config.json").read_text() == "{}"
-        assert not progress.model.exists()
-    progress.model.mkdir()
+        assert not journal.model.exists()
+    journal.model.mkdir()
     with pytest.raises(OutputError, match=r"model cannot be written: Directory not empty\."):
-        progress.publish(tmp_path / "model")
-    progress.remove()
+        journal.publish(tmp_path / "model")
+    journal.remove()
 
 
 def test_two_processes_do_not_write_the_same_folder(tmp_path: Path) -> None:
@@ -104,22 +107,82 @@ def test_two_processes_do_not_write_the_same_folder(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match=f"{tmp_path} is being written by another process"):
         Journal(tmp_path).open(_fingerprint())
     first.close()
-    Journal(tmp_path).open(_fingerprint()).close()
+    with Journal(tmp_path).open(_fingerprint()):
+        code = (
+            "import sys; from pathlib import Path; from rarefy.errors import OutputError\n"
+            "from rarefy.runs.fingerprint import Fingerprint; from rarefy.runs.journal import Journal\n"
+            "try: Journal(Path(sys.argv[1])).open(Fingerprint({'sparsity': 0.5}, {'model.safetensors': '1'}, '2'))\n"
+            "except OutputError as error: print(error)"
+        )
+        done = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, check=True)
+    assert done.stdout == f"{tmp_path} is being written by another process.\n"
 
 
-def test_a_run_that_was_killed_before_its_journal_was_written_begins(tmp_path: Path) -> None:
-    (tmp_path / "unfinished").mkdir()
-    stale = [tmp_path / "unfinished" / name for name in (".block-00000.jsonl.partial", "states-00001-000000.bin")]
-    for file in stale:
-        file.write_text("{")
-    found = Journal.find(tmp_path)
-    assert found is not None
-    found.check(_fingerprint())
-    with found.open(_fingerprint()):
-        assert found.finished == 0
-        assert not any(file.exists() for file in stale)
-    with pytest.raises(OutputError, match="unfinished run with sparsity"):
-        Journal(tmp_path).check(_fingerprint(sparsity=0.6))
+def test_of_two_processes_that_begin_at_once_one_makes_the_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    others: list[Journal] = []
+    begin = Journal._begin
+
+    def late(self: Journal) -> None:
+        if not others:
+            others.append(self)
+            Journal(tmp_path).open(_fingerprint()).close()  # another process, which was quicker
+        begin(self)
+
+    monkeypatch.setattr(Journal, "_begin", late)
+    with Journal(tmp_path).open(_fingerprint()) as journal:
+        _finish(journal, 0)
+    assert [path.name for path in tmp_path.iterdir()] == ["unfinished"]
+
+
+def test_a_folder_comes_with_its_journal_and_loses_its_name_before_anything_in_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So a kill at any moment leaves nothing called ``unfinished`` that is without a journal."""
+    seen = []
+
+    def look(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            folder = tmp_path / "unfinished"
+            seen.append((folder.exists(), (folder / "journal.json").is_file()))
+            return function(*args, **kwargs)
+
+        return call
+
+    for owner, name in ((os, "fsync"), (os, "unlink"), (os, "rmdir"), (Path, "replace"), (Path, "rename")):
+        monkeypatch.setattr(owner, name, look(getattr(owner, name)))
+    journal = Journal(tmp_path).open(_fingerprint())
+    _finish(journal, 0)
+    journal.remove()
+    assert len(seen) > 10
+    assert {there == whole for there, whole in seen} == {True}
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("content", ["nothing", "files", "file", "link", "old"])
+def test_what_is_called_unfinished_and_is_not_rarefys_is_left_alone(tmp_path: Path, content: str) -> None:
+    """A folder or file of the user's, of another program, or of a release whose journal had another name."""
+    theirs = tmp_path / "out" / "unfinished"
+    (tmp_path / "out").mkdir()
+    if content == "file":
+        theirs.write_text("my chapters")
+    elif content == "link":
+        with Journal(tmp_path / "elsewhere").open(_fingerprint()) as other:
+            theirs.symlink_to(other.folder)
+    else:
+        theirs.mkdir()
+    for name in {"files": ["chapter.txt", "states-00001-000000.bin"], "old": ["progress.json"]}.get(content, []):
+        (theirs / name).write_text("{")
+    before = sorted(tmp_path.rglob("*"))
+    assert Journal.find(tmp_path / "out") is None
+    for attempt in (Journal(tmp_path / "out").check, Journal(tmp_path / "out").open):
+        with pytest.raises(OutputError, match=r"unfinished holds no journal\.json, so it is not Rarefy's"):
+            attempt(_fingerprint())
+    with pytest.raises(OutputError, match=r"unfinished is no unfinished run of this release of Rarefy"):
+        RunFolder(tmp_path / "out").check()
+    Journal(tmp_path / "out").remove()
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 # --- Whose run it is --------------------------------------------------------------------------------------
@@ -143,23 +206,25 @@ def test_a_run_that_was_killed_before_its_journal_was_written_begins(tmp_path: P
 def test_a_run_of_another_recipe_model_or_text_is_refused_and_left_alone(
     tmp_path: Path, other: Fingerprint, difference: str
 ) -> None:
-    with Journal(tmp_path).open(_fingerprint()) as progress:
-        _finish(progress, 0)
-    before = {file.name: file.read_bytes() for file in progress.folder.iterdir()}
+    with Journal(tmp_path).open(_fingerprint()) as journal:
+        _finish(journal, 0)
+    before = {file.name: file.read_bytes() for file in journal.folder.iterdir()}
     for attempt in (Journal(tmp_path).check, Journal(tmp_path).open):
         with pytest.raises(OutputError) as error:
             attempt(other)
         message = str(error.value)
         assert message.startswith(f"{tmp_path} holds an unfinished run {difference}")
         assert message.endswith(": repeat its command to go on with it, or choose another folder.")
-    assert {file.name: file.read_bytes() for file in progress.folder.iterdir()} == before
+    assert {file.name: file.read_bytes() for file in journal.folder.iterdir()} == before
     Journal(tmp_path).open(_fingerprint()).close()  # the lock was given back
 
 
 def test_a_fingerprint_depends_on_all_that_the_result_depends_on(tmp_path: Path) -> None:
     folder = tmp_path / "model"
     folder.mkdir()
-    for name in ("a.safetensors", "config.json", "model.safetensors.index.json", "tokenizer.json", "README.md"):
+    (folder / "config.json").write_text("{}")
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "a.safetensors"}}')
+    for name in ("a.safetensors", "other.safetensors", "tokenizer.json", "README.md"):
         (folder / name).write_bytes(name.encode() * 300_000)
 
     def fingerprint(windows: Tensor = _WINDOWS, **recipe: object) -> Fingerprint:
@@ -175,7 +240,13 @@ def test_a_fingerprint_depends_on_all_that_the_result_depends_on(tmp_path: Path)
         assert original.difference(fingerprint(windows)) == "on another calibration text"
     weights = folder / "a.safetensors"
     content = weights.read_bytes()
-    for other in (content + b"x", b"x" + content[1:], content[:-1] + b"x"):
+    middle = len(content) // 2  # where a merged checkpoint differs, although it begins and ends alike
+    for other in (
+        content + b"x",
+        b"x" + content[1:],
+        content[:-1] + b"x",
+        content[:middle] + b"X" + content[middle + 1 :],
+    ):
         weights.write_bytes(other)
         assert original.difference(fingerprint()) == "of another model: a.safetensors is not the same file"
     weights.write_bytes(content)
@@ -189,48 +260,48 @@ def test_a_fingerprint_depends_on_all_that_the_result_depends_on(tmp_path: Path)
 
 @pytest.mark.parametrize("damage", ["bit", "cut", "empty", "list", "format"])
 def test_a_damaged_journal_is_one_sentence_and_nothing_is_removed(tmp_path: Path, damage: str) -> None:
-    with Journal(tmp_path).open(_fingerprint()) as progress:
-        _finish(progress, 0)
-    journal = progress.folder / "progress.json"
-    text = journal.read_text()
+    with Journal(tmp_path).open(_fingerprint()) as journal:
+        _finish(journal, 0)
+    file = journal.folder / "journal.json"
+    text = file.read_text()
     changed = {
         "bit": text.replace("0.5", "0.6"),
         "cut": text[:-20],
         "empty": "",
         "list": "[1]",
-        "format": text.replace('"format": 1', '"format": 2'),
+        "format": text.replace('"format": 2', '"format": 1'),
     }[damage]
     assert changed != text
-    journal.write_text(changed)
-    files = sorted(progress.folder.iterdir())
+    file.write_text(changed)
+    files = sorted(journal.folder.iterdir())
     for attempt in (Journal(tmp_path).check, Journal(tmp_path).open):
         with pytest.raises(
-            OutputError, match=r"progress\.json is damaged, so the unfinished run cannot go on"
+            OutputError, match=r"journal\.json is damaged, so the unfinished run cannot go on"
         ) as error:
             attempt(_fingerprint())
         assert "\n" not in str(error.value)
-    assert sorted(progress.folder.iterdir()) == files
+    assert sorted(journal.folder.iterdir()) == files
 
 
 def test_damaged_or_lost_records_are_one_sentence(tmp_path: Path) -> None:
-    with Journal(tmp_path).open(_fingerprint()) as progress:
-        _finish(progress, 0)
-        path = progress.folder / "block-00000.jsonl"
+    with Journal(tmp_path).open(_fingerprint()) as journal:
+        _finish(journal, 0)
+        path = journal.folder / "block-00000.jsonl"
         content = path.read_text()
         path.write_text(content.replace("0.25", "0.35"))
-        with pytest.raises(OutputError, match=r"block-00000\.jsonl is damaged"):
-            progress.records()
+        with pytest.raises(OutputError, match=r"block-00000\.jsonl is damaged, .* begin anew\.$"), journal.keeping():
+            journal.records()
         path.unlink()
-        with pytest.raises(OutputError, match=r"block-00000\.jsonl cannot be read: No such file"):
-            progress.records()
+        with pytest.raises(OutputError, match=r"block-00000\.jsonl is missing, so .* to begin anew\.$"):
+            journal.records()
 
 
 @pytest.mark.parametrize("survived", range(3))
 def test_a_full_disk_loses_nothing_that_was_finished(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, survived: int
 ) -> None:
-    with Journal(tmp_path).open(_fingerprint()) as progress:
-        parts = _finish(progress, 0)
+    with Journal(tmp_path).open(_fingerprint()) as journal:
+        parts = _finish(journal, 0)
         fsync, calls = os.fsync, []
 
         def full(descriptor: int) -> None:
@@ -242,11 +313,11 @@ def test_a_full_disk_loses_nothing_that_was_finished(
 
         with monkeypatch.context() as patch:
             patch.setattr(os, "fsync", full)
-            with pytest.raises(OutputError) as error, progress.keeping():
-                _finish(progress, 1)
+            with pytest.raises(OutputError) as error, journal.keeping():
+                _finish(journal, 1)
         message = "No space left on device; 1 finished block is kept, and the same command goes on from there."
         assert str(error.value).endswith(f"cannot be written: {message}")
-        assert (progress.finished, progress.states) == (1, parts)
+        assert (journal.finished, journal.states) == (1, parts)
     with Journal(tmp_path).open(_fingerprint()) as again:
         assert (again.finished, again.states) == (1, parts)
         load_states(again.folder, again.states, torch.empty(2, 3, 4))
@@ -255,12 +326,15 @@ def test_a_full_disk_loses_nothing_that_was_finished(
 
 
 def test_what_the_disk_refuses_anywhere_says_what_is_kept(tmp_path: Path) -> None:
-    progress = Journal(tmp_path).open(_fingerprint())
-    with pytest.raises(OutputError, match=r"No space left on device; 0 finished blocks are kept"), progress.keeping():
+    journal = Journal(tmp_path).open(_fingerprint())
+    with pytest.raises(OutputError, match=r"No space left on device\.$"), journal.keeping():
         _full()
-    with pytest.raises(KeyError), progress.keeping():
+    _finish(journal, 0)
+    with pytest.raises(OutputError, match=r"No space left on device; 1 finished block is kept"), journal.keeping():
+        _full()
+    with pytest.raises(KeyError), journal.keeping():
         raise KeyError
-    progress.close()
+    journal.close()
 
 
 # --- A whole run, killed ----------------------------------------------------------------------------------
@@ -278,14 +352,12 @@ def streamed(tmp_path_factory: pytest.TempPathFactory) -> StreamedModel:
 def _run(streamed: StreamedModel, output: Path) -> int:
     """Prune by a rule that depends on the hidden states, and return how many blocks were done in this go."""
     done = 0
-    names = [f"{block}.{parameter}" for block in _BLOCKS for parameter in _PARAMETERS]
-    streamed.check_storable(names)
     fingerprint = Fingerprint.of({"rule": "mean"}, streamed.shards.folder, _WINDOWS)
-    with Journal(output).open(fingerprint) as progress, progress.keeping():
-        copies = ShardCopies(streamed.shards, progress.model)
-        if progress.finished == len(_BLOCKS):
+    with Journal(output).open(fingerprint) as journal, journal.keeping():
+        copies = ShardCopies(streamed.shards, journal.model)
+        if journal.finished == len(_BLOCKS):
             pass
-        elif progress.finished:
+        elif journal.finished:
             copies.check()
         else:
             copies.make()
@@ -293,9 +365,9 @@ def _run(streamed: StreamedModel, output: Path) -> int:
             modules = [streamed.model.get_submodule(block) for block in _BLOCKS]
             stream = record(streamed.model, modules, _WINDOWS, 2)
         stream.compute_dtype = torch.bfloat16
-        if progress.states:
-            load_states(progress.folder, progress.states, stream.states)
-        for index in range(progress.finished, len(_BLOCKS)):
+        if journal.states:
+            load_states(journal.folder, journal.states, stream.states)
+        for index in range(journal.finished, len(_BLOCKS)):
             block = _BLOCKS[index]
             with streamed.loaded(block) as module, torch.no_grad():
                 for parameter in _PARAMETERS:
@@ -304,14 +376,14 @@ def _run(streamed: StreamedModel, output: Path) -> int:
                 streamed.store([f"{block}.{parameter}" for parameter in _PARAMETERS], copies)
                 stream.advance(module, index)
             last = index == len(_BLOCKS) - 1
-            parts = [] if last else [save_states(progress.folder, index + 1, stream.states)]
-            progress.finish_block(index, [_record(index, error=float(stream.states.float().std()))], parts)
+            parts = [] if last else [save_states(journal.folder, index + 1, stream.states)]
+            journal.finish_block(index, [_record(index, error=float(stream.states.float().std()))], parts)
             done += 1
-        text = "".join(record.to_json() + "\n" for record in progress.records())
-        progress.publish(output / "model")
+        text = "".join(record.to_json() + "\n" for record in journal.records())
+        journal.publish(output / "model")
         (output / "layers.jsonl").write_text(text)
         (output / "run.json").write_text("{}")
-        progress.remove()
+        journal.remove()
     return done
 
 
@@ -341,7 +413,7 @@ def test_a_run_that_is_killed_at_any_moment_ends_with_the_same_bits(
     def begun(self: Path, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
         """A file of which nothing is written yet."""
         file = opened(self, mode, *args, **kwargs)
-        if mode == "wb":
+        if mode == "xb":
             before(lambda: None)()
         return file
 
@@ -356,6 +428,7 @@ def test_a_run_that_is_killed_at_any_moment_ends_with_the_same_bits(
         patch.setattr(os, "fsync", before(os.fsync))
         patch.setattr(Path, "open", begun)
         patch.setattr(Path, "replace", before(Path.replace))
+        patch.setattr(Path, "rename", before(Path.rename))
         patch.setattr(Path, "unlink", before(Path.unlink))
         patch.setattr(ShardCopies, "write", torn)
         assert _run(streamed, output) == 3
@@ -372,10 +445,10 @@ def test_a_run_that_is_killed_at_any_moment_ends_with_the_same_bits(
 
 def test_a_lost_file_of_the_model_so_far_is_one_sentence(streamed: StreamedModel, tmp_path: Path) -> None:
     fingerprint = Fingerprint.of({"rule": "mean"}, streamed.shards.folder, _WINDOWS)
-    with Journal(tmp_path).open(fingerprint) as progress:
-        ShardCopies(streamed.shards, progress.model).make()
-        _finish(progress, 0)
-    lost = progress.model / streamed.shards.files[1].name
+    with Journal(tmp_path).open(fingerprint) as journal:
+        ShardCopies(streamed.shards, journal.model).make()
+        _finish(journal, 0)
+    lost = journal.model / streamed.shards.files[1].name
     lost.unlink()
     with pytest.raises(
         OutputError, match=rf"{lost.name} is missing, although the unfinished run had made it; 1 finish"

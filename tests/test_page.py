@@ -22,7 +22,8 @@ from rarefy.report.page import render
 from rarefy.report.views import LayerProof, RunView
 from rarefy.runs.folder import RunFolder
 from rarefy.sweeps.folder import SweepFolder
-from rarefy.sweeps.plan import Options, plan_sweep
+from rarefy.sweeps.options import Options
+from rarefy.sweeps.plan import plan_sweep
 from rarefy.sweeps.sweep import run_sweep
 
 Folders = Callable[[str], Path]
@@ -229,15 +230,42 @@ def test_a_run_lets_the_models_write(swept: Path, tmp_path: Path) -> None:
     kept = json.loads((cell / "run.json").read_text())
     texts = kept.pop("texts")
     (cell / "run.json").write_text(json.dumps(kept))
-    assert write_report([cell]) == cell / "report.html"
+    assert write_report([cell], texts=True) == cell / "report.html"
     page = (cell / "report.html").read_text()
     assert "No texts" not in page
     assert texts[0]["text"] in html.unescape(page)
-    write_report([cell / "model"], texts=False)
-    assert "--no-texts" in (cell / "report.html").read_text()
     shutil.rmtree(cell / "model")
-    write_report([cell])
+    write_report([cell], texts=True)
     assert "No texts: the run wrote no model." in (cell / "report.html").read_text()
+
+
+def test_no_model_is_loaded_unless_asked_for(
+    rarefy_: Rarefy, swept: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run folder may come from anybody, and its recipe may name any model of the hub."""
+    cell = tmp_path / "run"
+    shutil.copytree(swept / "cells" / "wanda_2of4_seed0", cell)
+    kept = json.loads((cell / "run.json").read_text())
+    (cell / "run.json").write_text(json.dumps({key: value for key, value in kept.items() if key != "texts"}))
+    recipe = (cell / "recipe.yaml").read_text()
+    (cell / "recipe.yaml").write_text(re.sub(r"model: .*", "model: somebody/else", recipe, count=1))
+    asked: list[str] = []
+
+    def resolve(name: str) -> None:
+        asked.append(name)
+        raise InputError.sentence("It is not there.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("rarefy.models.checkpoint.load_model", lambda *_: pytest.fail("a model was loaded"))
+        patch.setattr("rarefy.models.source.resolve_model", resolve)
+        assert rarefy_("report", "run").status == 0
+        assert asked == []
+        page = html.unescape((cell / "report.html").read_text())
+        assert "No texts: the run kept none; `rarefy report --texts` loads the dense and the pruned model" in page
+        done = rarefy_("report", "run", "--texts")
+        assert asked == ["somebody/else"]
+        assert done.err.startswith("loading somebody/else, which run/recipe.yaml names, and run/model")
+        assert "No texts: It is not there." in (cell / "report.html").read_text()
 
 
 def test_a_dense_model_that_is_gone_is_said(swept: Path, tmp_path: Path) -> None:
@@ -248,7 +276,7 @@ def test_a_dense_model_that_is_gone_is_said(swept: Path, tmp_path: Path) -> None
     (cell / "run.json").write_text(json.dumps(kept))
     recipe = (cell / "recipe.yaml").read_text()
     (cell / "recipe.yaml").write_text(re.sub(r"model: .*", "model: ./gone", recipe, count=1))
-    write_report([cell])
+    write_report([cell], texts=True)
     assert "No texts: There is no folder ./gone" in (cell / "report.html").read_text()
 
 

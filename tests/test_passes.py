@@ -10,7 +10,15 @@ from torch import Tensor
 
 from rarefy.layer import passes
 
-DTYPES = [torch.float64, torch.float32, torch.bfloat16]  # bfloat16 takes the path that GPUs take
+DTYPES = [torch.float64, torch.float32, torch.bfloat16]
+
+pytestmark = pytest.mark.usefixtures("checked_shapes")
+
+
+@pytest.fixture(autouse=True, params=["numpy", "torch"])
+def _way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything twice: as on the CPU, and as on all other devices."""
+    monkeypatch.setattr(passes, "NUMPY", request.param == "numpy")
 
 
 def draw(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -76,3 +84,17 @@ def test_what_is_not_finite_is_found(dtype: torch.dtype, stain: float) -> None:
 def test_dots_of_rows(dtype: torch.dtype) -> None:
     values, mask = draw(dtype)
     assert torch.equal(passes.row_dots(values, mask.to(dtype)), (values * mask).sum(dim=1))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_lowest_of_each_row(dtype: torch.dtype) -> None:
+    values, _ = draw(dtype)
+    values = values.contiguous()
+    values[2] = 1  # of equals the first
+    expected = [row.index(min(row)) for row in values.tolist()]
+    assert passes.first_lowest(values).tolist() == expected
+
+
+def test_by_numpy_tells_the_ways_apart() -> None:
+    assert passes.by_numpy(torch.ones(2)) is passes.by_numpy(torch.ones(2) > 0) is passes.NUMPY
+    assert not passes.by_numpy(torch.ones(2, dtype=torch.bfloat16))

@@ -111,6 +111,96 @@ def test_locked_entries_are_kept_first(name: str) -> None:
         assert torch.equal(mask, pattern.project(values))
 
 
+# --- what a search for a mask needs
+
+
+def sets_of(pattern: Pattern, shape: tuple[int, int]) -> list[tuple[Tensor, int]]:
+    """The sets of entries that the pattern counts, as masks, and how many of each may be kept."""
+    index = torch.arange(shape[0] * shape[1]).view(shape)
+    if isinstance(pattern, PerRow):
+        label, most = index // shape[1], pattern.count(shape) // shape[0]
+    elif isinstance(pattern, NM):
+        label, most = index // pattern.of, pattern.keep
+    else:
+        label, most = index * 0, pattern.count(shape)
+    return [(label == value, most) for value in label.unique()]
+
+
+SEARCHED = [Unstructured(0.4), PerRow(0.5), NM(1, 2), NM(2, 4), NM(3, 4), NM(1, 8)]
+
+
+@pytest.mark.parametrize("pattern", SEARCHED, ids=str)
+@pytest.mark.parametrize("kind", ["normal", "few values", "all equal", "none positive"])
+def test_fill_is_the_best_of_all_masks_with_at_most_as_many(pattern: Pattern, kind: str) -> None:
+    shape = (1, 8)
+    generator = torch.Generator().manual_seed(3)
+    for _ in range(5):
+        values = torch.randn(shape, generator=generator, dtype=torch.float64)
+        if kind != "normal":
+            values = {"few values": values.round(), "all equal": values * 0 + 0.5, "none positive": -values.abs()}[
+                kind
+            ]
+        locked = pattern.surest(pattern.project(values), torch.rand(shape, generator=generator), 0.5)
+        before = values.clone()
+        found = pattern.fill(values, locked)
+        assert torch.equal(values, before)
+        assert bool((found | ~locked).all())
+        sets = sets_of(pattern, shape)
+        masks = (torch.tensor(bits).view(shape) for bits in itertools.product((True, False), repeat=8))
+        allowed = [
+            mask
+            for mask in masks
+            if bool((mask | ~locked).all()) and all(int((mask & one).sum()) <= most for one, most in sets)
+        ]
+        assert all(int((found & one).sum()) <= most for one, most in sets)
+        assert float(values[found].sum()) == pytest.approx(max(float(values[mask].sum()) for mask in allowed))
+        assert bool((values[found & ~locked] > 0).all())
+
+
+@pytest.mark.parametrize("pattern", SEARCHED, ids=str)
+def test_fill_takes_the_first_of_equals_and_no_more_than_there_is_room_for(pattern: Pattern) -> None:
+    ones = torch.ones(3, 8)
+    nothing = torch.zeros(3, 8, dtype=torch.bool)
+    assert torch.equal(pattern.fill(ones, nothing), pattern.project(ones))
+    assert not pattern.fill(-ones, nothing).any()
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.75, 1.0])
+def test_the_surest_part_of_a_mask_has_the_highest_scores(name: str, share: float) -> None:
+    pattern, values = patterns()[name], scores()
+    mask = pattern.project(scores(seed=4))  # not the mask of these scores
+    surest = pattern.surest(mask, values, share)
+    assert bool((mask | ~surest).all())
+    for one, most in [(torch.ones_like(mask), int(mask.sum()))] if name == "fixed" else sets_of(pattern, SHAPE):
+        if isinstance(pattern, NM):
+            assert int((surest & one).sum()) <= max(1, most - 1)
+        else:
+            assert int((surest & one).sum()) == math.floor(share * most)
+    if isinstance(pattern, NM):
+        most = max(1, pattern.keep - 1) * mask.numel() // pattern.of
+        assert int(surest.sum()) == min(math.floor(share * int(mask.sum())), most)
+    left = mask & ~surest
+    if surest.any() and left.any() and isinstance(pattern, (Unstructured, Fixed)):
+        assert float(values[surest].min()) >= float(values[left].max())
+
+
+def test_of_a_group_the_surest_are_its_highest() -> None:
+    values = torch.tensor([[9.0, 8.0, 7.0, 6.0, 5.0, 4.0, 3.0, 2.0]])
+    mask = NM(2, 4).project(values)
+    assert NM(2, 4).surest(mask, values, 0.25).nonzero()[:, 1].tolist() == [0]
+    assert NM(2, 4).surest(mask, values, 0.5).nonzero()[:, 1].tolist() == [0, 4]
+    assert NM(2, 4).surest(mask, values, 1.0).nonzero()[:, 1].tolist() == [0, 4]
+    assert NM(1, 4).surest(NM(1, 4).project(values), values, 0.5).nonzero()[:, 1].tolist() == [0]
+
+
+def test_where_there_is_a_choice_and_how_far_a_start_is_trusted() -> None:
+    assert not Fixed(some_mask()).has_choice
+    for name, pattern in patterns().items():
+        assert pattern.has_choice is (name != "fixed")
+        assert 0 <= pattern.trust <= 1
+
+
 # --- slices
 
 
@@ -183,14 +273,38 @@ def test_gradual_masks_contain_an_allowed_mask(name: str) -> None:
     assert torch.equal(pattern.at(1.0).project(values), pattern.project(values))
 
 
-def test_gradual_groups_prune_the_rest_by_one_threshold() -> None:
-    values = torch.tensor([[9.0, 8.0, 1.0, 7.0], [6.0, 5.0, 4.0, 3.0]])
-    mask = NM(2, 4).at(0.5).project(values)  # 2 of the 4 zeros: the lowest unprotected, 1 and 3
-    assert mask.tolist() == [[True, True, False, True], [True, True, True, False]]
-    assert not NM(2, 4).at(0.5).rows_independent
-    for cut in (NM(2, 4).at(0.5).rows, NM(2, 4).at(0.5).columns):
-        with pytest.raises(PatternError, match="cannot be cut"):
-            cut(0, 1, (2, 4))
+def test_gradual_groups_prune_what_is_small_beside_their_protected_ones() -> None:
+    # 8 is protected and 7 near it; 0.4 is small, but near 0.5
+    values = torch.tensor([[9.0, 8.0, 1.0, 7.0, 0.6, 0.5, 0.4, 0.3]])
+    mask = NM(2, 4).at(0.5).project(values)  # 2 of the 4 zeros: those of ratio 1 / 8 and 3 / 5
+    assert mask.tolist() == [[True, True, False, True, True, True, True, False]]
+    assert NM(2, 4).at(0.25).project(values).tolist() == [[True, True, False, *[True] * 5]]
+    for factor in (1e-30, 1e30):  # a group's own scale does not count
+        scale = torch.tensor([1.0] * 4 + [factor] * 4)
+        assert torch.equal(NM(2, 4).at(0.5).project(values * scale), mask)
+    two = torch.cat([values, values.flip(1)])  # and of every row the same number
+    assert NM(2, 4).at(0.5).project(two).sum(dim=1).tolist() == [6, 6]
+    assert NM(2, 4).at(0.5).rows_independent
+    assert torch.equal(NM(2, 4).at(0.5).rows(1, 2, (2, 8)).project(two[1:]), NM(2, 4).at(0.5).project(two)[1:])
+    with pytest.raises(PatternError, match="cannot be cut"):
+        NM(2, 4).at(0.5).columns(0, 4, (2, 8))
+
+
+def test_gradual_groups_of_zeros() -> None:
+    mask = NM(2, 4).at(0.5).project(torch.tensor([[0.0] * 4 + [4.0, 3.0, 2.0, 1.0]]))
+    assert mask.tolist() == [[True, True, False, False, *[True] * 4]]
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "fixed"])
+@pytest.mark.parametrize("share", [0.3, 0.8])
+def test_gradual_masks_keep_what_is_locked(name: str, share: float) -> None:
+    pattern, values = patterns()[name], scores()
+    locked = pattern.project(-values) & (scores(seed=1) > 0.8)  # of the worst mask
+    mask = pattern.at(share).project(values, locked)
+    assert bool((mask | ~locked).all())
+    assert int(mask.sum()) == pattern.at(share).count(SHAPE)
+    final = pattern.project(values, locked)
+    assert bool((mask | ~final).all())
 
 
 # --- checks
@@ -210,6 +324,17 @@ def test_check_names_what_is_wrong() -> None:
     Unstructured(0.5).check(moved)
     with pytest.raises(PatternError, match=r"^Row 0 of the mask keeps 3 weights, but row 50% keeps 4\.$"):
         PerRow(0.5).check(moved)
+    fewer = mask.clone()
+    fewer[1, 0] = False
+    with pytest.raises(PatternError, match=r"^Row 1 of the mask keeps 3 weights, but row 50% keeps 4\.$"):
+        PerRow(0.5).check(fewer)
+    more = mask.clone()
+    more[1, 7] = True
+    with pytest.raises(PatternError, match=r"^Row 1 of the mask keeps 5 weights, but row 50% keeps 4\.$"):
+        PerRow(0.5).check(more)
+    groups = torch.tensor([[True, True, False, False, True, False, False, False]])
+    with pytest.raises(PatternError, match=r"^Group 1 of row 0 keeps 1 weights, but 2:4 keeps 2\.$"):
+        NM(2, 4).check(groups)
     Fixed(mask).check(mask)
     with pytest.raises(PatternError, match="differs from the fixed mask"):
         Fixed(mask).check(moved)

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 import rarefy
 from models_for_tests import ARCHITECTURES, VOCABULARY, make_model
 from rarefy.calibration.collect import collect
-from rarefy.calibration.stream import HiddenStates, record
+from rarefy.calibration.record import record
+from rarefy.calibration.stream import HiddenStates
 from rarefy.errors import CalibrationError, InputError, NumericalError, PatternError
 from rarefy.layer.pattern import NM, Fixed, Pattern, PerRow, Unstructured
 from rarefy.layer.problem import LayerProblem

@@ -1,9 +1,11 @@
 """Recipes: every setting checked, every mistake one sentence that names it as its user wrote it."""
 
+import sys
 from pathlib import Path
 
 import pytest
 
+import rarefy
 from rarefy.errors import InputError, MethodError, PatternError, RecipeError
 from rarefy.layer.pattern import NM, PerRow, Unstructured
 from rarefy.runs.recipe import DEFAULT_CALIBRATION, FULL_WINDOWS, QUICK_WINDOWS, Recipe, parse_settings
@@ -148,6 +150,91 @@ def test_a_wrong_file_is_one_sentence(tmp_path: Path, text: str, sentence: str) 
     assert "\n" not in str(caught.value)
 
 
+_BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 30)
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("model: " + "[" * 100_000, r"is nested too deeply for a recipe \(line 1\)"),
+        ("- " * 5_000, r"is nested too deeply"),
+        ("settings: " + "{a: " * 12 + "1" + "}" * 12, r"is nested too deeply"),
+        (_BOMB, r"has an alias, which no recipe needs \(line 2\)"),
+        ("model: &m [*m]", r"has an alias"),
+        ("model: !!python/object/apply:os.system [ls]", r"has a tag, which no recipe needs \(line 1\)"),
+        ("bos: !!bool maybe", r"has a tag"),
+        ("seed: !!int ''", r"has a tag"),
+        ("model: m\nmodel: n", r"has the key model twice \(line 2\)"),
+        ("settings: {steps: 1, steps: 2}", r"has the key steps twice"),
+        ("? [a]\n: 1", r"has a key that is no word"),
+        ("seed: " + "1" * 6_000, r"is no YAML file"),
+        ("model: m\0", r"is no YAML file"),
+        ("model: '" + "m" * 300_000 + "'", r"has more than 262,144 bytes"),
+    ],
+)
+def test_yaml_that_no_recipe_needs_is_one_sentence(tmp_path: Path, text: str, sentence: str) -> None:
+    """A recipe may come from anybody: none takes long, or much memory, or ends in a traceback."""
+    with pytest.raises(RecipeError, match=sentence) as caught:
+        Recipe.from_yaml(in_file(tmp_path, text))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("value", ["[1]", "{a: 1}", "true", "null", "1.5", "-1", "1e999", ".nan", "9" * 400, "a: b"])
+@pytest.mark.parametrize("key", list(Recipe.model_fields))
+def test_whatever_a_key_holds_the_answer_is_a_recipe_or_one_sentence(tmp_path: Path, key: str, value: str) -> None:
+    text = f"{key}: '{value}'" if value == "a: b" else f"{key}: {value}"
+    said = ""
+    try:
+        Recipe.read({} if key == "model" else {"model": "m"}, in_file(tmp_path, text))
+    except InputError as error:
+        said = str(error)
+    assert "\n" not in said
+    assert len(said) < 1_000
+
+
+def test_words_stay_words(tmp_path: Path) -> None:
+    file = in_file(tmp_path, "model: 2024-01-01\ncalibration: no\nmethod: wanda\npattern: 2:4\n")
+    recipe = Recipe.from_yaml(file)
+    assert (recipe.model, recipe.calibration, recipe.pattern) == ("2024-01-01", "no", "2:4")
+
+
+@pytest.fixture
+def code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A recipe with a method in a module that leaves a mark when it is imported."""
+    (tmp_path / "foreign.py").write_text(
+        "from pathlib import Path\nimport rarefy\n"
+        f"Path({str(tmp_path / 'mark')!r}).touch()\n"
+        "class Method(rarefy.Wanda): pass\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "foreign", raising=False)
+    return in_file(tmp_path, "model: m\nmethod: foreign:Method\n")
+
+
+@pytest.mark.parametrize("method", ["foreign:Method", "wanda+foreign:Method", "foreign:Method+pcg"])
+def test_a_file_runs_no_code_unless_allowed(code: Path, tmp_path: Path, method: str) -> None:
+    code.write_text(f"model: m\nmethod: {method}\n")
+    with pytest.raises(
+        RecipeError, match=f"^method in {code} is .*, which is code from outside Rarefy: --allow-code lets a recipe"
+    ):
+        Recipe.from_yaml(code)
+    with pytest.raises(RecipeError, match="is code from outside Rarefy"):
+        Recipe.read({"sparsity": "0.3"}, code)
+    with pytest.raises(RecipeError, match="is code from outside Rarefy"):
+        rarefy.run(code, tmp_path / "out")
+    assert not (tmp_path / "mark").exists()
+
+
+def test_code_that_is_allowed_or_that_an_option_names_is_run(code: Path, tmp_path: Path) -> None:
+    assert Recipe.read({}, code, allow_code=True).build_method().name == "wanda"
+    assert (tmp_path / "mark").exists()
+    assert Recipe.read({"model": "m", "method": "foreign:Method"}).build_method().name == "wanda"
+    assert Recipe.read({"method": "foreign:Method"}, code).build_method().name == "wanda"
+    assert Recipe.read({"method": "ria"}, code).build_method().name == "ria"
+
+
 def test_a_file_that_cannot_be_read_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00\x80")
     for file in (tmp_path / "missing.yaml", tmp_path, tmp_path / "binary"):
@@ -194,6 +281,12 @@ def test_windows_fit_the_models_context() -> None:
     assert read(calibration="c4").resolved(512).sequence_length == 512
     with pytest.raises(InputError, match="^--sequence-length is 1024, but must be at most 512"):
         read(sequence_length="1024").resolved(512)
+
+
+def test_more_tokens_than_memory_holds_are_refused() -> None:
+    assert read(num_samples=2**17, sequence_length=2**11).resolved(None).window_shape == (2**17, 2**11)
+    with pytest.raises(InputError, match=r"make 268,437,504 tokens, but at most 268,435,456 can be calibrated on\."):
+        read(num_samples=2**17 + 1, sequence_length=2**11).resolved(None)
 
 
 @pytest.mark.parametrize("options", [{"pattern": "2:4"}, {"sparsity": "0.7", "method": "wanda"}, {}])

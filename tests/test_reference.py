@@ -118,7 +118,7 @@ def test_gradual_projection_ends_at_the_pattern_and_protects_groups() -> None:
         assert torch.equal(reference.project_gradual(scores, pattern, 1.0), final)
         half = reference.project_gradual(scores, pattern, 0.5)
         assert bool(half[final].all())
-    assert int((~reference.project_gradual(scores, ("nm", 2, 4), 0.5)).sum()) == round(0.5 * (1 - 0.5**3) * 32)
+    assert int((~reference.project_gradual(scores, ("nm", 2, 4), 0.5)).sum()) == 4 * round(0.5 * (1 - 0.5**3) * 8)
 
 
 # --- laws of every method
@@ -227,7 +227,7 @@ def test_sparsegpt_pivots_are_the_squared_cholesky_diagonal_of_the_inverse() -> 
     """One row, one block, one weight kept: the choice is by W^2 / diag(U)^2."""
     for seed in range(5):
         W0, H = _draw("correlated", out=1, seed=seed)
-        damped = H + 0.01 * H.diagonal().mean() * torch.eye(8)
+        damped = H + 0.01 * torch.diag(H.diagonal())
         U = torch.linalg.cholesky(torch.linalg.inv(damped), upper=True)
         _, mask = reference.sparsegpt(W0, H, ("layer", 7 / 8))
         assert int(mask.flatten().nonzero()) == int((W0.flatten() ** 2 / U.diagonal() ** 2).argmax())
@@ -236,7 +236,7 @@ def test_sparsegpt_pivots_are_the_squared_cholesky_diagonal_of_the_inverse() -> 
 def test_sparsegpt_chooses_groups_with_updated_weights() -> None:
     W0, H = _draw("correlated", out=6, inputs=8, seed=3)
     W, mask = reference.sparsegpt(W0, H, ("nm", 2, 4))
-    damped = H + 0.01 * H.diagonal().mean() * torch.eye(8)
+    damped = H + 0.01 * torch.diag(H.diagonal())
     first = torch.ones_like(mask)
     first[:, :4] = mask[:, :4]
     entering = reference.sparsegpt(W0, H, ("fixed", first))[0][:, 4:]
@@ -308,7 +308,8 @@ def test_alps_finds_the_support_of_a_diagonal_problem(family: str, pattern_name:
         W0, H = _draw(family, out=4, seed=seed)
         pattern = _pattern(pattern_name, *W0.shape)
         # lambda ||W - W0||^2 is part of the objective: the largest W0^2 (H_jj + lambda) are best.
-        s = (H.diagonal() + 0.01 * H.diagonal().mean()).sqrt()
+        share = H.diagonal() if solve is reference.alps_geometric else H.diagonal().mean()
+        s = (H.diagonal() + 0.01 * share).sqrt()
         worth = W0.sign() * (1 + W0.abs() / 4)
         W0 = torch.where(reference.project(W0.abs(), pattern), 4 * worth, worth / 4) / s
         W, mask = solve(W0, H, pattern)
@@ -359,7 +360,7 @@ def test_alps_restarts_with_a_smaller_penalty_where_the_support_does_not_move() 
 
 
 def test_methods_keep_the_order_of_the_papers() -> None:
-    """On inputs without outlier channels, with which ALPS's damping by the mean diagonal is heavy."""
+    """On inputs without outlier channels, with which damping by the mean diagonal (ALPS's paper) is heavy."""
     names = ("alps", "admm", "admm1", "sparsegpt", "wanda", "magnitude")
     errors = dict.fromkeys((*names, "alps-geometric"), 1.0)
     for name, seed in itertools.product(errors, range(3)):
@@ -438,9 +439,12 @@ def test_sparsefw_keeps_its_fixed_part_and_never_loses_to_its_start(pattern: tup
         assert bool(mask[fixed].all())
         assert bool(warm[fixed].all())
         assert reference.objective(W, W0, H) <= reference.objective(W0 * warm, W0, H)
-        if alpha == 1.0:
+        if alpha == 1.0 and pattern[0] != "nm":
             assert torch.equal(mask, warm)
-    if pattern[0] == "nm":  # a floor per group would make these equal
+    if pattern[0] == "nm":
+        free = (warm & ~fixed).view(-1, pattern[2]).sum(dim=1)
+        assert int(free.min()) >= 1
+        # a floor per group would make these equal
         assert (
             int(reference.sparsefw_fixed_part(scores, pattern, 0.1).sum()) == reference.num_kept(pattern, 6, 16) // 10
         )
@@ -479,6 +483,17 @@ def test_one_step_of_sparsefw_is_worked_out_from_its_gradient() -> None:
             assert torch.equal(mask, end if better else start)
             seen += better
     assert seen
+
+
+@pytest.mark.parametrize(("keep", "of"), [(2, 4), (4, 8), (1, 4)])
+def test_plain_frank_wolfe_keeps_what_it_locks(keep: int, of: int) -> None:
+    W0, H = _draw("correlated", out=6, inputs=16)
+    scores = reference.saliency(W0, H, "wanda")
+    _, mask = reference.frank_wolfe_groups(W0, H, keep, of, steps=30)
+    assert bool((mask.view(-1, of).sum(dim=1) == keep).all())
+    assert bool(mask[reference.project_nm(scores, 1, of)].all())
+    wanda = reference.wanda(W0, H, ("nm", keep, of))[1]
+    assert torch.equal(mask, wanda) == (keep == 1)
 
 
 def test_sparsefw_lowers_the_error_of_wanda() -> None:

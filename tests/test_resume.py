@@ -127,7 +127,7 @@ def _kill_and_go_on(shelf: Path, tmp_path: Path, kills: int, *more: object) -> N
         output = tmp_path / "run 0"
         for kill in range(kills):
             process = runner.start(_arguments(shelf, output, *more))
-            _wait_for(output / "unfinished" / "progress.json", output)
+            _wait_for(output / "unfinished" / "journal.json", output)
             time.sleep(draw.random() * took)
             with suppress(ProcessLookupError):
                 os.kill(process, signal.SIGKILL)
@@ -222,9 +222,25 @@ def test_an_interrupted_run_is_kept_and_only_the_same_command_goes_on(
     assert rarefy_(*_arguments(shelf, tmp_path / "whole", *more)).status == 0
     assert _result(output) == _result(tmp_path / "whole")
     assert "this one is not empty" in rarefy_(*arguments).err
-    (output / "unfinished").mkdir()  # killed while it removed its journal
+    (output / ".unfinished.0123abcd.partial" / "model").mkdir(parents=True)  # killed while it removed its journal
     assert "the run had been finished" in rarefy_(*arguments).out
-    assert not (output / "unfinished").exists()
+    assert sorted(path.name for path in output.iterdir()) == ["layers.jsonl", "model", "recipe.yaml", "run.json"]
+
+
+@pytest.mark.parametrize("name", ["chapter.txt", "progress.json", None])
+def test_a_folder_called_unfinished_that_is_not_rarefys_is_left_alone(
+    rarefy_: Rarefy, shelf: Path, tmp_path: Path, name: str | None
+) -> None:
+    theirs = tmp_path / "out" / "unfinished"
+    theirs.mkdir(parents=True)
+    if name:
+        (theirs / name).write_text("{}")
+    before = sorted(tmp_path.rglob("*"))
+    done = rarefy_(*_arguments(shelf, tmp_path / "out"))
+    assert is_one_sentence(done.err), done.err
+    assert (done.status, done.out) == (2, "")
+    assert f"{theirs} is no unfinished run of this release of Rarefy" in done.err
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_a_run_that_would_fail_again_leaves_nothing(

@@ -6,15 +6,24 @@ import pytest
 import torch
 from torch import Tensor
 
+from rarefy.layer import passes, select
 from rarefy.layer.select import keep_at_least, keep_largest, keep_largest_in_groups, kth_largest
 
-DTYPES = [torch.float64, torch.float32, torch.bfloat16]  # bfloat16 takes the path that GPUs take
+DTYPES = [torch.float64, torch.float32, torch.bfloat16]
+
+pytestmark = pytest.mark.usefixtures("checked_shapes")
 
 
 def by_stable_sort(scores: Tensor, k: int) -> Tensor:
     """The definition: sort downwards, equals in the order of their index, keep the first k."""
     order = scores.double().argsort(dim=-1, descending=True, stable=True)
     return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, order[..., :k], True)
+
+
+@pytest.fixture(autouse=True, params=["numpy", "torch"])
+def _way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything twice: as on the CPU, and as on all other devices."""
+    monkeypatch.setattr(passes, "NUMPY", request.param == "numpy")
 
 
 def draw(kind: str, dtype: torch.dtype, *shape: int) -> Tensor:
@@ -55,6 +64,36 @@ def test_keep_largest_is_a_stable_sort(kind: str, dtype: torch.dtype) -> None:
         assert mask.dtype == torch.bool
         assert torch.equal(mask, by_stable_sort(scores, k)), k
         assert torch.equal(keep_largest(scores[0], k), by_stable_sort(scores[0], k)), k
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("ties", [1, 5, 30])
+def test_equals_are_looked_for_piece_by_piece(
+    monkeypatch: pytest.MonkeyPatch, kind: str, dtype: torch.dtype, ties: int
+) -> None:
+    scores = draw(kind, dtype, 6, 13)
+    monkeypatch.setattr(select, "_TIES", ties)
+    for k in (1, 4, 9, 12):
+        assert torch.equal(keep_largest(scores, k), by_stable_sort(scores, k)), k
+        assert torch.equal(keep_largest(scores.view(-1), 5 * k), by_stable_sort(scores.view(-1), 5 * k)), k
+
+
+@pytest.mark.parametrize("rows", [1, 600])
+def test_a_sparse_weight_is_pruned_again_in_little_memory(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
+    """Places are whole numbers of eight bytes: they are never of more than some entries at a time."""
+    seen = []
+
+    def places(mask: Tensor) -> tuple[Tensor, Tensor]:
+        seen.append(mask.numel())
+        return passes.places(mask)
+
+    monkeypatch.setattr(select, "places", places)
+    scores = draw("normal", torch.float32, rows, 600_000 // rows).relu()  # half of them are 0
+    mask = keep_largest(scores, int(0.7 * scores.shape[1]))
+    assert int(mask.sum()) == rows * int(0.7 * scores.shape[1])
+    assert seen
+    assert max(seen) <= select._TIES
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -119,10 +158,14 @@ def test_scores_need_not_be_contiguous() -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("keep", "of"), [(1, 2), (2, 4), (1, 3), (4, 8), (7, 8), (3, 9), (8, 16)])
-def test_groups_are_sorted_one_by_one(kind: str, dtype: torch.dtype, keep: int, of: int) -> None:
+def test_groups_are_sorted_one_by_one(
+    monkeypatch: pytest.MonkeyPatch, kind: str, dtype: torch.dtype, keep: int, of: int
+) -> None:
     scores = draw(kind, dtype, 4, 144)
     before = scores.clone()
     expected = by_stable_sort(scores.unflatten(1, (-1, of)), keep).flatten(1)
+    assert torch.equal(keep_largest_in_groups(scores, keep, of), expected)
+    monkeypatch.setattr(select, "_GROUPS", 4 * of)  # a few groups at a time
     assert torch.equal(keep_largest_in_groups(scores, keep, of), expected)
     assert torch.equal(scores, before)
 

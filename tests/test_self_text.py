@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,11 +11,21 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from models_for_tests import ARCHITECTURES, VOCABULARY, make_model
-from rarefy.calibration import self_text
+from architectures_for_tests import CAUSAL_TYPES, LARGEST, small_config
+from models_for_tests import ARCHITECTURES, VOCABULARY, build, make_model
+from rarefy.calibration import generation, self_text
+from rarefy.calibration.documents import CalibrationWarning
+from rarefy.calibration.generation import (
+    ALLOCATED_CACHE,
+    NO_STATE,
+    OWN_STATE,
+    OWN_STATE_ONE_BY_ONE,
+    Way,
+    way_of_writing,
+)
 from rarefy.calibration.self_text import draw_tokens, write_text
-from rarefy.calibration.sources import CalibrationWarning
-from rarefy.errors import InputError, NumericalError
+from rarefy.errors import CalibrationError, InputError, NumericalError
+from rarefy.models.source import ModelSource, _refuse_unless_causal
 
 BOS = 1
 
@@ -93,12 +104,22 @@ def test_the_text_is_what_a_loop_without_a_cache_writes(architecture: str) -> No
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_cached_logits_agree_with_a_full_pass(architecture: str) -> None:
-    model, seen = make_model(architecture), []
-    hook = model.get_output_embeddings().register_forward_hook(lambda _, __, logits: seen.append(logits))
+    model = make_model(architecture)
+    assert way_of_writing(model) is ALLOCATED_CACHE
     texts = write(model, num=2, length=24)
-    hook.remove()
     full = model(input_ids=texts, use_cache=False).logits[:, :-1]
-    torch.testing.assert_close(torch.cat(seen, dim=1), full, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(logits_on(model, ALLOCATED_CACHE, texts), full, rtol=1e-4, atol=1e-5)
+
+
+def logits_on(model: PreTrainedModel, way: Way, texts: Tensor) -> Tensor:
+    seen: list[Tensor] = []
+
+    def choose(position: int, logits: Tensor) -> Tensor:
+        seen.append(logits)
+        return texts[:, position]
+
+    way.write(model, texts[:, 0], texts.shape[1], choose)
+    return torch.stack(seen, dim=1)
 
 
 def test_the_same_seed_gives_the_same_bits() -> None:
@@ -170,19 +191,19 @@ def test_texts_are_spread_evenly_over_the_batches() -> None:
     model, sizes = make_model("llama"), []
     model.get_output_embeddings().register_forward_hook(lambda _, __, logits: sizes.append(len(logits)))
     write(model, num=9, length=2, batch_size=8)
-    assert sizes == [5, 4]
+    assert sizes[-2:] == [5, 4]
 
 
 def test_the_default_batch_fits_its_keys_and_values_into_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_model("llama")
-    assert self_text._fitting_batch(model, 8) == 128
+    assert self_text._fitting_batch(model, 8, ALLOCATED_CACHE) == 128
     per_text = 2 * 2 * 2 * 8 * 1000 * 4  # layers, keys and values, heads, width, positions, bytes
     monkeypatch.setattr(self_text, "_CACHE_BYTES", 5 * per_text + 1)
-    assert self_text._fitting_batch(model, 1000) == 5
-    assert self_text._fitting_batch(model, 10_000) == 1
+    assert self_text._fitting_batch(model, 1000, OWN_STATE) == 5
+    assert self_text._fitting_batch(model, 10_000, ALLOCATED_CACHE) == 1
     monkeypatch.setattr(self_text, "_CACHE_BYTES", 1)
     weights = 4 * sum(parameter.numel() for parameter in model.parameters())
-    assert self_text._fitting_batch(model, 100) == weights // 4 // (per_text // 10)
+    assert self_text._fitting_batch(model, 100, ALLOCATED_CACHE) == weights // 4 // (per_text // 10)
 
 
 def test_nan_is_no_text() -> None:
@@ -198,6 +219,124 @@ def test_no_window_is_an_error() -> None:
         write(make_model("llama"), num=0)
     with pytest.raises(InputError, match="window length is 0"):
         write(make_model("llama"), length=0)
+
+
+# --- Models that keep something else than keys and values ----------------------------------------------------
+
+#: What each of these keeps of the tokens before.
+KEPT = {
+    "bamba": OWN_STATE,  # both; without their positions it would count every token as the first
+    "falcon_mamba": OWN_STATE,  # states
+    "jamba": ALLOCATED_CACHE,  # both
+    "mamba": OWN_STATE,
+    "minimax": OWN_STATE,  # a cache of its own
+    "openai-gpt": OWN_STATE,  # nothing, but it takes a cache and does not use it
+    "qwen3_next": ALLOCATED_CACHE,  # both
+    "recurrent_gemma": ALLOCATED_CACHE,  # both
+    "rwkv": OWN_STATE_ONE_BY_ONE,  # states, which transformers mixes up in a batch
+    "xlstm": OWN_STATE,
+}
+
+
+def written_slowly(model: PreTrainedModel, num: int, length: int, seed: int) -> Tensor:
+    """The text that a model writes if it reads all that is there for each token."""
+    draws = torch.rand(num, length, generator=torch.Generator().manual_seed(seed))
+    texts = torch.full((num, 1), BOS)
+    with torch.no_grad():
+        for position in range(1, length):
+            logits = model(input_ids=texts, use_cache=False).logits[:, -1]
+            texts = torch.cat([texts, draw_tokens(logits, draws[:, position])[:, None]], dim=1)
+    return texts
+
+
+def sharpened(model: PreTrainedModel) -> PreTrainedModel:
+    """The model with larger logits, so that what was written before matters."""
+    if not getattr(model.config.get_text_config(), "tie_word_embeddings", False):
+        with torch.no_grad():
+            model.get_output_embeddings().weight.mul_(4)
+    return model
+
+
+@pytest.mark.parametrize("model_type", KEPT)
+def test_models_with_states_write_what_they_write_without(model_type: str) -> None:
+    model = sharpened(build(small_config(model_type)))
+    assert way_of_writing(model) is KEPT[model_type]
+    before, settings = state(model), model.generation_config
+    texts = write(model, 4, 20, seed=7, bos_id=BOS)
+    assert torch.equal(texts, written_slowly(model, 4, 20, seed=7))
+    assert torch.equal(write(model, 4, 20, seed=7, bos_id=BOS, batch_size=1), texts)
+    assert len(texts.unique()) > 15
+    assert state(model) == before
+    assert model.generation_config is settings
+
+
+def test_a_model_that_keeps_nothing_is_given_the_whole_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = sharpened(make_model("llama"))
+    expected = write(model, 4, 20, seed=7, bos_id=BOS)
+    real = model.forward
+
+    def forward(input_ids: Tensor, use_cache: bool = False, past_key_values: object = None, **_: object) -> object:
+        return real(input_ids=input_ids, use_cache=False)  # as if the cache were empty
+
+    monkeypatch.setattr(model, "forward", forward)
+    monkeypatch.setattr(model, "generate", None)
+    with pytest.warns(CalibrationWarning, match="keeps nothing of what it has written"):
+        assert torch.equal(write(model, 4, 20, seed=7, bos_id=BOS), expected)
+    assert self_text._fitting_batch(model, 100, NO_STATE) == 128
+    monkeypatch.setattr(self_text, "_CACHE_BYTES", 10 * 4 * 100 * (8 * 32 + VOCABULARY))
+    assert self_text._fitting_batch(model, 100, NO_STATE) == 10
+
+
+def test_a_model_that_cannot_be_called_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model("llama")
+
+    def forward(**_: object) -> None:
+        raise RuntimeError("no forward.\nsecond line")
+
+    monkeypatch.setattr(model, "forward", forward)
+    with pytest.raises(CalibrationError, match=r"^The model cannot write .* \(RuntimeError: no forward\); .*--calib"):
+        write(model)
+
+
+def test_no_memory_is_not_taken_for_a_cache_that_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model("llama")
+
+    def generate(*_: object) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(generation, "_allocated_cache", generate)
+    with pytest.raises(torch.OutOfMemoryError):
+        write(model)
+
+
+def test_settings_that_differ_between_layers_are_no_number() -> None:
+    model = build(small_config("gemma4_text"))
+    assert self_text._whole_number(model.config, "head_dim") is None
+    assert self_text._fitting_batch(model, 8, ALLOCATED_CACHE) == 128
+    assert write(model).shape == (3, 12)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", CAUSAL_TYPES)
+def test_every_decoder_writes_what_it_writes_without_a_cache(model_type: str) -> None:
+    try:
+        config = small_config(model_type)
+        source = ModelSource(model_type, "folder", Path(), config)
+        with torch.device("meta"):
+            size = sum(parameter.numel() for parameter in source.skeleton().parameters())
+    except Exception as error:  # noqa: BLE001
+        pytest.skip(f"no small model can be made: {error}")
+    if size > LARGEST:
+        pytest.skip(f"{size:,} parameters are no small model")
+    try:
+        _refuse_unless_causal(source)
+        model = sharpened(build(config))
+        expected = written_slowly(model, 4, 20, seed=7)
+    except Exception as error:  # noqa: BLE001
+        pytest.skip(f"not to be pruned, or it does not run: {error}")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", CalibrationWarning)
+        assert torch.equal(write(model, 4, 20, seed=7, bos_id=BOS), expected)
 
 
 # --- The model is left as it was ----------------------------------------------------------------------------

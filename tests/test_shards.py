@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,8 +18,9 @@ from torch import Tensor
 
 from models_for_tests import make_model
 from rarefy.errors import ModelError, OutputError
-from rarefy.models import atomic, shards
-from rarefy.models.shards import ShardCopies, Shards
+from rarefy.models import atomic, stored
+from rarefy.models.copies import ShardCopies
+from rarefy.models.shards import Shards
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.int8, torch.uint8)
 
@@ -117,7 +119,7 @@ def test_several_files_are_read_and_copied_with_their_index(folder: Path, tmp_pa
 
 
 def test_tensors_are_compared_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shards, "CHUNK", 16)
+    monkeypatch.setattr(stored, "CHUNK", 16)
     one = torch.arange(30.0)
     others = {f"at {i}": one.clone() for i in range(30)}
     for i, other in enumerate(others.values()):
@@ -191,10 +193,12 @@ def test_a_folder_without_safetensors_or_with_a_wrong_index_is_refused(folder: P
         Shards.open(folder)
     for wrong in ("{", "[]", "{}", '{"weight_map": 3}'):
         index.write_text(wrong)
-        with pytest.raises(ModelError, match="cannot be read as an index of weights"):
+        with pytest.raises(
+            ModelError, match="cannot be read as JSON|is JSON, but no object|names no files of weights"
+        ):
             Shards.open(folder)
     index.unlink()
-    with pytest.raises(ModelError, match="has no safetensors files, and only those can be read in parts"):
+    with pytest.raises(ModelError, match="has no files of weights"):
         Shards.open(folder)
 
 
@@ -231,11 +235,11 @@ def test_copies_that_are_there_are_kept_and_the_others_made(folder: Path, tmp_pa
     copy.write(name, written)
     lost = next(file for file in opened.files if file != opened.tensors[name].file)
     (tmp_path / "copy" / lost.name).unlink()
-    (tmp_path / "copy" / f".{lost.name}.partial").write_text("half")
+    (tmp_path / "copy" / f".{lost.name}.0123abcd.partial").write_text("half")
     with pytest.raises(OutputError, match=f"{lost.name} is missing, although the unfinished run had made it"):
         copy.check()
     again = ShardCopies(opened, tmp_path / "copy")
-    assert again.missing == [lost]
+    assert again.missing == [tmp_path / "copy" / lost.name]
     again.make()
     assert again.missing == []
     assert torch.equal(again.stored(name).read(), written)
@@ -262,7 +266,7 @@ def test_too_little_space_is_found_before_anything_is_copied(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     copy = ShardCopies(Shards.open(folder), tmp_path / "copy")
-    monkeypatch.setattr(os, "statvfs", lambda _: SimpleNamespace(f_bavail=3, f_frsize=1000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=3000))
     with pytest.raises(OutputError, match=r"needs 0\.0 GB for the copy of the model, but its disk has 0\.0 GB left"):
         copy.make()
     assert list((tmp_path / "copy").iterdir()) == []

@@ -13,14 +13,18 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig
 
 import rarefy
-from models_for_tests import _EXPERTS, _GROUPED, VOCABULARY, build
+from models_for_tests import _EXPERTS, _GROUPED, VOCABULARY, build, make_model
 from rarefy.errors import OutputError
+from rarefy.layer.pattern import Pattern, pattern_from_spec
+from rarefy.models.blocks import Block, find_blocks
+from rarefy.models.sites import Site
 from rarefy.models.source import resolve_model
 from rarefy.models.streaming import StreamedModel
-from rarefy.pruning.loop import BlockStore, prune_blocks
+from rarefy.pruning.loop import prune_blocks
 from rarefy.pruning.records import LayerRecord, Report
-from rarefy.pruning.settings import PruneSettings
-from rarefy.pruning.stores import JournaledStore, StreamedStore
+from rarefy.pruning.settings import PruneSettings, Uniform
+from rarefy.pruning.steps import BlockStep, PrunedBlock
+from rarefy.pruning.stores import BlockStore, JournaledStore, StreamedStore
 from rarefy.runs.fingerprint import Fingerprint
 from rarefy.runs.journal import Journal
 
@@ -52,34 +56,38 @@ def _in_memory(folder: Path) -> Any:
 
 
 def _prune(
-    home: BlockStore, include: Sequence[str] = (), on_layer: Callable[[LayerRecord], None] | None = None
+    store: BlockStore,
+    include: Sequence[str] = (),
+    on_layer: Callable[[LayerRecord], None] | None = None,
+    steps: Sequence[BlockStep] = (),
 ) -> Report:
-    settings = PruneSettings(rarefy.PerRow(0.5), rarefy.SparseGPT(), batch_size=2, include=include)
-    return prune_blocks(home, _WINDOWS, settings, on_layer=on_layer)
+    pattern = Uniform(rarefy.PerRow(0.5))
+    settings = PruneSettings(pattern, rarefy.SparseGPT(), batch_size=2, include=include, steps=steps)
+    return prune_blocks(store, _WINDOWS, settings, on_layer=on_layer)
 
 
-def _progress(output: Path, folder: Path) -> Journal:
+def _open_journal(output: Path, folder: Path) -> Journal:
     return Journal(output).open(Fingerprint.of({"method": "sparsegpt"}, folder, _WINDOWS))
 
 
 def _kept(folder: Path, output: Path, offload: Path | None = None, **more: Any) -> tuple[Report, dict[str, Tensor]]:
-    with _progress(output, folder) as progress:
-        home = JournaledStore(_in_memory(folder), progress, offload)
-        return _prune(home, **more), home.model.state_dict()
+    with _open_journal(output, folder) as journal:
+        store = JournaledStore(_in_memory(folder), journal, offload)
+        return _prune(store, **more), store.model.state_dict()
 
 
 def _streamed(
     folder: Path, output: Path, offload: Path | None = None, **more: Any
 ) -> tuple[Report, dict[str, Tensor]]:
     streamed = StreamedModel(resolve_model(str(folder)))
-    with _progress(output, folder) as progress:
-        home = StreamedStore(streamed, progress, torch.device("cpu"), offload)
-        home.prepare(3)
-        report = _prune(home, **more)
+    with _open_journal(output, folder) as journal:
+        store = StreamedStore(streamed, journal, torch.device("cpu"), offload)
+        store.prepare(3)
+        report = _prune(store, **more)
         assert all(parameter.is_meta for parameter in streamed.model.parameters())
         for file in folder.glob("config.json"):
-            (progress.model / file.name).write_bytes(file.read_bytes())
-        return report, _in_memory(progress.model).state_dict()
+            (journal.model / file.name).write_bytes(file.read_bytes())
+        return report, _in_memory(journal.model).state_dict()
 
 
 each_way = pytest.mark.parametrize("way", [_kept, _streamed])
@@ -181,14 +189,126 @@ def test_blocks_without_a_layer_to_prune_are_finished_too(folder: Path, tmp_path
     model = _in_memory(folder)
     expected = _prune(BlockStore(model), include=include), model.state_dict()
     _assert_equal(way(folder, tmp_path / "out", include=include), expected)
-    with _progress(tmp_path / "out", folder) as progress:
-        assert progress.finished == 2
+    with _open_journal(tmp_path / "out", folder) as journal:
+        assert journal.finished == 2
     _assert_equal(way(folder, tmp_path / "out", include=include), expected)
 
 
-def test_damaged_kept_weights_are_one_sentence(folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("damage", ["cut", "bit", "lost"])
+def test_damaged_or_lost_weights_are_one_sentence(folder: Path, tmp_path: Path, damage: str) -> None:
+    """And not a run that goes on with other weights, and finds at its end that they do not hold what was promised."""
     _kept(folder, tmp_path / "out", include=["model.layers.0.*.o_proj"])
     (file,) = (tmp_path / "out" / "unfinished").glob("weights-*")
-    file.write_bytes(file.read_bytes()[:-5])
-    with pytest.raises(OutputError, match=r"weights-00000.safetensors is damaged, .* begin anew\.$"):
+    content = file.read_bytes()
+    if damage == "lost":
+        file.unlink()
+    else:
+        file.write_bytes(content[:-5] if damage == "cut" else content[:-1] + bytes([content[-1] ^ 1]))
+    match = rf"weights-00000.safetensors is {'missing' if damage == 'lost' else 'damaged'}, .* begin anew\.$"
+    with pytest.raises(OutputError, match=match):
         _kept(folder, tmp_path / "out")
+
+
+class _Halve:
+    """A step that changes every parameter of a block, and moves it towards the dense path's mean."""
+
+    needs_dense_path = True
+
+    def __init__(self) -> None:
+        self.seen: list[PrunedBlock] = []
+        self.leaving_dense: list[Tensor] = []
+
+    def num_parts(self, block: Block, num_batches: int) -> int:
+        return 1
+
+    def __call__(self, pruned: PrunedBlock, on_part: Callable[[], None]) -> None:
+        assert pruned.leaving_dense is not None
+        self.seen.append(pruned)
+        self.leaving_dense.append(pruned.leaving_dense.states.clone())
+        factor = 0.5 + pruned.leaving_dense.states.abs().mean() / 1000
+        with torch.no_grad():
+            for parameter in pruned.block.module.parameters():
+                parameter.mul_(factor.to(parameter.dtype))
+        on_part()
+
+
+def test_a_step_sees_the_masks_and_the_dense_path() -> None:
+    model = make_model("llama")
+    dense: list[list[Tensor]] = []
+    blocks = find_blocks(model)
+    hooks = [
+        block.module.register_forward_hook(lambda _, __, output, i=block.index: dense[i].append(output))
+        for block in blocks
+    ]
+    dense += [[] for _ in blocks]
+    with torch.no_grad():
+        for start in range(0, len(_WINDOWS), 2):
+            model(_WINDOWS[start : start + 2], use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    step, progress = _Halve(), []
+    settings = PruneSettings(Uniform(rarefy.NM(2, 4)), rarefy.Wanda(), batch_size=2, steps=[step])
+    prune_blocks(BlockStore(model), _WINDOWS, settings, lambda *part: progress.append(part[:2]))
+    assert progress == [(done, progress[-1][0]) for done in range(1, len(progress) + 1)]
+    assert len(step.seen) == len(blocks)
+    for pruned, leaving, outputs in zip(step.seen, step.leaving_dense, dense):
+        outputs = [output[0] if isinstance(output, tuple) else output for output in outputs]
+        torch.testing.assert_close(leaving, torch.cat(outputs), rtol=0, atol=1e-6)  # float32, values of about 1
+        assert pruned.masks.keys() == {site.name for site in pruned.block.sites}
+        for site in pruned.block.sites:
+            rarefy.NM(2, 4).check(pruned.masks[site.name])
+            assert not site.read()[~pruned.masks[site.name]].any()
+            assert site.read()[pruned.masks[site.name]].all()  # no weight of a random model is zero
+
+
+@pytest.mark.filterwarnings("ignore:.*weights of experts were solved with all tokens")
+@each_way
+@pytest.mark.parametrize("offload", [False, True])
+def test_all_parameters_that_a_step_changes_are_stored_and_resumed(
+    folder: Path, tmp_path: Path, way: Way, offload: bool
+) -> None:
+    model = _in_memory(folder)
+    expected = _prune(BlockStore(model), steps=[_Halve()]), model.state_dict()
+    norm = "model.layers.1.input_layernorm.weight"
+    assert not torch.equal(expected[1][norm], _in_memory(folder).state_dict()[norm])
+
+    def interrupt(record: LayerRecord) -> None:
+        if record.block == 2:
+            raise KeyboardInterrupt
+
+    states = tmp_path / "offload" if offload else None
+    with pytest.raises(KeyboardInterrupt):
+        way(folder, tmp_path / "out", states, on_layer=interrupt, steps=[_Halve()])
+    assert len(list((tmp_path / "out" / "unfinished").glob("states-*"))) == 2  # of both paths
+    step = _Halve()
+    _assert_equal(way(folder, tmp_path / "out", states, steps=[step]), expected)
+    assert [pruned.block.index for pruned in step.seen] == [2]
+
+
+@each_way
+def test_a_lost_dense_path_is_one_sentence(folder: Path, tmp_path: Path, way: Way) -> None:
+    def interrupt(record: LayerRecord) -> None:
+        if record.block == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        way(folder, tmp_path / "out", on_layer=interrupt, steps=[_Halve()])
+    (file,) = (tmp_path / "out" / "unfinished").glob("states-dense-*")
+    file.unlink()
+    with pytest.raises(OutputError, match=r"states-dense-"):
+        way(folder, tmp_path / "out", steps=[_Halve()])
+
+
+def test_each_site_gets_its_own_pattern() -> None:
+    model = make_model("llama")
+
+    def pattern_of(site: Site) -> Pattern:
+        return rarefy.NM(1, 4) if "down_proj" in site.name else rarefy.PerRow(0.25)
+
+    report = rarefy.prune(model, _WINDOWS, pattern=pattern_of, method=rarefy.Wanda())
+    for layer in report.layers:
+        expected = rarefy.NM(1, 4) if layer.kind == "down_proj" else rarefy.PerRow(0.25)
+        assert layer.pattern == str(expected)
+        assert pattern_from_spec(layer.pattern_spec) == expected
+        expected.check(model.get_submodule(layer.name).weight != 0)
+    assert report.pattern == "a pattern per layer"

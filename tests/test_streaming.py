@@ -20,13 +20,14 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.core_model_loading import Chunk, Split, Transpose, WeightConverter, WeightRenaming
 
 from models_for_tests import _GROUPED, _SIZES, ARCHITECTURES, build, make_model, write_gguf
-from rarefy.calibration.stream import record
+from rarefy.calibration.record import record
 from rarefy.errors import ModelError
 from rarefy.models import conversion
 from rarefy.models.blocks import _block_list
+from rarefy.models.copies import ShardCopies
 from rarefy.models.settings import copy_settings
-from rarefy.models.shards import ShardCopies, StoredTensor
 from rarefy.models.source import resolve_model
+from rarefy.models.stored import SafeTensor
 from rarefy.models.streaming import StreamedModel
 
 _EXPERTS = {**_GROUPED, "num_experts_per_tok": 2}
@@ -187,12 +188,12 @@ def test_freed_parts_leave_memory(folder_of: Callable[[str], Path]) -> None:
 
 @pytest.mark.parametrize("name", ["llama", "mixtral"])
 def test_to_open_a_model_reads_no_tensor(
-    name: str, folder_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+    name: str, folder_of: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(StoredTensor, "_read_into", lambda *_: pytest.fail("a tensor was read"))
+    monkeypatch.setattr(SafeTensor, "_read_into", lambda *_: pytest.fail("a tensor was read"))
     streamed = _open(folder_of(name))
     streamed.nbytes()
-    streamed.check_storable(["model.layers.0.self_attn.q_proj.weight"])
+    streamed.copies(tmp_path, ["model.layers.0.self_attn.q_proj.weight"])
 
 
 def test_a_part_is_read_once_while_it_is_loaded(
@@ -200,8 +201,8 @@ def test_a_part_is_read_once_while_it_is_loaded(
 ) -> None:
     streamed = _open(folder_of("llama"))
     reads = []
-    read = StoredTensor.read
-    monkeypatch.setattr(StoredTensor, "read", lambda self: reads.append(self.name) or read(self))
+    read = SafeTensor.read
+    monkeypatch.setattr(SafeTensor, "read", lambda self: reads.append(self.name) or read(self))
     up = streamed.load("model.layers.0.mlp.up_proj").weight
     assert reads == ["model.layers.0.mlp.up_proj.weight"]
     assert streamed.load("model.layers.0.mlp").up_proj.weight is up
@@ -217,8 +218,8 @@ def test_a_part_can_be_read_ahead_on_another_thread(
 ) -> None:
     whole, streamed = _whole(folder_of("mixtral")), _open(folder_of("mixtral"))
     threads = set()
-    read = StoredTensor.read
-    monkeypatch.setattr(StoredTensor, "read", lambda self: threads.add(threading.get_ident()) or read(self))
+    read = SafeTensor.read
+    monkeypatch.setattr(SafeTensor, "read", lambda self: threads.add(threading.get_ident()) or read(self))
     streamed.prefetch("model.layers.1")
     streamed.prefetch("model.layers.1")
     with streamed.loaded("model.layers.1") as module:
@@ -262,7 +263,7 @@ def test_tied_weights_are_one_while_any_of_them_is_loaded(
     head, embedding = streamed.load("lm_head"), streamed.model.get_submodule("model.embed_tokens")
     assert embedding.weight.is_meta
     with monkeypatch.context() as patch:
-        patch.setattr(StoredTensor, "read", lambda _: pytest.fail("what is loaded was read again"))
+        patch.setattr(SafeTensor, "read", lambda _: pytest.fail("what is loaded was read again"))
         streamed.load("model.embed_tokens")
     assert head.weight is embedding.weight
     streamed.free("lm_head")
@@ -340,15 +341,14 @@ def test_written_weights_are_in_the_place_of_the_old_ones_and_load(
 ) -> None:
     folder, whole, streamed = folder_of(name), _whole(folder_of(name)), _open(folder_of(name))
     written = tmp_path / "written"
-    copies = ShardCopies(streamed.shards, written)
-    copies.make()
     parameters = [
         key
         for block in _blocks(whole)
         for key, value in whole.named_parameters()
         if key.startswith(block + ".") and value.ndim > 1 and "gate.weight" not in key and "router" not in key
     ]
-    streamed.check_storable(parameters)
+    copies = streamed.copies(written, parameters)
+    copies.make()
     for block in _blocks(whole):
         names = [key for key in parameters if key.startswith(block + ".")]
         with streamed.loaded(block), torch.no_grad():
@@ -416,38 +416,65 @@ def test_what_one_tensor_is_split_into_is_written_together(
         _assert_same(module, whole)
 
 
-def test_a_dtype_in_which_weights_cannot_be_written_back_is_refused(llama: Path) -> None:
-    def change(dtype: torch.dtype) -> Callable[[dict[str, Tensor]], None]:
-        def changed(tensors: dict[str, Tensor]) -> None:
-            name = "model.layers.1.mlp.up_proj.weight"
-            tensors[name] = tensors[name].to(dtype)
-
-        return changed
-
+@pytest.mark.parametrize("stored", [torch.float32, torch.float16])
+def test_a_written_weight_keeps_the_dtype_of_its_file_unless_it_would_lose_by_that(
+    llama: Path, tmp_path: Path, stored: torch.dtype
+) -> None:
     names = [f"model.layers.{block}.mlp.up_proj.weight" for block in range(2)]
-    _edit(llama, change(torch.float32))
+    _edit(llama, lambda tensors: tensors.update({name: tensors[name].to(stored) for name in names}))
     streamed = _open(llama)
-    streamed.check_storable(names)
     with streamed.loaded() as module:
         _assert_same(module, _whole(llama))
-    _edit(llama, change(torch.float16))
-    streamed = _open(llama)
-    streamed.check_storable(names[:1])
-    with pytest.raises(ModelError, match=r"layers\.1.* is used as bfloat16, but .* holds it as float16, in which it"):
-        streamed.check_storable(names)
+        copies = streamed.copies(tmp_path / "copy", names[:1])
+        copies.make()
+        with torch.no_grad():
+            streamed.model.get_parameter(names[0]).copy_(torch.full((64, 32), 1e-30))
+        streamed.store(names[:1], copies)
+    before, after = _files(llama), _files(tmp_path / "copy")
+    assert after[names[0]].dtype == (torch.float32 if stored == torch.float32 else torch.bfloat16)
+    assert after[names[0]].all()  # 1e-30 is zero in float16
+    assert torch.equal(after.pop(names[0]), torch.full((64, 32), 1e-30).bfloat16())
+    before.pop(names[0])
+    _assert_equal(after, before)
+
+
+@pytest.mark.parametrize("wanted", [torch.float32, torch.float16])
+def test_in_another_dtype_what_the_model_knows_is_cast_and_all_else_stays(
+    folder_of: Callable[[str], Path], tmp_path: Path, wanted: torch.dtype
+) -> None:
+    folder = Path(shutil.copytree(folder_of("deepseek_v3"), tmp_path / "model"))
+    shards = sorted(file.name for file in folder.glob("*.safetensors"))
+    first = load_file(folder / shards[0])
+    extra = {"mtp.fc.weight": torch.randn(4, 4).bfloat16(), "visual.position": torch.arange(3)}
+    save_file({**first, **extra}, folder / shards[0], metadata={"format": "pt"})
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    index["weight_map"] |= dict.fromkeys(extra, shards[0])
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    streamed = StreamedModel(resolve_model(str(folder)), wanted)
+    assert streamed.casts
+    copies = streamed.copies(tmp_path / "copy")
+    copies.make()
+    before, after = _files(folder), _files(tmp_path / "copy")
+    assert after.keys() == before.keys()
+    for name, tensor in before.items():
+        kept = torch.float32 if "e_score_correction_bias" in name else wanted
+        _assert_equal({name: after[name]}, {name: tensor if name in extra else tensor.to(kept)})
+    written = json.loads((tmp_path / "copy" / "model.safetensors.index.json").read_text())
+    assert written["weight_map"] == index["weight_map"]
+    assert written["metadata"]["total_size"] == sum(tensor.nbytes for tensor in after.values())
+    assert {**written["metadata"], "total_size": 0} == {**index["metadata"], "total_size": 0}
+    for file in folder.glob("*config.json"):
+        shutil.copy(file, tmp_path / "copy")
+    with streamed.loaded(copies=copies) as module:
+        _assert_same(module, AutoModelForCausalLM.from_pretrained(tmp_path / "copy", dtype=wanted))
 
 
 # --- What cannot be had in parts --------------------------------------------------------------------------
 
 
-def test_a_gguf_file_and_pickled_weights_are_refused(llama: Path, tmp_path: Path) -> None:
+def test_a_gguf_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="is a GGUF file, which cannot be read in parts"):
         _open(write_gguf(tmp_path / "small.gguf", make_model("llama")))
-    for file in llama.glob("*.safetensors*"):
-        file.unlink()
-    torch.save(make_model("llama").state_dict(), llama / "pytorch_model.bin")
-    with pytest.raises(ModelError, match="has no safetensors files, and only those can be read in parts"):
-        _open(llama)
 
 
 def test_a_checkpoint_that_lacks_a_weight_or_has_one_of_another_shape_is_refused(llama: Path) -> None:
@@ -492,7 +519,7 @@ def test_the_dtype_is_that_of_the_files_where_the_settings_do_not_say_it(llama: 
         _open(llama)
 
 
-def test_another_dtype_than_that_of_the_files(llama: Path) -> None:
+def test_another_dtype_than_that_of_the_files(llama: Path, tmp_path: Path) -> None:
     with StreamedModel(resolve_model(str(llama)), torch.float32).loaded() as module:
         assert module.dtype == torch.float32
         _assert_same(module, AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32))
@@ -502,8 +529,9 @@ def test_another_dtype_than_that_of_the_files(llama: Path) -> None:
     with streamed.loaded() as module:
         assert module.dtype == torch.float32
         _assert_same(module, _whole(llama))
-    with pytest.raises(ModelError, match="is used as float32, but .* holds it as bfloat16, in which it cannot"):
-        streamed.check_storable(["model.layers.0.mlp.up_proj.weight"])
+    copies = streamed.copies(tmp_path, ["model.layers.0.mlp.up_proj.weight"])
+    assert copies.stored("model.layers.0.mlp.up_proj.weight").dtype == torch.float32
+    assert copies.stored("model.layers.1.mlp.up_proj.weight").dtype == torch.bfloat16
 
 
 def test_weights_that_stay_in_float32_stay_in_float32(folder_of: Callable[[str], Path]) -> None:

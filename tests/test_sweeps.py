@@ -21,7 +21,8 @@ from transformers import AutoModelForCausalLM
 
 from cli_for_tests import Rarefy, is_one_sentence
 from models_for_tests import make_model, make_tokenizer, save_folder
-from rarefy.calibration.sources import draw_windows, parse_source, token_stream
+from rarefy.calibration.sources import parse_source
+from rarefy.calibration.windows import draw_windows, token_stream
 from rarefy.errors import InputError
 from rarefy.evaluation.perplexity import perplexity
 from rarefy.layer.pattern import NM, Pattern, Unstructured
@@ -33,7 +34,8 @@ from rarefy.models.blocks import find_blocks
 from rarefy.pruning.loop import prune, prune_model
 from rarefy.sweeps import sweep as module
 from rarefy.sweeps.folder import SweepFolder
-from rarefy.sweeps.plan import Options, plan_sweep
+from rarefy.sweeps.options import Options
+from rarefy.sweeps.plan import plan_sweep
 from rarefy.sweeps.sweep import DenseWeights, run_sweep
 from task_files import write_task_files
 
@@ -134,6 +136,26 @@ def test_a_cell_is_what_prune_and_perplexity_give(options: Options, tmp_path: Pa
         assert torch.equal(saved.get_parameter(name), parameter), name
     card = (tmp_path / "out" / "cells" / "wanda_2of4_seed1" / "model" / "README.md").read_text()
     assert "Perplexity" in card
+
+
+def test_a_text_column_is_that_of_the_calibration_and_of_the_texts(
+    options: Options, tmp_path: Path, text: Path
+) -> None:
+    rows = tmp_path / "rows.csv"
+    rows.write_text('id,body\n1,"' + text.read_text() + '"\n')
+    folder = SweepFolder(tmp_path / "out")
+    plain = plan_sweep(options, folder)
+    for change in (
+        {"calibration": str(rows)},
+        {"texts": [f"words={rows}"]},
+        {"calibration": str(rows), "texts": [f"words={rows}"]},
+    ):
+        plan = plan_sweep(replace(options, text_column="body", **change), folder)  # type: ignore[arg-type]
+        assert plan.tokens is not None
+        assert plain.tokens is not None
+        assert torch.equal(plan.tokens, plain.tokens)
+        assert torch.equal(plan.measures.corpora[0].tokens, plain.measures.corpora[0].tokens)
+        assert plan.cells[0].recipe.text_column == ("body" if "calibration" in change else None)
 
 
 def test_dense_weights_come_back_bit_for_bit() -> None:
@@ -278,12 +300,14 @@ def test_a_killed_sweep_goes_on(model_folder: Folders, tmp_path: Path, text: Pat
 
 def test_what_a_killed_command_left_is_cleared_away(options: Options, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    left = out / "cells" / ".wanda_2of4_seed0.123"
+    left = out / "cells" / ".wanda_2of4_seed0.0123abcd.partial"
     sweep(replace(options, methods=["magnitude"], patterns=[]), out)
-    left.mkdir()
-    (left / "run.json").write_text("{")
+    for folder in (left, out / "cells" / ".theirs"):
+        folder.mkdir()
+        (folder / "run.json").write_text("{")
     assert len(sweep(options, out)) == 4
     assert not left.exists()
+    assert (out / "cells" / ".theirs" / "run.json").exists()
 
 
 # --- What it refuses --------------------------------------------------------------------------------------
@@ -347,6 +371,8 @@ def test_changed_weights_are_noticed(options: Options, tmp_path: Path) -> None:
         ({"sequence_length": 1000}, "--sequence-length is 1000, but must be at most 128"),
         ({"max_windows": 0}, "--max-windows is 0"),
         ({"limit": 0}, "--limit is 0"),
+        ({"limit": 1.5}, "--limit is 1.5, but must be a whole number of at least 1, or a fraction"),
+        ({"text_column": "body"}, "--text-column is 'body', but must be left out, because no text has columns"),
         ({"device": "tpu"}, "device is 'tpu'"),
         ({"dtype": "int4"}, "--dtype is 'int4'"),
         ({"include": ["nothing"]}, "include is 'nothing'"),
@@ -459,6 +485,9 @@ def test_tasks_of_a_sweep(rarefy_: Rarefy, shelf: Path, tmp_path_factory: pytest
     assert 0 <= float(row["piqa_acc"]) <= 1
     assert 0 <= float(row["arc_easy_acc_stderr"]) < 1
     assert "piqa accuracy" in Path("out/results.md").read_text()
+    done = rarefy_(*common, "-o", "half", "--tasks", "piqa,arc_easy", "--limit", 0.5)
+    assert done.status == 0, done.err
+    assert "by lm-eval, the first 50% of the items of each." in Path("half/results.md").read_text()
     (data / "piqa_valid_labels.lst").write_text("1\n1\n1\n0\n1\n")
     done = rarefy_(*common, "-o", "out", "--tasks", "piqa,arc_easy", "--limit", 3)
     assert "the files of --task-data changed" in done.err

@@ -64,6 +64,8 @@ def test_limit_and_a_second_time(data: Path) -> None:
     evaluate_tasks(model, tokenizer, tasks)
     assert evaluate_tasks(model, tokenizer, tasks, limit=2) == first
     assert first["piqa"].samples == 2
+    count = evaluate_tasks(model, tokenizer, tasks)["piqa"].samples
+    assert evaluate_tasks(model, tokenizer, tasks, limit=0.3)["piqa"].samples == math.ceil(0.3 * count)
     assert tokenizer.pad_token is None
 
 

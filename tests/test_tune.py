@@ -21,6 +21,7 @@ from rarefy.models.source import resolve_model
 from rarefy.runs.tune import curve, tune
 from rarefy.runs.tune_masks import stored_masks, verify_masks
 from rarefy.runs.tune_recipe import TuneRecipe
+from rarefy.runs.words import sparkline
 from rarefy.tuning import masks
 from rarefy.tuning.train import StepRecord
 from tuning_for_tests import prune_by_magnitude
@@ -88,6 +89,11 @@ def test_a_run_is_tuned_with_what_it_was_pruned_with(form: str, place: Path, rar
     assert "every promise is kept" in inspected.out
     measured = rarefy_("eval", out, "--text", place / "text.txt", "--max-windows", 2, "-q")
     assert measured.status == 0
+    if form == "full":
+        assert rarefy_("report", out, "--no-texts", "-q").status == 0
+        page = (out / "report.html").read_text()
+        assert f"{facts['tuning']['trained']:,} numbers were trained in 16 steps" in page
+        assert "KL divergence from the dense model over the steps" in page
     card = (out / "model" / "README.md").read_text()
     assert "was trained against" in card
     assert f"| trained | {form}, {facts['tuning']['trained']:,} numbers, 16 steps" in card
@@ -409,6 +415,13 @@ def test_a_curve_has_at_most_a_hundred_points() -> None:
                          "learning_rate": 0.1}  # fmt: skip
     assert points[-1]["step"] == 250.0
     assert curve([]) == []
+
+
+def test_a_line_of_bars() -> None:
+    assert sparkline([]) == ""
+    assert sparkline([2.0, 2.0]) == "▄▄"
+    assert sparkline([float(i) for i in range(8)]) == "▁▂▃▄▅▆▇█"
+    assert sparkline([3.0] * 50 + [1.0] * 50, 4) == "██▁▁"
 
 
 def test_from_python(place: Path, tmp_path: Path) -> None:

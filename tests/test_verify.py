@@ -27,7 +27,7 @@ def run(folder: Path, pattern: Pattern, architecture: str = "llama", **options: 
     with out.writing():
         out.write_layers(report.layers)
         out.write_model(lambda path: save_folder(model, path))
-        out.write_run({})
+        out.write_run({"method": "magnitude", "pattern": str(pattern)})
     return out
 
 
@@ -114,7 +114,7 @@ def test_a_kept_weight_may_be_zero_by_chance(tmp_path: Path) -> None:
 
 def test_only_pruned_layers_are_held_to_a_promise(tmp_path: Path) -> None:
     out = run(tmp_path / "out", NM(2, 4), include=["*.mlp.*"])
-    inspection = inspect_folder(out.path, pattern=(2, 4))
+    inspection = inspect_folder(out.path, pattern=NM(2, 4))
     assert inspection.ok
     assert len(inspection.layers) == 6
 
@@ -131,11 +131,11 @@ def test_any_other_model_is_listed_without_a_promise(tmp_path: Path) -> None:
 
 def test_a_pattern_can_be_asked_for(tmp_path: Path) -> None:
     out = run(tmp_path / "out", NM(1, 4))
-    assert inspect_folder(out.path, pattern=(2, 4)).ok
-    assert inspect_folder(out.path, pattern=(2, 8)).ok
+    assert inspect_folder(out.path, pattern=NM(2, 4)).ok
+    assert inspect_folder(out.path, pattern=NM(2, 8)).ok
     dense = save_folder(make_model("llama"), tmp_path / "dense")
-    assert len(inspect_folder(dense, pattern=(2, 4)).problems) == 14
-    assert "its 32 inputs cannot be cut into groups of 5" in inspect_folder(dense, pattern=(2, 5)).problems[0]
+    assert len(inspect_folder(dense, pattern=NM(2, 4)).problems) == 14
+    assert "its 32 inputs cannot be cut into groups of 5" in inspect_folder(dense, pattern=NM(2, 5)).problems[0]
 
 
 def test_the_prefix_that_a_base_models_file_leaves_out_is_found(tmp_path: Path) -> None:

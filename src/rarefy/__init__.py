@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from rarefy.layer.problem import LayerProblem
     from rarefy.layer.solution import Solution, Status
     from rarefy.methods.admm import ADMM
-    from rarefy.methods.alps import ALPS
+    from rarefy.methods.alps import ALPS, ALPSPaper
     from rarefy.methods.base import IterativeMethod, Method
     from rarefy.methods.compose import BestOf, Then
     from rarefy.methods.dsnot import DSnoT
@@ -33,8 +33,15 @@ if TYPE_CHECKING:
     from rarefy.methods.sparsegpt import SparseGPT
     from rarefy.methods.swaps import Swaps
     from rarefy.methods.wanda import Wanda
-    from rarefy.pruning.loop import prune, solve
+    from rarefy.pruning.loop import prune
+    from rarefy.pruning.matching import Matching
     from rarefy.pruning.records import Report
+    from rarefy.pruning.solve import solve
+    from rarefy.runs.recipe import Recipe
+    from rarefy.runs.run import RunResult, forecast, run
+    from rarefy.runs.tune import TuneResult, tune
+    from rarefy.runs.tune_recipe import TuneRecipe
+    from rarefy.runs.verify import inspect_folder
     from rarefy.tuning.adapters import merge
     from rarefy.tuning.masks import keep_zeros
 
@@ -46,6 +53,7 @@ __all__ = [
     "NM",
     "PCG",
     "RIA",
+    "ALPSPaper",
     "Backsolve",
     "BestOf",
     "CalibrationError",
@@ -56,6 +64,7 @@ __all__ = [
     "IterativeMethod",
     "LayerProblem",
     "Magnitude",
+    "Matching",
     "Method",
     "MethodError",
     "ModelError",
@@ -65,21 +74,29 @@ __all__ = [
     "PerRow",
     "RankError",
     "RarefyError",
+    "Recipe",
     "RecipeError",
     "Report",
+    "RunResult",
     "Solution",
     "SparseFW",
     "SparseGPT",
     "Status",
     "Swaps",
     "Then",
+    "TuneRecipe",
+    "TuneResult",
     "Unstructured",
     "VerificationError",
     "Wanda",
+    "forecast",
+    "inspect_folder",
     "keep_zeros",
     "merge",
     "prune",
+    "run",
     "solve",
+    "tune",
 ]
 
 # Names are imported when first used, so that the command line answers before torch is loaded.
@@ -102,7 +119,7 @@ _HOME = {
     "rarefy.layer.problem": ("LayerProblem",),
     "rarefy.layer.solution": ("Solution", "Status"),
     "rarefy.methods.admm": ("ADMM",),
-    "rarefy.methods.alps": ("ALPS",),
+    "rarefy.methods.alps": ("ALPS", "ALPSPaper"),
     "rarefy.methods.base": ("IterativeMethod", "Method"),
     "rarefy.methods.compose": ("BestOf", "Then"),
     "rarefy.methods.dsnot": ("DSnoT",),
@@ -113,8 +130,15 @@ _HOME = {
     "rarefy.methods.sparsegpt": ("SparseGPT",),
     "rarefy.methods.swaps": ("Swaps",),
     "rarefy.methods.wanda": ("Wanda",),
-    "rarefy.pruning.loop": ("prune", "solve"),
+    "rarefy.pruning.loop": ("prune",),
+    "rarefy.pruning.matching": ("Matching",),
     "rarefy.pruning.records": ("Report",),
+    "rarefy.pruning.solve": ("solve",),
+    "rarefy.runs.recipe": ("Recipe",),
+    "rarefy.runs.run": ("RunResult", "forecast", "run"),
+    "rarefy.runs.tune": ("TuneResult", "tune"),
+    "rarefy.runs.tune_recipe": ("TuneRecipe",),
+    "rarefy.runs.verify": ("inspect_folder",),
     "rarefy.tuning.adapters": ("merge",),
     "rarefy.tuning.masks": ("keep_zeros",),
 }

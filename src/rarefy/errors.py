@@ -17,6 +17,9 @@ from __future__ import annotations
 
 from typing import Self
 
+#: Characters of what was given that a sentence repeats; a file may give any number.
+_LONGEST = 300
+
 
 class RarefyError(Exception):
     """Base of every error that Rarefy raises on purpose."""
@@ -30,7 +33,9 @@ class InputError(RarefyError, ValueError):
     """
 
     def __init__(self, argument: str, given: object, allowed: str) -> None:
-        super().__init__(f"{argument} is {given!r}, but must be {allowed}.")
+        shown = repr(given)
+        shown = shown if len(shown) <= _LONGEST else shown[: _LONGEST - 3] + "..."
+        super().__init__(f"{argument} is {shown}, but must be {allowed}.")
 
     @classmethod
     def sentence(cls, text: str) -> Self:

@@ -1,25 +1,37 @@
 """Hooks that feed the inputs of a block's linears and experts into Gram matrices, one per distinct input.
 
-q, k and v read the same tensor, and so do gate and up: the first batch shows which linears share their
-input, and from then on only the first of each group is watched. An expert has Grams of its own, from the
-tokens that the router sends to it; for its down projection, from what the expert makes of them. Where too
+The first batch shows which linears read the same (linears.py). An expert has Grams of its own, from the tokens
+that the router sends to it; for its down projection, from what the expert makes of them (experts.py). Where too
 few tokens come (``starved``), ``collect_all_tokens`` sends it every token of the block instead.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from rarefy.calibration.experts import (
+    Grams,
+    TokenPool,
+    feed_all,
+    feed_routed,
+    fused_among,
+    listed_among,
+    pooling,
+    share_inputs,
+    watching_fused,
+)
+from rarefy.calibration.linears import Group, Reads, watching
 from rarefy.calibration.stream import HiddenStates
-from rarefy.errors import ModelError
+from rarefy.errors import ModelError, NumericalError
 from rarefy.layer.gram import Gram
-from rarefy.models.experts import DOWN, Call, FusedExperts, ListedExperts
-from rarefy.models.sites import Expert, Mixture, Site
+from rarefy.layer.passes import finite
+from rarefy.models.experts import Call, FusedExperts
+from rarefy.models.sites import Site
 
 #: Tokens of its own that an expert needs for each of its inputs, or else it is solved with all tokens. With
 #: fewer its Gram is singular; in a trial (docs/architecture.md) own tokens were better from 0.5 to 3 on.
@@ -27,14 +39,12 @@ TOKENS_PER_INPUT = 1.0
 # Experts' Grams that may be in memory together: this much, or as much as the experts' weights in float32.
 _GRAM_BYTES = 2 * 2**30
 
-Grams = dict[str, Gram]
-
 
 class _Enough(Exception):
     """Ends a block's forward pass where the last watched input has been seen."""
 
 
-def turns(sites: Sequence[Site], gram_bytes: int | None = None) -> list[list[Site]]:
+def gram_groups(sites: Sequence[Site], gram_bytes: int | None = None) -> list[list[Site]]:
     """The sites of a block in groups, to be collected and solved one group after the other.
 
     All at once where the Grams of the experts fit in ``gram_bytes``, as they do for all models with few
@@ -78,18 +88,20 @@ def collect(
 ) -> Grams:
     """The Gram of every site of one block, by name; sites with the same input share one object.
 
-    Those of an expert are of the tokens that were routed to it, which may be none. ``means`` also sums the
-    inputs themselves. Raises ModelError for a linear that the block never calls, and for experts that do
-    not compute as assumed.
+    Those of an expert are of the tokens that were routed to it, which may be none. A linear that the block calls
+    several times has one Gram of all that it reads. ``means`` also sums the inputs themselves. Raises ModelError
+    for a linear that the block never calls, and for experts that do not compute as assumed; NumericalError where
+    inputs leave the range of float16.
     """
-    fused = _fused(sites)
+    fused = fused_among(sites)
     with torch.no_grad():
-        grams, leaders = _first_batch(stream, module, block, sites, means)
+        grams, groups = _first_batch(stream, module, block, sites, means)
     if on_batch:
         on_batch()
+    leaders = [group.sites[0] for group in groups]
     # What is called once in every pass. Which experts of a list are called is known when the pass is over.
-    awaited = {id(mixture.module) for mixture in fused} | {id(site.module) for site in leaders if not site.expert}
-    open_end = any(site.expert for site in leaders)
+    awaited = {id(mixture.module) for mixture in fused} | {id(site.module) for site in leaders}
+    open_end = any(group.sites[0].expert or len(group.inputs) > 1 for group in groups)
     missing: set[int] = set()
 
     def seen(called: nn.Module) -> None:
@@ -102,16 +114,17 @@ def collect(
         seen(site.module)
 
     def feed_experts(mixture: FusedExperts, call: Call) -> None:
-        _feed_routed(mixture, fused[mixture], call, grams)
+        feed_routed(mixture, fused[mixture], call, grams)
         seen(mixture.module)
 
-    with torch.no_grad(), _watching(leaders, feed), _watching_fused(fused, feed_experts):
+    with torch.no_grad(), watching(leaders, feed), watching_fused(fused, feed_experts):
         for batch, windows in list(stream.slices())[1:]:
             missing |= awaited
             with suppress(_Enough):
                 stream.run(module, block, batch, windows)
             if on_batch:
                 on_batch()
+    _check_range(stream, grams)
     return grams
 
 
@@ -124,264 +137,83 @@ def collect_all_tokens(
     a list cannot be called with tokens alone.
     """
     grams: Grams = {}
-    fused = _fused(sites)
+    new_gram = partial(_new_gram, stream, means)
+    fused = fused_among(sites)
     for experts in fused.values():
         # what they read is the same for all of them now
-        _share_inputs([site for members in experts.values() for site in members], stream, means, grams)
-    pools = [_Pool(mixture, sites) for mixture in _listed(sites)]
+        share_inputs([site for members in experts.values() for site in members], grams, new_gram)
+    pools = [TokenPool(mixture, sites) for mixture in listed_among(sites)]
     missing: set[int] = set()
 
     def feed_experts(mixture: FusedExperts, call: Call) -> None:
-        _feed_all(mixture, fused[mixture], call, grams)
+        feed_all(mixture, fused[mixture], call, grams)
         missing.discard(id(mixture.module))
         if not missing and not pools:
             raise _Enough
 
-    with torch.no_grad(), _watching_fused(fused, feed_experts):
+    with torch.no_grad(), watching_fused(fused, feed_experts):
         for batch, windows in stream.slices():
             missing |= {id(mixture.module) for mixture in fused}
-            with suppress(_Enough), _pooling(pools):
+            with suppress(_Enough), pooling(pools):
                 stream.run(module, block, batch, windows)
             for pool in pools:
-                pool.feed(grams, lambda site: _new_gram(site, stream, means))
+                pool.feed(grams, new_gram)
     return grams
-
-
-def _new_gram(site: Site, stream: HiddenStates, means: bool) -> Gram:
-    return Gram(site.shape[1], device=stream.device, means=means)
-
-
-# --- linears, among them those of listed experts
 
 
 def _first_batch(
     stream: HiddenStates, module: nn.Module, block: int, sites: Sequence[Site], means: bool
-) -> tuple[Grams, list[Site]]:
-    """The Grams of the first batch, and one linear of each group that reads the same input, in calling order."""
+) -> tuple[Grams, list[Group]]:
+    """The Grams of the first batch, and the linears that read the same together, in calling order."""
     grams: Grams = {}
-    fused = _fused(sites)
+    fused = fused_among(sites)
     for experts in fused.values():
         for members in experts.values():
-            _share_inputs(members, stream, means, grams)
-    inputs: list[tuple[Tensor, list[Site]]] = []  # holds the tensors, so that no address is used twice
-    calls: dict[str, int] = {site.name: 0 for site in sites if site.expert is None}
-    calls |= {mixture.name: 0 for mixture in fused}
-
-    def note(site: Site, X: Tensor) -> None:
-        group = next((group for known, group in inputs if _same(known, X)), None)
-        if group is None:
-            inputs.append((X, [site]))
-        elif not any(other is site for other in group):
-            group.append(site)
-        else:
-            return
-        if site.name in calls:
-            calls[site.name] += 1
+            share_inputs(members, grams, partial(_new_gram, stream, means))
+    reads = Reads()
+    calls = {mixture.name: 0 for mixture in fused}
 
     def feed_experts(mixture: FusedExperts, call: Call) -> None:
-        _feed_routed(mixture, fused[mixture], call, grams)
+        feed_routed(mixture, fused[mixture], call, grams)
         calls[mixture.name] += 1
 
     # Of a list all experts are watched: those that are called show who reads what in those that are not.
+    listed = [site for mixture in listed_among(sites) for site in mixture.sites]
     linears = [site for site in sites if site.expert is None]
-    linears += [site for mixture in _listed(sites) for site in mixture.sites]
     batch, windows = next(stream.slices())
-    with _watching(linears, note), _watching_fused(fused, feed_experts, FusedExperts.check):
+    with watching([*linears, *listed], reads.note), watching_fused(fused, feed_experts, FusedExperts.check):
         stream.run(module, block, batch, windows)
+    for site in linears:
+        if site.name not in reads.calls:
+            raise ModelError.sentence(
+                f"{site.name} is not called in a pass of its block, so that Rarefy does not see what it reads; "
+                "leave it out with --exclude."
+            )
     for name, times in calls.items():
         if times != 1:
             raise ModelError.sentence(
-                f"{name} is called with {times} different inputs in one pass of its block, but Rarefy "
-                "needs one; leave it out with --exclude."
+                f"{name} is called {times} times in one pass of its block, but Rarefy needs one call; "
+                f"leave it out with --exclude '{name}.*'."
             )
-    leaders = []
-    for group, tensors in _groups(inputs, sites):
-        gram = _new_gram(group[0], stream, means)
-        for X in tensors:
+    groups = [*reads.groups(), *reads.groups_of_listed(listed, {site.name for site in sites})]
+    for group in groups:
+        gram = _new_gram(stream, means, group.sites[0])
+        for X in group.inputs:
             gram.update(X)
-        grams.update({site.name: gram for site in group})
-        leaders.append(group[0])
-    return grams, leaders
+        grams.update({site.name: gram for site in group.sites})
+    return grams, groups
 
 
-def _groups(
-    inputs: list[tuple[Tensor, list[Site]]], sites: Sequence[Site]
-) -> Iterator[tuple[list[Site], list[Tensor]]]:
-    """The linears of ``sites`` that read the same input, together, each group with what it has read."""
-    wanted = {site.name for site in sites}
-    leading: dict[tuple[Mixture, str], str] = {}  # for a part of a listed expert, the first that reads the same
-    reads: dict[str, list[Tensor]] = {}
-    for X, readers in inputs:
-        if plain := [site for site in readers if site.expert is None]:
-            yield plain, [X]
-        first: dict[tuple[Mixture, int], str] = {}
-        for site, place in _placed(readers):
-            if X.numel():  # an expert that is called with no tokens shows nothing
-                leading.setdefault(
-                    (place.mixture, place.part), first.setdefault((place.mixture, place.index), place.part)
+def _new_gram(stream: HiddenStates, means: bool, site: Site) -> Gram:
+    return Gram(site.shape[1], device=stream.device, means=means)
+
+
+def _check_range(stream: HiddenStates, grams: Grams) -> None:
+    """Raise NumericalError where what a layer reads has left the range of float16; others are checked when solved."""
+    if stream.states.dtype == torch.float16:
+        for name, gram in grams.items():
+            if not finite(gram.H):
+                raise NumericalError(
+                    f"What {name} reads leaves the range of float16 (65,504): prune the model in bfloat16 or float32 "
+                    "(--dtype)."
                 )
-            reads.setdefault(site.name, []).append(X)
-    groups: dict[tuple[Mixture, int, str], list[Site]] = {}
-    for mixture in _listed(sites):
-        for site, place in _placed(mixture.sites):
-            if site.name in wanted:
-                part = leading.get((mixture, place.part), place.part)
-                groups.setdefault((mixture, place.index, part), []).append(site)
-    for group in groups.values():
-        yield group, reads.get(group[0].name, [])
-
-
-def _same(tensor: Tensor, other: Tensor) -> bool:
-    """Whether two tensors are the same part of memory; empty ones never are."""
-    return (
-        tensor.numel() > 0
-        and tensor.data_ptr() == other.data_ptr()
-        and tensor.shape == other.shape
-        and tensor.stride() == other.stride()
-    )
-
-
-@contextmanager
-def _watching(sites: Iterable[Site], see: Callable[[Site, Tensor], None]) -> Iterator[None]:
-    with ExitStack() as hooks:
-        for site in sites:
-
-            def hook(_: nn.Module, args: tuple[Tensor, ...], site: Site = site) -> None:
-                see(site, args[0])
-
-            hooks.callback(site.module.register_forward_pre_hook(hook).remove)
-        yield
-
-
-# --- experts
-
-
-def _placed(sites: Iterable[Site]) -> Iterator[tuple[Site, Expert]]:
-    for site in sites:
-        if site.expert is not None:
-            yield site, site.expert
-
-
-def _fused(sites: Iterable[Site]) -> dict[FusedExperts, dict[int, list[Site]]]:
-    """The fused mixtures with sites among ``sites``, and these by the index of their expert."""
-    found: dict[FusedExperts, dict[int, list[Site]]] = {}
-    for site, place in _placed(sites):
-        if isinstance(place.mixture, FusedExperts):
-            found.setdefault(place.mixture, {}).setdefault(place.index, []).append(site)
-    return found
-
-
-def _listed(sites: Iterable[Site]) -> list[ListedExperts]:
-    """The lists of experts with sites among ``sites``."""
-    found = {place.mixture: None for _, place in _placed(sites)}
-    return [mixture for mixture in found if isinstance(mixture, ListedExperts)]
-
-
-def _share_inputs(sites: Sequence[Site], stream: HiddenStates, means: bool, grams: Grams) -> None:
-    """Give each down projection an empty Gram of its own, and all other sites one together."""
-    shared: Gram | None = None
-    for site, place in _placed(sites):
-        if place.part == DOWN:
-            grams[site.name] = _new_gram(site, stream, means)
-        else:
-            shared = grams[site.name] = shared or _new_gram(site, stream, means)
-
-
-def _feed_routed(mixture: FusedExperts, experts: dict[int, list[Site]], call: Call, grams: Grams) -> None:
-    """Update the Grams with the tokens that reach their experts in one call of the mixture."""
-    for index, X in mixture.inputs(call, experts):
-        _feed_expert(mixture, index, experts[index], X, grams, set())
-
-
-def _feed_all(mixture: FusedExperts, experts: dict[int, list[Site]], call: Call, grams: Grams) -> None:
-    """Update the Grams with all tokens of one call of the mixture."""
-    X = mixture.tokens(call)
-    done: set[int] = set()
-    for index, sites in experts.items():
-        _feed_expert(mixture, index, sites, X, grams, done)
-
-
-def _feed_expert(
-    mixture: FusedExperts, index: int, sites: Sequence[Site], X: Tensor, grams: Grams, done: set[int]
-) -> None:
-    for site, place in _placed(sites):
-        gram = grams[site.name]
-        if id(gram) not in done:
-            gram.update(mixture.intermediate(index, X) if place.part == DOWN else X)
-            done.add(id(gram))
-
-
-@contextmanager
-def _watching_fused(
-    mixtures: Iterable[FusedExperts],
-    see: Callable[[FusedExperts, Call], None],
-    after: Callable[[FusedExperts, Call, Any], None] | None = None,
-) -> Iterator[None]:
-    """Show ``see`` every call of the mixtures before, and ``after`` its output as well.
-
-    Hooks are on the module, so it is all the same which of its implementations transformers runs.
-    """
-    with ExitStack() as hooks:
-        for mixture in mixtures:
-
-            def before(_: nn.Module, args: Any, kwargs: Any, mixture: FusedExperts = mixture) -> None:
-                see(mixture, mixture.call(args, kwargs))
-
-            hooks.callback(mixture.module.register_forward_pre_hook(before, with_kwargs=True).remove)
-            if after is not None:
-
-                def behind(
-                    _: nn.Module, args: Any, kwargs: Any, output: Any, mixture: FusedExperts = mixture
-                ) -> None:
-                    after(mixture, mixture.call(args, kwargs), output)
-
-                hooks.callback(mixture.module.register_forward_hook(behind, with_kwargs=True).remove)
-        yield
-
-
-class _Pool:
-    """All tokens that reach any expert of a list in one batch, to be sent to those that get too few."""
-
-    def __init__(self, mixture: ListedExperts, sites: Sequence[Site]) -> None:
-        self.mixture = mixture
-        self._tokens: list[Tensor] = []
-        self._experts: dict[int, list[Site]] = {}
-        for site, place in _placed(sites):
-            if place.mixture is mixture:
-                self._experts.setdefault(place.index, []).append(site)
-
-    def add(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """A hook: keep what one expert is called with."""
-        if len(args) != 1 or kwargs or not isinstance(args[0], Tensor):
-            raise ModelError.sentence(
-                f"{self.mixture.name} has experts with too few tokens, and they cannot be called with others, "
-                f"because they take more than tokens; leave them out with --exclude '{self.mixture.name}.*'."
-            )
-        self._tokens.append(args[0].reshape(-1, args[0].shape[-1]))
-
-    def feed(self, grams: Grams, new: Callable[[Site], Gram]) -> None:
-        """Send the tokens to the experts in need, and what their linears read to the Grams."""
-        X = torch.cat(self._tokens)
-        self._tokens.clear()
-        for index, sites in self._experts.items():
-            seen: list[tuple[Tensor, Gram]] = []
-
-            def see(site: Site, read: Tensor, seen: list[tuple[Tensor, Gram]] = seen) -> None:
-                gram = next((gram for known, gram in seen if _same(known, read)), None)
-                if gram is None:
-                    gram = grams.get(site.name) or new(site)
-                    gram.update(read)
-                    seen.append((read, gram))
-                grams[site.name] = gram
-
-            with _watching(sites, see):
-                self.mixture.modules[index](X)
-
-
-@contextmanager
-def _pooling(pools: Iterable[_Pool]) -> Iterator[None]:
-    with ExitStack() as hooks:
-        for pool in pools:
-            for module in pool.mixture.modules:
-                hooks.callback(module.register_forward_pre_hook(pool.add, with_kwargs=True).remove)
-        yield

@@ -5,37 +5,36 @@ next token is drawn from the model's own distribution, unchanged. An end-of-text
 and writing goes on after it: that is how the model saw documents follow each other in training, and forbidding
 the token would bend the distribution at the place where it is most certain.
 
-The loop is lean: keys and values go into a cache that is allocated once, and a token is drawn by inverting
-the cumulated distribution, which needs one random number instead of one for every word of the vocabulary
-(those alone cost a third of a step of a small model). All random numbers are drawn before the first step, so
-the text depends on the seed and not on the batch size, apart from rounding.
+A token is drawn by inverting the cumulated distribution, which needs one random number instead of one for every
+word of the vocabulary (those alone cost a third of a step of a small model). All random numbers are drawn before
+the first step, so the text depends on the seed and not on the batch size, apart from rounding. ``generation.py``
+knows what models of different kinds keep of the tokens before.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache
-from transformers.cache_utils import DynamicLayer
 
-from rarefy.calibration.sources import CalibrationWarning
-from rarefy.errors import InputError, NumericalError
+from rarefy.calibration.documents import CalibrationWarning
+from rarefy.calibration.generation import NO_STATE, Way, embedding_shape, embeddings, way_of_writing
+from rarefy.errors import InputError, NumericalError, OutputError
+from rarefy.models.atomic import refusals, replace_file
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 # Counted up whenever the same seed would give other text than before.
-_VERSION = 1
+_VERSION = 2
 
 # Short texts are written many at a time over few keys and values: windows of 1,024 tokens take half the time
 # that whole texts take. On SmolLM2 the layers' error on C4 after pruning is the same to 0.3 % with either.
@@ -128,22 +127,25 @@ def _write(
     draws = torch.rand(num, length, generator=generator)
     texts = torch.empty(num, length, dtype=torch.int64)
     if bos_id is None:
-        texts[:, 0] = torch.randint(_vocabulary(model), (num,), generator=generator)
+        texts[:, 0] = torch.randint(embeddings(model), (num,), generator=generator)
     else:
         texts[:, 0] = bos_id
-    batch_size = batch_size or _fitting_batch(model, length)
+    if length == 1:
+        return texts
+    way = way_of_writing(model)
+    batch_size = way.largest_batch or batch_size or _fitting_batch(model, length, way)
     batch_size = -(-num // -(-num // batch_size))  # so that no batch is nearly empty
     for first in range(0, num, batch_size):
         rows = slice(first, first + batch_size)
-        size = len(texts[rows])
-        cache = _allocated_cache(model, length)
-        tokens = texts[rows, :1].to(model.device)
-        for position in range(1, length):
-            logits = model(input_ids=tokens, past_key_values=cache, use_cache=True).logits[:, -1]
-            tokens = draw_tokens(logits, draws[rows, position].to(logits.device))[:, None]
-            texts[rows, position] = tokens[:, 0].cpu()
+
+        def choose(position: int, logits: Tensor, first: int = first, rows: slice = rows) -> Tensor:
+            tokens = draw_tokens(logits, draws[rows, position].to(logits.device))
+            texts[rows, position] = tokens.cpu()
             if progress:
-                progress(first * length + size * (position + 1), num * length)
+                progress(first * length + len(tokens) * (position + 1), num * length)
+            return tokens
+
+        way.write(model, texts[rows, 0].to(model.device), length, choose)
     return texts
 
 
@@ -173,56 +175,39 @@ def draw_tokens(logits: Float[Tensor, "batch vocabulary"], draws: Float[Tensor, 
 # --- The model --------------------------------------------------------------------------------------------
 
 
-class _AllocatedLayer(DynamicLayer):
-    """Keys and values of one layer in memory that is allocated once; the usual layer copies all at each step."""
+def _fitting_batch(model: PreTrainedModel, length: int, way: Way) -> int:
+    """How many texts are written at once: their keys and values, or their activations, fit into memory.
 
-    _layer_type = None  # not to be registered with transformers
-
-    def __init__(self, length: int) -> None:
-        super().__init__()
-        self._length = length
-        self._filled = 0
-
-    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        if self.keys is None or self.values is None:
-            self.dtype, self.device = key_states.dtype, key_states.device
-            batch_and_heads = key_states.shape[:2]
-            self.keys = key_states.new_empty(*batch_and_heads, self._length, key_states.shape[3])
-            self.values = value_states.new_empty(*batch_and_heads, self._length, value_states.shape[3])
-            self.is_initialized = True
-        old, self._filled = self._filled, self._filled + key_states.shape[2]
-        self.keys[:, :, old : self._filled] = key_states
-        self.values[:, :, old : self._filled] = value_states
-        return self.keys[:, :, : self._filled], self.values[:, :, : self._filled]
-
-    def get_seq_length(self) -> int:
-        return self._filled
-
-
-def _allocated_cache(model: PreTrainedModel, length: int) -> Cache:
-    """An empty cache for ``length`` tokens; layers of a special kind (a sliding window) keep their own."""
-    cache = DynamicCache(config=model.config)
-    cache.layers = [_AllocatedLayer(length) if type(layer) is DynamicLayer else layer for layer in cache.layers]
-    return cache
-
-
-def _fitting_batch(model: PreTrainedModel, length: int) -> int:
+    What models of other kinds keep is smaller than the keys and values of attention as wide as the model.
+    """
     config = model.config.get_text_config(decoder=True)
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    width = _whole_number(config, "hidden_size") or embedding_shape(model)[1]
+    layers = _whole_number(config, "num_hidden_layers") or 1
     item = next(model.parameters()).element_size()
-    per_text = config.num_hidden_layers * 2 * heads * width * length * item
+    if way is NO_STATE:
+        per_text = item * length * (8 * width + embeddings(model))
+        return max(1, min(_LARGEST_BATCH, _CACHE_BYTES // per_text))
+    queries = _whole_number(config, "num_attention_heads")
+    heads = _whole_number(config, "num_key_value_heads") or queries
+    if queries and heads:
+        width = heads * (_whole_number(config, "head_dim") or width // queries)
+    per_text = layers * 2 * width * length * item
     allowed = max(_CACHE_BYTES, item * sum(map(Tensor.numel, model.parameters())) // 4)
     return max(1, min(_LARGEST_BATCH, allowed // per_text))
 
 
-def _vocabulary(model: PreTrainedModel) -> int:
-    return int(model.config.get_text_config(decoder=True).vocab_size)
+def _whole_number(config: PreTrainedConfig, name: str) -> int | None:
+    """A setting that is one number above 0; None where it is missing, or differs from layer to layer."""
+    try:
+        value = getattr(config, name, None)
+    except Exception:  # noqa: BLE001 (transformers refuses to name one value where there are several)
+        return None
+    return value if isinstance(value, int) and value > 0 else None
 
 
 def _start_token(model: PreTrainedModel) -> int | None:
     token = getattr(model.config.get_text_config(decoder=True), "bos_token_id", None)
-    if isinstance(token, int) and 0 <= token < _vocabulary(model):
+    if isinstance(token, int) and 0 <= token < embeddings(model):
         return token
     return None
 
@@ -283,19 +268,9 @@ def _load(file: Path, num: int, length: int) -> Int64[Tensor, "num length"] | No
 def _store(file: Path, windows: Int64[Tensor, "num length"]) -> None:
     """Write a checksum and the tokens; the file appears whole or not at all. Failing here fails nothing else."""
     body = windows.numpy().tobytes()
-    temporary = None
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=file.parent, suffix=".part", delete=False) as stream:
-            temporary = Path(stream.name)
-            stream.write(hashlib.sha256(body).digest() + body)
-        temporary.replace(file)
-    except OSError as error:
-        if temporary is not None:
-            with suppress(OSError):
-                temporary.unlink()
-        warnings.warn(
-            f"the text that the model wrote could not be kept in {file.parent} ({error.strerror or error})",
-            CalibrationWarning,
-            stacklevel=3,
-        )
+        with refusals(file.parent):
+            file.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(file, hashlib.sha256(body).digest() + body)
+    except OutputError as error:
+        warnings.warn(f"the text that the model wrote could not be kept: {error}", CalibrationWarning, stacklevel=3)

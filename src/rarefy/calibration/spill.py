@@ -25,6 +25,9 @@ from torch import Tensor
 from rarefy.errors import OutputError
 from rarefy.models.atomic import CHUNK, replacing
 
+#: The two paths of hidden states: through the pruned blocks, and through the dense ones.
+PRUNED, DENSE = "pruned", "dense"
+
 
 def states_nbytes(shape: Sequence[int], dtype: torch.dtype) -> int:
     """Bytes of hidden states of a shape, in memory or in a file."""
@@ -43,17 +46,11 @@ class MappedStates:
         self.nbytes = states_nbytes(shape, dtype)
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            descriptor, name = tempfile.mkstemp(prefix=".rarefy-states-", dir=folder)
+            with tempfile.TemporaryFile(prefix=".rarefy-states-", dir=folder, buffering=0) as file:
+                _take_space(file.fileno(), self.nbytes)
+                self._map = mmap.mmap(file.fileno(), self.nbytes)  # which holds the file until the process ends
         except OSError as error:
             raise _refused(folder, self.nbytes, error) from error
-        try:
-            Path(name).unlink()  # from now on it is there only as long as it is open
-            _take_space(descriptor, self.nbytes)
-            self._map = mmap.mmap(descriptor, self.nbytes)
-        except OSError as error:
-            raise _refused(folder, self.nbytes, error) from error
-        finally:
-            os.close(descriptor)
         self.tensor: Tensor = torch.frombuffer(self._map, dtype=dtype).view(*shape)
 
     def release(self) -> None:
@@ -66,7 +63,9 @@ class MappedStates:
 class StatesPart:
     """What is in one file of saved hidden states: windows ``first`` to ``first + shape[0]`` of the run.
 
-    ``shape`` is [windows, length, hidden], ``checksums`` has one number for each window.
+    ``shape`` is [windows, length, hidden], ``checksums`` has one number for each window. ``path`` says whether
+    they have come through the pruned blocks or through the dense ones. ``carried`` is the name of what else
+    crosses from block to block (carried.py), if it is that.
     """
 
     file: str
@@ -74,17 +73,28 @@ class StatesPart:
     shape: list[int]
     dtype: str
     checksums: list[int]
+    path: str = PRUNED
+    carried: str = ""
 
 
 def save_states(
-    folder: Path, block: int, states: Tensor, first: int = 0, on_window: Callable[[], None] | None = None
+    folder: Path,
+    block: int,
+    states: Tensor,
+    first: int = 0,
+    on_window: Callable[[], None] | None = None,
+    *,
+    path: str = PRUNED,
+    carried: str = "",
 ) -> StatesPart:
     """Save the hidden states that enter ``block``, of windows ``first`` and on, into a file of ``folder``.
 
     It is on the disk, whole, afterwards. Raises OutputError where the disk refuses; files of other blocks
     stay as they are.
     """
-    name = f"states-{block:05d}-{first:06d}.bin"
+    of_path = "" if path == PRUNED else f"{path}-"
+    what = f"-{zlib.crc32(carried.encode()):08x}" if carried else ""
+    name = f"states-{of_path}{block:05d}-{first:06d}{what}.bin"
     checksums = []
     with replacing(folder / name) as file:
         for window in states:
@@ -93,7 +103,7 @@ def save_states(
             checksums.append(zlib.crc32(content))
             if on_window:
                 on_window()
-    return StatesPart(name, first, list(states.shape), _name(states.dtype), checksums)
+    return StatesPart(name, first, list(states.shape), _name(states.dtype), checksums, path, carried)
 
 
 def load_states(
@@ -151,7 +161,7 @@ def _take_space(descriptor: int, size: int) -> None:
                 raise  # others say that the file system does not know the call
     zeros, done = bytes(CHUNK), 0
     while done < size:
-        done += os.pwrite(descriptor, zeros[: size - done], done)
+        done += os.write(descriptor, zeros[: size - done])
 
 
 def _refused(folder: Path, size: int, error: OSError) -> OutputError:

@@ -1,25 +1,25 @@
 """Hidden states of all windows, and how they are replayed through one block after the other.
 
-One cheap pass through the model, in which every block only records what it is called with and hands
-its input on, gives each block's own keyword arguments (masks, position embeddings: layers may
-differ) and the hidden states that enter the first block. From then on a block is called by itself.
+The recording pass (record.py) gives the hidden states that enter the first block, and how each block is called
+for each batch of windows. From then on a block is called by itself.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float
 from torch import Tensor, nn
 
-from rarefy.calibration.ahead import Ahead, empty_states
-from rarefy.calibration.spill import MappedStates
-from rarefy.errors import CalibrationError, ModelError
+from rarefy.calibration.ahead import Ahead
+from rarefy.calibration.carried import Carried, Opened, SharedMapping
+from rarefy.calibration.storage import allocate
+from rarefy.calibration.trees import Place, at, children, mapped
+from rarefy.errors import NumericalError
 
 
 def _keep() -> None:
@@ -28,18 +28,35 @@ def _keep() -> None:
 
 @dataclass
 class BlockCall:
-    """Everything one block gets besides its hidden states, for one batch of windows."""
+    """Everything one block gets besides its hidden states, for one batch of windows.
+
+    ``FromBlock`` and ``SharedMapping`` stand for what crosses from earlier blocks. The hidden states are the
+    first argument, or that of the name ``keyword``.
+    """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    keyword: str = ""
+
+    def map_(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Replace every tensor by what ``change`` makes of it."""
+
+        def changed(_: Place, leaf: Any) -> Any:
+            if isinstance(leaf, SharedMapping):
+                return replace(leaf, content=mapped(leaf.content, changed))
+            return change(leaf) if isinstance(leaf, Tensor) else leaf
+
+        self.args, self.kwargs = mapped(self.args, changed), mapped(self.kwargs, changed)
 
 
 @dataclass
 class HiddenStates:
     """The hidden states (num, length, hidden) that enter the next block, in the model's dtype.
 
-    ``calls[b][i]`` is how block b is called for batch i; equal tensors are stored once. ``release`` gives
-    back the memory of states that are in a file; it may be called whenever no batch is being read.
+    ``calls[b][i]`` is how block b is called for batch i; equal tensors are stored once. ``release`` gives back the
+    memory of states that are in a file; it may be called whenever no batch is being read. ``carried`` is what
+    enters later blocks besides. The blocks themselves have the windows in dimension ``window_dim``, and in some
+    models there are more dimensions than three.
     """
 
     states: Float[Tensor, "num length hidden"]
@@ -48,6 +65,8 @@ class HiddenStates:
     calls: list[list[BlockCall]] = field(default_factory=list)
     compute_dtype: torch.dtype = torch.float32
     release: Callable[[], None] = _keep
+    window_dim: int = 0
+    carried: Carried = field(default_factory=Carried)
 
     def __post_init__(self) -> None:
         self._ahead = Ahead(self.states, self.device)
@@ -62,164 +81,70 @@ class HiddenStates:
         for i in range(self.num_batches):
             yield i, slice(i * self.batch_size, (i + 1) * self.batch_size)
 
+    def fork(self, offload: Path | None = None) -> HiddenStates:
+        """A second path that starts with the same states, and calls blocks in the same way.
+
+        Its states are in memory, or in a file of the folder ``offload``, which raises OutputError where it is full.
+        """
+        rows = allocate(tuple(self.states.shape), self.states.dtype, self.device, offload)
+        rows.tensor.copy_(self.states)
+        rows.release()
+        return replace(self, states=rows.tensor, release=rows.release, carried=self.carried.fork(offload))
+
     def run(self, module: nn.Module, block: int, batch: int, windows: slice) -> Float[Tensor, "b length hidden"]:
-        """The output of one block for one batch, in the dtype of computation."""
-        call = self.calls[block][batch]
-        hidden = self._ahead.take(windows).to(self.compute_dtype)
-        self._ahead.fetch(slice(windows.stop, windows.stop + self.batch_size))  # as ``slices`` has it
-        try:
-            output = module(hidden, *call.args, **call.kwargs)
-        finally:
-            self.release()
-        return output[0] if isinstance(output, (tuple, list)) else output
+        """The output of one block for one batch, in the dtype of computation, a row for each window."""
+        return self._run(module, block, batch, windows)[0]
 
     def advance(self, module: nn.Module, block: int, on_batch: Callable[[], None] | None = None) -> None:
-        """Replace the hidden states by the block's outputs, batch by batch, in place."""
+        """Replace the hidden states by the block's outputs, batch by batch, in place.
+
+        Raises NumericalError where they leave the range of float16, ModelError where the block hands on what
+        cannot be carried.
+        """
         with torch.no_grad():
             for batch, windows in self.slices():
-                self.states[windows] = self.run(module, block, batch, windows).to(self.states)
+                hidden, output, opened = self._run(module, block, batch, windows)
+                # first, because it may be a view of what the block has read
+                self.carried.keep(block, output, opened, windows, len(self.states))
+                self.states[windows] = hidden.to(self.states)
+                self._check_range(block, windows)
                 if on_batch:
                     on_batch()
+                self.carried.release()
+            self.carried.drop_read(block)
             self.release()
 
-
-def record(
-    model: nn.Module,
-    blocks: Sequence[nn.Module],
-    windows: Int64[Tensor, "num length"],
-    batch_size: int,
-    offload: Path | None = None,
-) -> HiddenStates:
-    """Hidden states at the entry of the first block and every block's arguments, in one pass.
-
-    ``windows`` are token ids. The head is never run. The states are in memory, or in a file of the folder
-    ``offload``. Raises CalibrationError for windows that are no token ids of the model, ModelError where a
-    model does not run its blocks one after the other, OutputError where the folder cannot take the states.
-    """
-    check_windows(model, windows)
-    device = next(model.parameters()).device
-    stream: HiddenStates | None = None
-    calls: list[list[BlockCall]] = [[] for _ in blocks]
-    base = getattr(model, "base_model", model)
-    with torch.no_grad(), _recording(blocks) as recorder:
-        for start in range(0, windows.shape[0], batch_size):
-            batch = windows[start : start + batch_size].to(device)
-            recorder.begin()
-            base(input_ids=batch, use_cache=False)
-            if recorder.order != list(range(len(blocks))):
-                raise ModelError.sentence(
-                    f"The model ran its {len(blocks)} blocks in the order {recorder.order}, "
-                    "but Rarefy needs each once, one after the other."
-                )
-            entry = recorder.entry
-            assert entry is not None
-            if stream is None:
-                stream = _allocate((len(windows), *entry.shape[1:]), entry.dtype, offload, batch_size, device)
-                stream.calls = calls
-            stream.states[start : start + len(batch)] = entry
-            stream.release()
-            for block, call in enumerate(recorder.calls):
-                calls[block].append(call)
-            _share_equal(calls)
-    if stream is None:
-        raise CalibrationError.sentence("windows holds no window.")
-    return stream
-
-
-def _allocate(
-    shape: tuple[int, ...], dtype: torch.dtype, offload: Path | None, batch_size: int, device: torch.device
-) -> HiddenStates:
-    """Hidden states with any content, in memory (the GPU's, if they fit) or in a file of ``offload``."""
-    if offload is None:
-        return HiddenStates(empty_states(shape, dtype, device), batch_size, device, compute_dtype=dtype)
-    mapped = MappedStates(offload, shape, dtype)
-    return HiddenStates(mapped.tensor, batch_size, device, compute_dtype=dtype, release=mapped.release)
-
-
-def check_windows(model: nn.Module, windows: Int64[Tensor, "num length"]) -> None:
-    """Raise CalibrationError unless ``windows`` (num, length) are int64 token ids of the model."""
-    if windows.ndim != 2 or windows.dtype != torch.int64 or windows.numel() == 0:
-        given = f"a {windows.dtype} tensor of shape {tuple(windows.shape)}"
-        raise CalibrationError("windows", given, "int64 token ids of shape (num, length)")
-    embeddings = getattr(model, "get_input_embeddings", lambda: None)()
-    size = getattr(embeddings, "num_embeddings", None)
-    if size is not None and not 0 <= int(windows.min()) <= int(windows.max()) < size:
-        given = f"ids from {int(windows.min())} to {int(windows.max())}"
-        raise CalibrationError("windows", given, f"token ids from 0 to {size - 1}, the model's vocabulary")
-
-
-class _Recorder:
-    """Stands in for the forward of every block during the recording pass."""
-
-    def __init__(self) -> None:
-        self.begin()
-        self._tuple: bool | None = None  # whether blocks return a tuple, learnt from the first call
-
-    def begin(self) -> None:
-        self.order: list[int] = []
-        self.calls: list[BlockCall] = []
-        self.entry: Tensor | None = None
-
-    def stand_in(self, index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
-        def only_record(*args: Any, **kwargs: Any) -> Any:
-            if args:
-                hidden, args = args[0], args[1:]
+    def _run(self, module: nn.Module, block: int, batch: int, windows: slice) -> tuple[Tensor, Any, Opened]:
+        """The hidden states of the output, the output itself, and what the block was called with."""
+        call = self.calls[block][batch]
+        hidden = self._ahead.take(windows).to(self.compute_dtype).movedim(0, self.window_dim).contiguous()
+        self._ahead.fetch(slice(windows.stop, windows.stop + self.batch_size))  # as ``slices`` has it
+        opened = self.carried.open(call.args, call.kwargs, windows)
+        try:
+            if call.keyword:
+                output = module(*opened.args, **opened.kwargs, **{call.keyword: hidden})
             else:
-                hidden = kwargs.pop("hidden_states")
-            if self._tuple is None:  # one real call tells what shape of answer the model expects
-                self._tuple = isinstance(forward(hidden, *args, **kwargs), tuple)
-            if self.entry is None:
-                self.entry = hidden
-            self.order.append(index)
-            self.calls.append(BlockCall(args, kwargs))
-            return (hidden,) if self._tuple else hidden
+                output = module(hidden, *opened.args, **opened.kwargs)
+        finally:
+            self.release()
+        return at(output, hidden_place(output)).movedim(self.window_dim, 0), output, opened
 
-        return only_record
-
-
-@contextmanager
-def _recording(blocks: Sequence[nn.Module]) -> Iterator[_Recorder]:
-    recorder = _Recorder()
-    own = [block.__dict__.get("forward") for block in blocks]  # hooks of other libraries live there
-    try:
-        for index, block in enumerate(blocks):
-            block.forward = recorder.stand_in(index, block.forward)
-        yield recorder
-    finally:
-        for block, forward in zip(blocks, own, strict=True):
-            block.__dict__.pop("forward", None)  # the class's own forward shows again
-            if forward is not None:
-                block.forward = forward
+    def _check_range(self, block: int, windows: slice) -> None:
+        """Other dtypes have range enough, and what is not finite in them is found in the next Gram."""
+        if self.states.dtype == torch.float16 and not bool(self.states[windows].isfinite().all()):
+            raise NumericalError(
+                f"The hidden states behind block {block} leave the range of float16 (65,504): "
+                "prune the model in bfloat16 or float32 (--dtype)."
+            )
 
 
-def _share_equal(calls: list[list[BlockCall]]) -> None:
-    """Let the newest batch's tensors be those of the first block or first batch where they are equal."""
-    seen: list[Tensor] = []
-    for block_calls in calls:
-        for call in (block_calls[0], block_calls[-1]):
-            call.args = _map(call.args, lambda tensor: _known(tensor, seen))
-            call.kwargs = _map(call.kwargs, lambda tensor: _known(tensor, seen))
-
-
-def _known(tensor: Tensor, seen: list[Tensor]) -> Tensor:
-    for other in seen:
-        if other is tensor or (
-            other.shape == tensor.shape and other.dtype == tensor.dtype and torch.equal(other, tensor)
-        ):
-            return other
-    seen.append(tensor)
-    return tensor
-
-
-def _map(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """``value`` with ``change`` applied to every tensor inside tuples, lists and dictionaries."""
-    if isinstance(value, Tensor):
-        return change(value)
-    if type(value) in (tuple, list):
-        return type(value)(_map(item, change) for item in value)
-    if type(value) is dict:
-        return {key: _map(item, change) for key, item in value.items()}
-    return value
+def hidden_place(output: Any) -> Place:
+    """Where the hidden states are in a block's output: first, unless a field says that it is them."""
+    if isinstance(output, Tensor):
+        return ()
+    keys = [key for key, _ in children(output)]
+    key = "hidden_states" if "hidden_states" in keys else keys[0]
+    return (key, *hidden_place(dict(children(output))[key]))
 
 
 def convert_calls(stream: HiddenStates, dtype: torch.dtype) -> None:
@@ -233,5 +158,5 @@ def convert_calls(stream: HiddenStates, dtype: torch.dtype) -> None:
 
     for block_calls in stream.calls:
         for call in block_calls:
-            call.args, call.kwargs = _map(call.args, change), _map(call.kwargs, change)
+            call.map_(change)
     stream.compute_dtype = dtype

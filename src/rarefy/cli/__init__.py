@@ -9,6 +9,7 @@ One command, one module; each is a function with its options for arguments.
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import re
 import sys
@@ -67,15 +68,32 @@ def _answer(arguments: list[str]) -> int:
         raise  # which of the processes says it is seen to where they meet
     except RarefyError as error:
         return complain(str(error), 1)
-    except (MemoryError, RuntimeError) as error:
-        if isinstance(error, typer.Abort):
-            return complain("interrupted", 130)
-        if isinstance(error, MemoryError) or "memory" in str(error).lower():
+    except typer.Abort:
+        return complain("interrupted", 130)
+    except Exception as error:
+        if _out_of_memory(error):
             return complain(f"Out of memory: a smaller --batch-size or fewer --num-samples need less ({error}).", 1)
+        if isinstance(error, OSError) and error.filename is not None:
+            return complain(f"{error.filename} cannot be read or written: {error.strerror}", 1)
         raise
     if status == 130:  # how typer passes on an interrupt
         return complain("interrupted", 130)
     return int(status or 0)
+
+
+#: What torch's allocators say where they have no error of a class of its own.
+_ALLOCATORS = re.compile(
+    r"DefaultCPUAllocator: (can't allocate|not enough) memory: you tried to allocate|CUDA error: out of memory"
+)
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Whether an allocator refused memory; errors that only speak of memory are others."""
+    torch = sys.modules.get("torch")
+    kinds = (MemoryError, *((torch.OutOfMemoryError,) if torch else ()))
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    return isinstance(error, kinds) or (isinstance(error, RuntimeError) and bool(_ALLOCATORS.search(str(error))))
 
 
 def keep_freed_memory() -> None:

@@ -7,7 +7,20 @@ from typing import Annotated
 
 import typer
 
-from rarefy.cli.options import Exclude, Include, Limit, Log, Quiet, TaskData, TaskNames, Text, Texts, split
+from rarefy.cli.options import (
+    Exclude,
+    Include,
+    Limit,
+    Log,
+    Quiet,
+    TaskData,
+    TaskNames,
+    Text,
+    TextColumn,
+    Texts,
+    parse_limit,
+    split,
+)
 from rarefy.cli.terminal import Terminal
 
 
@@ -40,6 +53,7 @@ def compare(
     calibration: Annotated[
         Text, typer.Option(metavar="SOURCE", help="As in `rarefy prune` (default: the same).")
     ] = None,
+    text_column: TextColumn = None,
     num_samples: Annotated[Text, typer.Option(metavar="N", help="Calibration windows.")] = None,
     sequence_length: Annotated[Text, typer.Option(metavar="L", help="Tokens per calibration window.")] = None,
     batch_size: Annotated[
@@ -78,9 +92,9 @@ def compare(
     from rarefy.pruning.records import aligned
     from rarefy.runs.recipe import parse_settings
     from rarefy.sweeps.folder import SweepFolder
-    from rarefy.sweeps.plan import Options, plan_sweep
+    from rarefy.sweeps.options import Options
+    from rarefy.sweeps.plan import plan_sweep
     from rarefy.sweeps.results import table
-    from rarefy.sweeps.sweep import run_sweep
 
     folder = SweepFolder(output)
     with Terminal(quiet, log) as terminal:
@@ -94,6 +108,7 @@ def compare(
                 scope=scope,
                 settings=parse_settings(settings or []),
                 calibration=calibration,
+                text_column=text_column,
                 num_samples=num_samples,
                 sequence_length=sequence_length,
                 batch_size=batch_size,
@@ -108,13 +123,15 @@ def compare(
                 eval_batch_size=eval_batch_size,
                 tasks=split(tasks),
                 task_data=task_data,
-                limit=limit,
+                limit=parse_limit(limit),
                 save=save,
                 retry=retry,
             ),
             folder,
         )
         terminal.begin()
+        from rarefy.sweeps.sweep import run_sweep  # with torch, which takes seconds
+
         cells = run_sweep(sweep, folder, ["rarefy", *context.obj], watch=terminal.watch, note=terminal.note)
     print("\n".join(aligned(table(cells, folder.read_cell("dense")))))
     print(f"{folder.path} holds results.csv, results.md and results.json")

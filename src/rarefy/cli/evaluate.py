@@ -5,12 +5,27 @@ from __future__ import annotations
 import json
 import re
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rarefy.cli.options import Device, Dtype, Json, Limit, Log, Quiet, TaskData, TaskNames, Texts, split
+from rarefy.cli.options import (
+    Device,
+    Dtype,
+    Json,
+    Limit,
+    Log,
+    Quiet,
+    TaskData,
+    TaskNames,
+    TextColumn,
+    Texts,
+    parse_limit,
+    split,
+)
 from rarefy.cli.terminal import Terminal
 from rarefy.errors import InputError, ModelError
 from rarefy.pruning.records import aligned, three_digits
@@ -27,6 +42,7 @@ _FULL_LENGTH = 2048
 def evaluate(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="What `prune` takes, or a folder that it wrote.")],
     text: Texts = None,
+    text_column: TextColumn = None,
     against: Annotated[
         str | None,
         typer.Option(
@@ -60,27 +76,37 @@ def evaluate(
     Windows do not overlap and have no special tokens. Tasks alone are measured where only --tasks is given.
     What is measured of a folder that `prune` wrote is kept there, in run.json and in the model card.
     """
-    from rarefy.evaluation.measure import parse_texts
-    from rarefy.models.checkpoint import load_model, resolve_device, resolve_dtype
-    from rarefy.models.source import resolve_model
+    from rarefy.evaluation.texts import parse_texts
+    from rarefy.models.locate import locate
+    from rarefy.runs.arguments import check_device, check_dtype, check_goes_with_tasks
 
     started = time.perf_counter()
-    chosen_device, chosen_dtype = resolve_device(device or "auto"), dtype or "auto"
-    resolve_dtype(chosen_dtype)
-    for option, given in (("--task-data", task_data), ("--limit", limit)):
-        if given is not None and not tasks:
-            raise InputError.sentence(f"{option} goes with --tasks, which is not given.")
+    items, chosen_dtype = parse_limit(limit), dtype or "auto"
+    check_device(device or "auto")
+    check_dtype(chosen_dtype)
+    check_goes_with_tasks(tasks, task_data=task_data, limit=limit)
     with Terminal(quiet, log) as terminal:
-        sources = parse_texts(text or []) if text or against or not tasks else {}
         folder = RunFolder.find(model)
+        locate(str(folder.model if folder else model))
+        if against:
+            with _naming_against():
+                locate(against)
+        sources = parse_texts(text or [], text_column) if text or against or not tasks else {}
+
+        # What follows imports torch, which takes seconds.
+        from rarefy.models.checkpoint import load_model, resolve_device
+        from rarefy.models.source import resolve_model
+
+        chosen_device = resolve_device(device or "auto")
         source = resolve_model(str(folder.model if folder else model))
         dense_source = _dense(against, source) if against else None
         measures = _measures(sources, source, dense_source, sequence_length, max_windows, batch_size, bos)
         if tasks:
             from rarefy.evaluation.tasks import prepare
 
-            measures = replace(measures, tasks=prepare(split(tasks), task_data), limit=limit)
+            measures = replace(measures, tasks=prepare(split(tasks), task_data), limit=items)
         terminal.begin()
+        keeps = folder is not None and _keeps(folder, terminal)
         if sources and not text:
             terminal.note("text: the last third of Python's own documentation; --text names another")
         loaded, tokenizer = load_model(source, chosen_device, chosen_dtype)
@@ -89,7 +115,7 @@ def evaluate(
             found = measures.of(loaded, tokenizer, dense, watch)
         for one in found["divergence"]:
             one["against"] = against
-        if folder and folder.run.is_file():
+        if folder and keeps:
             _keep(folder, found, terminal)
         lines = _lines(found)
         for line in lines:
@@ -102,14 +128,20 @@ def evaluate(
         print("\n".join(lines))
 
 
+@contextmanager
+def _naming_against() -> Iterator[None]:
+    try:
+        yield
+    except ModelError as error:
+        raise ModelError.sentence(f"--against: {error}") from None
+
+
 def _dense(name: str, source: ModelSource) -> ModelSource:
     """The model to compare with, which must know the same number of tokens."""
     from rarefy.models.source import resolve_model
 
-    try:
+    with _naming_against():
         dense = resolve_model(name)
-    except ModelError as error:
-        raise ModelError.sentence(f"--against: {error}") from None
     size, dense_size = (one.config.get_text_config(decoder=True).vocab_size for one in (source, dense))
     if size != dense_size:
         raise InputError(
@@ -141,25 +173,44 @@ def _measures(
     elif contexts and length > min(contexts):
         raise InputError("--sequence-length", length, f"at most {min(contexts)}, the model's longest context")
     bos_id = tokenizer.bos_token_id if bos else None
-    return Measures(corpora(sources, tokenizer, length, bos), length, max_windows, bos_id, batch_size)
+    texts = corpora(sources, tokenizer, length, bos_id, source)
+    return Measures(texts, length, max_windows, bos_id, batch_size)
+
+
+def _keeps(folder: RunFolder, terminal: Terminal) -> bool:
+    """Whether measurements can be kept in ``folder``; a warning, before they are made, where its run is damaged."""
+    from rarefy.runs.card import model_card
+
+    if not folder.run.exists():
+        return False
+    try:
+        model_card(folder.read_run())
+    except InputError as error:
+        terminal.warn(f"what is measured will not be kept: {error}")
+        return False
+    return True
 
 
 def _keep(folder: RunFolder, found: dict[str, Any], terminal: Terminal) -> None:
     """Add measurements to run.json and the model card, in place of the same ones made before."""
     from rarefy.runs.card import model_card
 
-    facts = folder.read_run()
+    try:
+        facts = folder.read_run()
+        _add(facts, found)
+        folder.write_run(facts)
+        folder.write_card(model_card(facts))
+    except InputError as error:
+        terminal.warn(f"what was measured is not kept: {error}")
+
+
+def _add(facts: dict[str, Any], found: dict[str, Any]) -> None:
     for kind, names in (("perplexity", _SAME), ("divergence", (*_SAME, "against"))):
         new = found[kind]
         same = [[one[name] for name in names] for one in new]
         others = [old for old in facts.get(kind, []) if [old.get(name) for name in names] not in same]
         facts[kind] = [*others, *new]
     facts["tasks"] = {**facts.get("tasks", {}), **found["tasks"]}
-    try:
-        folder.write_run(facts)
-        folder.write_card(model_card(facts))
-    except OSError as error:
-        terminal.warn(f"{folder.run} could not be changed: {error.strerror or error}")
 
 
 #: Two measurements are of the same thing where these are equal.

@@ -22,10 +22,21 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """Read the written files again; exit status 1 where they do not hold what was promised."""
+    from rarefy.models.locate import locate
+    from rarefy.runs.folder import RunFolder
     from rarefy.runs.recipe import parse_pattern
+
+    groups = parse_pattern(pattern) if pattern is not None else None
+    if (run := RunFolder.find(model)) is None:
+        locate(model)
+    else:
+        run.read_layers()
+
+    # What follows imports torch, which takes seconds.
+    from rarefy.layer.pattern import NM
     from rarefy.runs.verify import inspect_folder
 
-    inspection = inspect_folder(model, parse_pattern(pattern) if pattern is not None else None)
+    inspection = inspect_folder(model, NM(*groups) if groups is not None else None)
     if as_json:
         print(json.dumps(inspection.to_dict()))
     else:

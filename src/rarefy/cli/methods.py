@@ -29,7 +29,9 @@ def methods() -> None:
         for item in fields(method):
             if "help" in item.metadata and item.name in values:
                 choices = f" ({', '.join(item.metadata['choices'])})" if item.metadata["choices"] else ""
-                print(f"    --set {item.name}={values[item.name]}    {item.metadata['help']}{choices}")
+                value = values[item.name]
+                default = f"={value}" if value is not None else f", by {item.metadata['by']}"
+                print(f"    --set {item.name}{default}    {item.metadata['help']}{choices}")
     print("\nMethods are joined by +, each going on from the one before it: --method wanda+swaps+pcg.")
 
 

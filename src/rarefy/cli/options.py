@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from rarefy.errors import InputError
 
 Text = str | None
 Device = Annotated[
@@ -44,8 +47,8 @@ Texts = Annotated[
     typer.Option(
         "--text",
         metavar="[LABEL=]TEXT",
-        help="A text to measure perplexity on: a file as it stands, wikitext2, python-docs (its held-out third; the "
-        "default) or hub:NAME\\[:CONFIG\\[:SPLIT]]; repeatable.",
+        help="A text to measure perplexity on: a file, as --calibration of `rarefy prune` takes them, wikitext2, "
+        "python-docs (its held-out third; the default) or hub:NAME\\[:CONFIG\\[:SPLIT]]; repeatable.",
     ),
 ]
 TaskNames = Annotated[
@@ -61,8 +64,31 @@ TaskData = Annotated[
     typer.Option(metavar="FOLDER", help="Local files of the tasks, so that nothing is fetched from the hub."),
 ]
 Limit = Annotated[
-    int | None, typer.Option(metavar="N", min=1, help="Only the first N items of each task (default: all).")
+    Text,
+    typer.Option(
+        metavar="N", help="Only the first N items of each task, or this fraction of them, as 0.1 (default: all)."
+    ),
 ]
+TextColumn = Annotated[
+    Text,
+    typer.Option(
+        metavar="NAME",
+        help="The column, of a file of rows or a data set, with text or messages (default: text, messages, ...).",
+    ),
+]
+
+
+def parse_limit(text: str | None) -> int | float | None:
+    """``--limit`` as lm-eval has it: a number of items, or a fraction of each task's. Raises InputError."""
+    if text is None:
+        return None
+    with suppress(ValueError):
+        if (number := int(text)) >= 1:
+            return number
+    with suppress(ValueError):
+        if 0 < (fraction := float(text)) < 1:
+            return fraction
+    raise InputError("--limit", text, "a whole number of at least 1 (items), or a fraction between 0 and 1")
 
 
 def split(text: str | None) -> list[str]:

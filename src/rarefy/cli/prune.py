@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from rarefy.cli.options import Device, Dtype, Exclude, Include, Log, OffloadDir, Quiet, Text
+from rarefy.cli.options import Device, Dtype, Exclude, Include, Log, OffloadDir, Quiet, Text, TextColumn
 from rarefy.cli.terminal import Terminal, print_table
 from rarefy.errors import InputError
 from rarefy.pruning.records import three_digits
@@ -68,9 +68,10 @@ def prune(
         typer.Option(
             metavar="SOURCE",
             help="self (the model's own text), python-docs, c4, wikitext2, hub:NAME\\[:CONFIG\\[:SPLIT]], "
-            "or a .txt, .jsonl, .jsonl.gz or .parquet file.",
+            "or a .txt, .jsonl, .json, .csv, .tsv or .parquet file, a folder of them, or a pattern.",
         ),
     ] = None,
+    text_column: TextColumn = None,
     num_samples: Annotated[
         Text,
         typer.Option(metavar="N", help="Calibration windows (default: 128, or 32 without --calibration)."),
@@ -100,9 +101,24 @@ def prune(
         Path | None,
         typer.Option(metavar="FILE", help="YAML with any of these settings; options replace its keys."),
     ] = None,
+    allow_code: Annotated[
+        bool,
+        typer.Option("--allow-code", help="Let the --recipe name a method that is not Rarefy's (it runs that code)."),
+    ] = False,
     strict: Annotated[
         bool | None, typer.Option("--strict/--no-strict", help="Stop where the method fails on a layer.")
     ] = None,
+    match: Annotated[
+        Text,
+        typer.Option(
+            metavar="PASSES",
+            help="Train what is kept of each block to match the dense model: passes over the windows (default: 0).",
+        ),
+    ] = None,
+    match_lr: Annotated[
+        Text, typer.Option(metavar="RATE", help="Learning rate of --match, falling linearly (default: 2e-4).")
+    ] = None,
+    match_batch: Annotated[Text, typer.Option(metavar="N", help="Windows per step of --match (default: 4).")] = None,
     offload_dir: OffloadDir = None,
     texts: Annotated[
         bool,
@@ -121,7 +137,6 @@ def prune(
     from rarefy.parallel.world import World
     from rarefy.runs.make_plan import make_plan
     from rarefy.runs.recipe import Recipe, parse_settings
-    from rarefy.runs.run import execute
 
     said = {
         "model": model,
@@ -130,6 +145,7 @@ def prune(
         "pattern": pattern,
         "scope": scope,
         "calibration": calibration,
+        "text_column": text_column,
         "num_samples": num_samples,
         "sequence_length": sequence_length,
         "batch_size": batch_size,
@@ -141,11 +157,15 @@ def prune(
         "exclude": exclude or None,
         "settings": parse_settings(settings) if settings else None,
         "strict": strict,
+        "match": match,
+        "match_lr": match_lr,
+        "match_batch": match_batch,
     }
     world = World.current()
     folder = RunFolder(output) if output is not None else None
     with world.together():
-        wanted = Recipe.read({key: value for key, value in said.items() if value is not None}, recipe)
+        options = {key: value for key, value in said.items() if value is not None}
+        wanted = Recipe.read(options, recipe, allow_code=allow_code)
         if output is None and not dry_run:
             raise InputError.sentence("--output is missing: name a new or empty folder for the results (-o OUT).")
         if folder and world.leads:
@@ -158,6 +178,8 @@ def prune(
         if dry_run or folder is None:
             _print_plan(plan, texts)
         else:
+            from rarefy.runs.run import execute
+
             terminal.begin()
             command, chosen = ["rarefy", *context.obj], wanted.calibration is not None
             result = execute(plan, folder, command, terminal, chosen=chosen, texts=texts)
@@ -185,21 +207,19 @@ def _print_plan(plan: Plan, texts: bool) -> None:
 
     ``texts``: the models write some for the report.
     """
-    from rarefy.runs.memory import estimated_bytes
     from rarefy.runs.plan import calibration_words
+    from rarefy.runs.run import forecast_of
 
+    forecast = forecast_of(plan, texts)
     sites = [site for block in plan.blocks for site in block.sites]
     kinds = Counter((site.name.rpartition(".")[2], site.shape) for site in sites)
     rows = [["layer", "count", "shape", "to prune"]]
-    total = 0
     for (kind, shape), count in kinds.items():
         pruned = count * (shape[0] * shape[1] - plan.pattern.count(shape))
         rows.append([kind, f"{count:,}", f"{shape[0]} x {shape[1]}", f"{pruned:,}"])
-        total += pruned
-    size = sum(site.shape[0] * site.shape[1] for site in sites)
-    rows.append(["all", f"{len(sites):,}", "", f"{total:,}"])
+    rows.append(["all", f"{len(sites):,}", "", f"{forecast.pruned:,}"])
     print_table(rows)
-    print(f"{plan.method}, {plan.pattern}: {total:,} of {size:,} weights would be pruned")
+    print(f"{plan.method}, {plan.pattern}: {forecast.pruned:,} of {forecast.size:,} weights would be pruned")
     print(calibration_words(plan.recipe))
     each = "" if plan.num_ranks == 1 else f" for each of {plan.num_ranks} processes"
-    print(f"peak memory, estimated: {memory_words(estimated_bytes(plan, texts))} on {plan.device}{each}")
+    print(f"peak memory, estimated: {memory_words(forecast.peak_bytes)} on {plan.device}{each}")

@@ -18,14 +18,18 @@ def report(
     ] = None,
     texts: Annotated[
         bool,
-        typer.Option("--texts/--no-texts", help="Let dense and pruned model write, where the run did not keep it."),
-    ] = True,
-    device: Annotated[str, typer.Option(metavar="DEVICE", help="auto, cpu, cuda, cuda:N.")] = "auto",
+        typer.Option(
+            "--texts/--no-texts",
+            help="Where a run kept no texts, load its pruned model and the dense one, which its recipe names and "
+            "which may be on the hub, to write some (default: load no model).",
+        ),
+    ] = False,
+    device: Annotated[str, typer.Option(metavar="DEVICE", help="With --texts: auto, cpu, cuda, cuda:N.")] = "auto",
     quiet: Quiet = False,
 ) -> None:
     """Draw runs on one HTML page that needs no network."""
     from rarefy.report.build import write_report
 
     with Terminal(quiet) as terminal:
-        file = write_report(runs, output, texts=texts, device=device, watch=terminal.watch)
+        file = write_report(runs, output, texts=texts, device=device, watch=terminal.watch, note=terminal.note)
     print(f"{file} holds the report")

@@ -144,8 +144,9 @@ def _warnings_to(take: Callable[[object], None]) -> Iterator[None]:
 
 
 def say(text: str) -> None:
-    """Print a line on standard error."""
-    print(text, file=sys.stderr, flush=True)
+    """Print a line on standard error, in which nothing that a file says can steer a terminal."""
+    plain = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
+    print(plain, file=sys.stderr, flush=True)
 
 
 def complain(text: str, status: int) -> int:

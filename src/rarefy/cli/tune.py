@@ -126,6 +126,12 @@ def tune(
         Path | None,
         typer.Option(metavar="FILE", help="YAML with any of these settings; options replace its keys."),
     ] = None,
+    allow_code: Annotated[
+        bool,
+        typer.Option(
+            "--allow-code", help="Let the --recipe name an optimiser that is not torch's (it runs that code)."
+        ),
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print what would be trained and an estimate of peak memory, and stop.")
     ] = False,
@@ -138,7 +144,6 @@ def tune(
     folder is an ordinary model of the same masks; a tuning that was killed goes on with the same command.
     """
     from rarefy.parallel.world import World
-    from rarefy.runs.tune import execute_tuning
     from rarefy.runs.tune_plan import make_tune_plan
     from rarefy.runs.tune_recipe import TuneRecipe
 
@@ -147,7 +152,7 @@ def tune(
     world = World.current()
     folder = RunFolder(output) if output is not None else None
     with world.together():
-        wanted = TuneRecipe.read(said, recipe)
+        wanted = TuneRecipe.read(said, recipe, allow_code=allow_code)
         if output is None and not dry_run:
             raise InputError.sentence("--output is missing: name a new or empty folder for the results (-o OUT).")
         if folder and world.leads:
@@ -158,6 +163,8 @@ def tune(
         if dry_run or folder is None:
             _print_plan(plan)
             return
+        from rarefy.runs.tune import execute_tuning
+
         terminal.begin()
         result = execute_tuning(plan, folder, ["rarefy", *context.obj], terminal)
         if result is not None:

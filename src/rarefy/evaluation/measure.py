@@ -7,16 +7,15 @@ from __future__ import annotations
 
 import hashlib
 import math
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from rarefy.calibration.sources import Source, parse_source, token_stream
-from rarefy.errors import CalibrationError, InputError
+from rarefy.calibration.documents import Source
+from rarefy.calibration.windows import check_token_ids, token_stream
+from rarefy.errors import CalibrationError
 from rarefy.evaluation.divergence import HeadInputs, divergence, record_head_inputs
 from rarefy.evaluation.perplexity import perplexity
 
@@ -24,6 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from rarefy.evaluation.tasks import Tasks
+    from rarefy.models.source import ModelSource
 
 Progress = Callable[[int, int, str], None]
 
@@ -52,7 +52,7 @@ class Measures:
     bos_id: int | None = None
     batch_size: int = 1
     tasks: Tasks | None = None
-    limit: int | None = None
+    limit: int | float | None = None
 
     def record(self, dense: PreTrainedModel, progress: Progress | None = None) -> list[HeadInputs]:
         """What enters the dense model's head on each text, for ``of`` to compare pruned models with."""
@@ -140,47 +140,28 @@ class Measures:
         }
 
 
-def parse_texts(texts: Sequence[str]) -> dict[str, Source]:
-    """The texts that ``--text`` names, by label; the held-out third of Python's documentation for none.
+def corpora(
+    sources: dict[str, Source],
+    tokenizer: PreTrainedTokenizerBase,
+    length: int,
+    bos_id: int | None,
+    model: ModelSource,
+) -> list[Corpus]:
+    """The tokens of all texts, which ``model`` is to read in windows of ``length`` that may begin with ``bos_id``.
 
-    A text is a file, wikitext2, python-docs or hub:..., or LABEL= and one of these. Without a label, a file
-    is called as its name is, and as its folder and name are where two would be the same. Raises
-    CalibrationError where a text is missing, empty or binary, InputError where two have one label.
+    Raises CalibrationError where a text is shorter than a window, or has tokens that the model does not know.
     """
-    sources: dict[str, Source] = {}
-    for text in texts or ("python-docs",):
-        found = re.fullmatch(r"([\w.-]+)=(.+)", text)
-        named = found if found and not Path(text).exists() else None
-        source = parse_source(named[2] if named else text, argument="--text", part="evaluation")
-        label = named[1] if named else _label(text)
-        if label in sources and named is None:
-            label = f"{Path(text).parent.name}-{label}"
-        if label in sources:
-            raise InputError.sentence(f"--text gives two texts the label {label}: write LABEL=TEXT.")
-        sources[label] = source
-    return sources
-
-
-def corpora(sources: dict[str, Source], tokenizer: PreTrainedTokenizerBase, length: int, bos: bool) -> list[Corpus]:
-    """The tokens of all texts. Raises CalibrationError where one is shorter than a window."""
     found = []
     for label, source in sources.items():
         tokens = token_stream(source, tokenizer)
-        if len(tokens) < length - bos:
+        check_token_ids(tokens, model.config, model.name, bos_id)
+        body = length - (bos_id is not None)
+        if len(tokens) < body:
             raise CalibrationError.sentence(
-                f"The text of {source.name} has {len(tokens):,} tokens, but one window needs {length - bos:,}."
+                f"The text of {source.name} has {len(tokens):,} tokens, but one window needs {body:,}."
             )
         found.append(Corpus(label, source.name, tokens))
     return found
-
-
-def _label(text: str) -> str:
-    if text.startswith("hub:"):
-        return re.sub(r"[^\w.-]+", "-", text[4:])
-    name = Path(text).name
-    for ending in (".gz", ".txt", ".raw", ".jsonl", ".json", ".parquet"):
-        name = name.removesuffix(ending)
-    return re.sub(r"[^\w.-]+", "-", name) or "text"
 
 
 def finite(value: float) -> float | None:

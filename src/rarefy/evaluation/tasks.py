@@ -117,11 +117,11 @@ def evaluate_tasks(
     tokenizer: PreTrainedTokenizerBase,
     tasks: Tasks,
     *,
-    limit: int | None = None,
+    limit: int | float | None = None,
     batch_size: int = 1,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, TaskResult]:
-    """The results of ``tasks`` by name, on the first ``limit`` items of each (None: all).
+    """The results of ``tasks`` by name, on the first ``limit`` items of each, or this fraction of them (None: all).
 
     What lm-eval computes for the same model, files and batch size, but for errors drawn by resampling. A group
     has one result, weighted by size; a tag one for each of its tasks. ``progress(done, total)`` counts requests,
@@ -183,6 +183,8 @@ def _harness(
     """The model as lm-eval wants it; its tokenizer is a copy, because lm-eval gives it a padding token."""
     from lm_eval.models.huggingface import HFLM
 
+    from rarefy.calibration.windows import check_token_ids
+
     class Harness(HFLM):  # type: ignore[misc]
         def _loglikelihood_tokens(self, requests: Any, *args: Any, **kwargs: Any) -> Any:
             self._total, self._done = len(requests), 0
@@ -192,6 +194,7 @@ def _harness(
             return result
 
         def _model_call(self, inps: Any, *args: Any, **kwargs: Any) -> Any:
+            check_token_ids(inps, model.config, "the model")
             result = super()._model_call(inps, *args, **kwargs)
             self._done = min(self._done + len(inps), self._total)
             if progress:

@@ -18,12 +18,14 @@ from rarefy.layer.passes import finite
 
 T = TypeVar("T")
 
+_ASYMMETRY = 1e-3  # of the size of an entry and of |X_i| |X_j|: a thousand times what rounding leaves in float32
+
 _STRIP = 512  # width of a strip of the upper triangle: wide enough for full product speed
 _CHUNK = 2048  # tokens converted to float32 at a time: the buffer stays below glibc's mmap threshold
 
 
 class Gram:
-    """Sum of x x^T over tokens x (in,), float32, with the number of tokens and, if asked, the sum of x.
+    """Sum of x x^T over tokens x (in,), float32, with the number of tokens and, if asked, the sums of x and x^2.
 
     ``update`` adds activations, ``merge`` adds another Gram (of other windows, of another rank);
     both are sums, so any split of the tokens gives the same matrix up to rounding.
@@ -42,19 +44,29 @@ class Gram:
         self._borrowed = False  # whether the caller still holds the matrix
         self.num_tokens = 0
         self._sum_x = torch.zeros(size, device=device, dtype=torch.float64) if means else None
+        self._sum_squares = torch.zeros_like(self._sum_x) if self._sum_x is not None else None
         self._cache: dict[Hashable, object] = {}
 
     @classmethod
     def from_matrix(
-        cls, H: Float[Tensor, "in in"], num_tokens: int = 0, sum_x: Float[Tensor, "in"] | None = None
+        cls,
+        H: Float[Tensor, "in in"],
+        num_tokens: int = 0,
+        sum_x: Float[Tensor, "in"] | None = None,
+        sum_squares: Float[Tensor, "in"] | None = None,
     ) -> Gram:
-        """A Gram from a finished symmetric matrix; its dtype (float32 or float64) is kept."""
+        """A Gram from a finished matrix; its dtype (float32 or float64) is kept.
+
+        Raises InputError where the matrix is not square, or, beyond rounding, not symmetric.
+        """
         if H.ndim != 2 or H.shape[0] != H.shape[1]:
             raise InputError("gram", f"a tensor of shape {tuple(H.shape)}", "a square matrix (in, in)")
         gram = cls(0)
         gram._sum, gram._borrowed = H if H.dtype == torch.float64 else H.float(), True
+        _check_symmetric(gram._sum)
         gram.num_tokens = num_tokens
         gram._sum_x = None if sum_x is None else sum_x.double()
+        gram._sum_squares = None if sum_squares is None else sum_squares.double()
         return gram
 
     @property
@@ -84,6 +96,16 @@ class Gram:
         return self._sum_x / self.num_tokens
 
     @property
+    def variance(self) -> Float[Tensor, "in"]:
+        """Variance of every input over tokens, float64, not below 0; raises where means were not collected.
+
+        From the sum of squares in float64, where it was collected: in the diagonal of a float32 H a small variance
+        beside a large mean is lost.
+        """
+        squares = self.H.diagonal() if self._sum_squares is None else self._sum_squares
+        return (squares.double() / max(1, self.num_tokens) - self.mean.square()).clamp_min(0)
+
+    @property
     def has_means(self) -> bool:
         """Whether the sum of the inputs was collected beside H."""
         return self._sum_x is not None
@@ -100,6 +122,8 @@ class Gram:
         step = _CHUNK if X.device.type == "cpu" else max(1, X.shape[0])
         for start in range(0, X.shape[0], step):
             self._add(X[start : start + step])
+            if self._sum_squares is not None:
+                self._sum_squares += X[start : start + step].double().square().sum(dim=0)
 
     def _add(self, X: Float[Tensor, "tokens in"]) -> None:
         # H is symmetric: strips of the upper triangle need little more than half of the products.
@@ -127,14 +151,18 @@ class Gram:
         self.num_tokens += other.num_tokens
         if self._sum_x is not None and other._sum_x is not None:
             self._sum_x += other._sum_x.to(self._sum_x)
+        if self._sum_squares is not None and other._sum_squares is not None:
+            self._sum_squares += other._sum_squares.to(self._sum_squares)
+        else:
+            self._sum_squares = None
 
     def sums_(self) -> list[Tensor]:
-        """The sums themselves, to be added to in place: X^T X, of which the upper triangle counts, and sum_x, if any.
+        """The sums themselves, to be added to in place: X^T X, of which the upper triangle counts, then the others.
 
         ``num_tokens`` goes with them. This is how Grams of several processes are added up.
         """
         self._writable()
-        return [self._sum] if self._sum_x is None else [self._sum, self._sum_x]
+        return [sum_ for sum_ in (self._sum, self._sum_x, self._sum_squares) if sum_ is not None]
 
     def cached(self, key: Hashable, build: Callable[[], T]) -> T:
         """``build()``, computed once per Gram; layers that share H share its factorisations."""
@@ -157,3 +185,17 @@ class Gram:
         self._mirrored = False  # the lower triangle is stale from here on
         if self._borrowed:
             self._sum, self._borrowed = self._sum.clone(), False
+
+
+def _check_symmetric(H: Float[Tensor, "in in"]) -> None:
+    """Raise InputError where H[i, j] and H[j, i] differ by more than rounding; NaN is left to ``Gram.check``."""
+    s = H.diagonal().clamp_min(0).sqrt()
+    for a in range(0, len(H), _STRIP):
+        strip = slice(a, a + _STRIP)
+        differ = (H[strip] - H[:, strip].T).abs_() > _ASYMMETRY * (s[strip, None] * s + H[strip].abs())
+        if bool(differ.any()):
+            i, j = (int(index) for index in differ.nonzero()[0])
+            raise InputError.sentence(
+                f"gram is not symmetric, as X^T X is: its entry ({a + i}, {j}) is {float(H[a + i, j]):.4g}, but "
+                f"({j}, {a + i}) is {float(H[j, a + i]):.4g}."
+            )

@@ -1,6 +1,7 @@
 """Passes over matrices that numpy makes several times faster on the CPU than torch, and torch elsewhere.
 
-What they give is what the plain expressions in their docstrings give.
+What they give is what the plain expressions in their docstrings give. ``by_numpy`` is the one place where
+the two part: with ``NUMPY`` set to False, the CPU takes the way of all other devices, which is how tests see it.
 """
 
 from __future__ import annotations
@@ -13,10 +14,13 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+NUMPY = True  # False: torch's way everywhere
+_DTYPES = (torch.float32, torch.float64, torch.bool)
+
 
 def by_numpy(values: Tensor) -> bool:
     """Whether numpy can work on the values where they are."""
-    return values.device.type == "cpu" and values.dtype in (torch.float32, torch.float64)
+    return NUMPY and values.device.type == "cpu" and values.dtype in _DTYPES
 
 
 def compare(how: Callable[[Any, Any], Any], values: Tensor, threshold: Tensor | float) -> Bool[Tensor, "*shape"]:
@@ -34,7 +38,7 @@ def finite(values: Float[Tensor, "*shape"]) -> bool:
 
 def indices(mask: Bool[Tensor, " n"]) -> Int[Tensor, " true"]:
     """Where a vector that is mostly False is True, in order."""
-    if mask.device.type != "cpu":
+    if not by_numpy(mask):
         return mask.nonzero().squeeze(1)
     array = np.ascontiguousarray(mask.numpy())
     if len(array) % 8:
@@ -55,12 +59,12 @@ def places(mask: Bool[Tensor, "rows n"]) -> tuple[Int[Tensor, " true"], Int[Tens
 
 def count(mask: Bool[Tensor, "*shape"]) -> int:
     """How many entries are True; numpy counts bytes, torch adds integers, at a hundred times the cost."""
-    return int(np.count_nonzero(mask.numpy())) if mask.device.type == "cpu" else int(mask.sum())
+    return int(np.count_nonzero(mask.numpy())) if by_numpy(mask) else int(mask.sum())
 
 
 def count_rows(mask: Bool[Tensor, "*rows n"]) -> Int[Tensor, "*rows"]:
     """How many entries of each row are True, without a copy of eight bytes an entry."""
-    if mask.device.type != "cpu":
+    if not by_numpy(mask):
         return mask.sum(dim=-1)
     if mask.numel() == mask.shape[-1]:
         return torch.full(mask.shape[:-1], count(mask))
@@ -87,6 +91,13 @@ def write_mask_(out: Float[Tensor, "*shape"], mask: Bool[Tensor, "*shape"]) -> F
         return out.copy_(mask)
     np.copyto(out.numpy(), mask.numpy())
     return out
+
+
+def first_lowest(values: Float[Tensor, "rows n"]) -> Int[Tensor, " rows"]:
+    """values.argmin(dim=1), of equals the first; numpy's is vectorised, unlike torch's (docs/log.md)."""
+    if not by_numpy(values):
+        return values.argmin(dim=1)
+    return torch.from_numpy(values.numpy().argmin(axis=1))
 
 
 def row_dots(A: Float[Tensor, "rows n"], B: Float[Tensor, "rows n"]) -> Float[Tensor, " rows"]:

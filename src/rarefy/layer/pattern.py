@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from operator import gt
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from rarefy.errors import PatternError
-from rarefy.layer.passes import count, count_rows, write_mask_
-from rarefy.layer.select import keep_largest, keep_largest_in_groups
+from rarefy.layer.passes import apply_mask, compare, count, count_rows, write_mask_
+from rarefy.layer.select import keep_at_least, keep_largest, keep_largest_in_groups, kth_largest
 
 Shape = tuple[int, int]
 Scores = Float[Tensor, "out inputs"]
@@ -30,6 +33,8 @@ class Pattern(ABC):
     rows_independent: bool = True
     #: Length of the groups of inputs that belong together; blockwise methods cut at its multiples.
     group: int = 1
+    #: Whether there is more than one allowed mask, so that a method has something to choose.
+    has_choice: bool = True
 
     @abstractmethod
     def count(self, shape: Shape) -> int:
@@ -41,6 +46,24 @@ class Pattern(ABC):
 
         ``locked`` must itself fit into an allowed mask.
         """
+
+    def fill(self, scores: Scores, locked: Mask) -> Mask:
+        """``locked``, and beside it the largest positive scores for which there is room.
+
+        The mask with the largest sum of scores of those that hold ``locked`` and keep, in each set that is
+        counted, at most what an allowed mask keeps: a linear function's best vertex of their convex hull.
+        """
+        return self.project(scores, locked) & (compare(gt, scores, 0.0) | locked)
+
+    def surest(self, mask: Mask, scores: Scores, share: float) -> Mask:
+        """Of the weights that ``mask`` keeps, the floor(share k) with the highest scores; k is their number."""
+        scores = scores.masked_fill(~mask, -math.inf)
+        return keep_largest(scores.reshape(-1), math.floor(share * count(mask))).view_as(scores)
+
+    @property
+    def trust(self) -> float:
+        """The share of a warm start's mask that a search for a better one had best leave as it is."""
+        return 0.6  # docs/log.md
 
     @abstractmethod
     def at(self, share: float) -> Pattern:
@@ -64,11 +87,32 @@ class Pattern(ABC):
         """The exact fraction of zeros in a matrix of ``shape``."""
         return 1 - self.count(shape) / (shape[0] * shape[1])
 
+    @abstractmethod
+    def nominal_sparsity(self) -> float:
+        """The fraction of zeros that is asked for, before it is rounded to a count."""
+
     def check(self, mask: Mask) -> None:
         """Raise PatternError where ``mask`` is not an allowed mask."""
         kept, allowed = count(mask), self.count(_shape(mask))
         if kept != allowed:
             raise PatternError.sentence(f"The mask keeps {kept} weights, but {self} keeps {allowed}.")
+
+    def excess(self, nonzero: Mask) -> Iterator[str]:
+        """What a weight with these non-zeros breaks of the pattern, each as the end of a sentence about the weight.
+
+        A kept weight may be zero, so fewer non-zeros than the pattern keeps are no excess.
+        """
+        size, zeros = nonzero.numel(), nonzero.numel() - count(nonzero)
+        if zeros < (promised := size - self.count(_shape(nonzero))):
+            yield f"it holds {zeros:,} zeros, promised were {promised:,}"
+
+    def spec(self) -> dict[str, Any]:
+        """Plain values from which ``pattern_from_spec`` makes this pattern again, for records; {} where none do."""
+        return {}
+
+    @abstractmethod
+    def describe(self) -> str:
+        """The pattern as a clause for people, without its name."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +140,13 @@ class Unstructured(Pattern):
         scores = _locked_first(scores, locked)
         return keep_largest(scores.reshape(-1), self.count(_shape(scores))).view_as(scores)
 
+    def fill(self, scores: Scores, locked: Mask) -> Mask:
+        room = self.count(_shape(scores)) - count(locked)
+        return _largest_positive(apply_mask(scores, ~locked).view(1, -1), room).view_as(scores) | locked
+
+    def nominal_sparsity(self) -> float:
+        return self.sparsity
+
     def at(self, share: float) -> Unstructured:
         _refuse_slice(self, self.kept)
         return Unstructured(self.sparsity * share)
@@ -105,6 +156,12 @@ class Unstructured(Pattern):
 
     def columns(self, start: int, stop: int, shape: Shape) -> Unstructured:
         return Unstructured(self.sparsity, _share(self.count(shape), start, stop, shape[1]))
+
+    def spec(self) -> dict[str, Any]:
+        return {"kind": "unstructured", "sparsity": self.sparsity} if self.kept is None else {}
+
+    def describe(self) -> str:
+        return f"{_percent(self.sparsity)} of every weight matrix is zero"
 
 
 @dataclass(frozen=True)
@@ -129,6 +186,14 @@ class PerRow(Pattern):
     def project(self, scores: Scores, locked: Mask | None = None) -> Mask:
         return keep_largest(_locked_first(scores, locked), self._kept_per_row(scores.shape[1]))
 
+    def surest(self, mask: Mask, scores: Scores, share: float) -> Mask:
+        """The same for each row, of the weights that a row keeps."""
+        kept = math.floor(share * self._kept_per_row(mask.shape[1]))
+        return keep_largest(scores.masked_fill(~mask, -math.inf), kept)
+
+    def nominal_sparsity(self) -> float:
+        return self.sparsity
+
     def at(self, share: float) -> PerRow:
         _refuse_slice(self, self.kept)
         return PerRow(self.sparsity * share)
@@ -147,6 +212,18 @@ class PerRow(Pattern):
             raise PatternError.sentence(
                 f"Row {row} of the mask keeps {int(per_row[row])} weights, but {self} keeps {allowed}."
             )
+
+    def excess(self, nonzero: Mask) -> Iterator[str]:
+        yield from super().excess(nonzero)
+        allowed = self._kept_per_row(nonzero.shape[1])
+        if wrong := int((count_rows(nonzero) > allowed).sum()):
+            yield f"{wrong:,} of its {nonzero.shape[0]:,} rows hold more than {allowed:,} non-zero weights"
+
+    def spec(self) -> dict[str, Any]:
+        return {"kind": "row", "sparsity": self.sparsity} if self.kept is None else {}
+
+    def describe(self) -> str:
+        return f"{_percent(self.sparsity)} of every row of every weight matrix is zero"
 
     def _kept_per_row(self, inputs: int) -> int:
         return inputs - round(self.sparsity * inputs) if self.kept is None else self.kept
@@ -186,6 +263,19 @@ class NM(Pattern):
         self.validate(_shape(scores))
         return keep_largest_in_groups(_locked_first(scores, locked), self.keep, self.of)
 
+    def surest(self, mask: Mask, scores: Scores, share: float) -> Mask:
+        """The same, but of a group at most N - 1, so that it has something to choose; for N = 1 it is all or none."""
+        most = keep_largest_in_groups(scores.masked_fill(~mask, -math.inf), max(1, self.keep - 1), self.of)
+        num = min(math.floor(share * count(mask)), count(most))
+        return keep_largest(scores.masked_fill(~most, -math.inf).reshape(-1), num).view_as(scores)
+
+    @property
+    def trust(self) -> float:
+        return 0.3 if self.keep > 1 else 0.1
+
+    def nominal_sparsity(self) -> float:
+        return 1 - self.keep / self.of
+
     def at(self, share: float) -> _Gradual:
         return _Gradual(self, share)
 
@@ -207,12 +297,30 @@ class NM(Pattern):
                 f"{self.keep}."
             )
 
+    def excess(self, nonzero: Mask) -> Iterator[str]:
+        if nonzero.shape[1] % self.of:
+            yield f"its {nonzero.shape[1]:,} inputs cannot be cut into groups of {self.of}"
+            return
+        per_group = nonzero.unflatten(1, (-1, self.of)).sum(dim=2)
+        if wrong := int((per_group > self.keep).sum()):
+            yield (
+                f"{wrong:,} of its {per_group.numel():,} groups hold more than {self.keep} of {self.of} "
+                "non-zero weights"
+            )
+
+    def spec(self) -> dict[str, Any]:
+        return {"kind": "n:m", "keep": self.keep, "of": self.of}
+
+    def describe(self) -> str:
+        return f"at most {self.keep} of every {self.of} consecutive inputs of a row are not zero"
+
 
 @dataclass(frozen=True, eq=False)
 class Fixed(Pattern):
     """Exactly the given mask (out, in), whatever the scores; for refits of a known support."""
 
     mask: Mask
+    has_choice = False
 
     def __post_init__(self) -> None:
         if self.mask.dtype != torch.bool or self.mask.ndim != 2:
@@ -237,6 +345,9 @@ class Fixed(Pattern):
         self.validate(_shape(scores))
         return self.mask.to(scores.device)
 
+    def nominal_sparsity(self) -> float:
+        return self.sparsity_of(_shape(self.mask))
+
     def at(self, share: float) -> Fixed:
         return self
 
@@ -251,17 +362,21 @@ class Fixed(Pattern):
         if not torch.equal(mask, self.mask.to(mask.device)):
             raise PatternError.sentence("The mask differs from the fixed mask.")
 
+    def describe(self) -> str:
+        return "the same weights are zero as in the mask that was given"
+
 
 @dataclass(frozen=True, eq=False)
 class _Gradual(Pattern):
-    """On the way to ``final``: its best mask is protected, the rest is pruned by one global threshold.
+    """On the way to an N:M pattern: of each group the N largest scores are protected, the others go gradually.
 
-    This generalises the protected groups of Boža's gradual 2:4 rule to every N:M (arXiv 2401.02938).
+    Of every row, first go those that are smallest relative to the smallest protected score of their group. One
+    threshold for the scores of all rows, as in Boža's gradual 2:4 rule (arXiv 2401.02938), would decide groups of
+    large weights last.
     """
 
-    final: Pattern
+    final: NM
     share: float
-    rows_independent = False
 
     def __str__(self) -> str:
         return f"{_percent(self.share)} of the way to {self.final}"
@@ -270,22 +385,47 @@ class _Gradual(Pattern):
         self.final.validate(shape, name)
 
     def count(self, shape: Shape) -> int:
-        size = shape[0] * shape[1]
-        return size - round(self.share * (size - self.final.count(shape)))
+        return shape[0] * self._kept_per_row(shape[1])
 
     def project(self, scores: Scores, locked: Mask | None = None) -> Mask:
         protected = self.final.project(scores, locked)
-        count = self.count(_shape(scores))
-        return keep_largest(_locked_first(scores, protected).reshape(-1), count).view_as(scores)
+        smallest = scores.masked_fill(~protected, math.inf).view(-1, self.final.of).amin(dim=1, keepdim=True)
+        relative = scores.view(-1, self.final.of) / smallest.clamp_min_(torch.finfo(scores.dtype).tiny)
+        relative = _locked_first(relative.view_as(scores), protected)
+        return keep_largest(relative, self._kept_per_row(scores.shape[1]))
+
+    def _kept_per_row(self, inputs: int) -> int:
+        return inputs - round(self.share * (inputs - self.final.count((1, inputs))))
+
+    def nominal_sparsity(self) -> float:
+        return self.share * self.final.nominal_sparsity()
 
     def at(self, share: float) -> Pattern:
         return _Gradual(self.final, self.share * share)
 
     def rows(self, start: int, stop: int, shape: Shape) -> Pattern:
-        raise PatternError.sentence(f"{self} couples all rows and cannot be cut.")
+        return self
 
     def columns(self, start: int, stop: int, shape: Shape) -> Pattern:
         raise PatternError.sentence(f"{self} couples all columns and cannot be cut.")
+
+    def describe(self) -> str:
+        return str(self)
+
+
+def pattern_from_spec(spec: Mapping[str, Any]) -> Pattern:
+    """The pattern whose ``spec`` this is. Raises PatternError where it is none."""
+    try:
+        kind = spec["kind"]
+        if kind == "n:m":
+            return NM(spec["keep"], spec["of"])
+        if kind in ("unstructured", "row"):
+            return (Unstructured if kind == "unstructured" else PerRow)(spec["sparsity"])
+    except (KeyError, TypeError) as error:
+        raise PatternError(
+            "pattern", dict(spec), "of kind n:m with keep and of, or of kind unstructured or row with sparsity"
+        ) from error
+    raise PatternError("pattern", dict(spec), "of kind n:m, unstructured or row")
 
 
 def check_sparsity(sparsity: object, argument: str = "sparsity") -> None:
@@ -311,6 +451,14 @@ def _locked_first(scores: Scores, locked: Mask | None) -> Scores:
         return scores
     infinite = write_mask_(torch.empty_like(scores), locked).sub_(0.5).mul_(math.inf)
     return torch.maximum(scores, infinite, out=infinite)
+
+
+def _largest_positive(scores: Float[Tensor, "rows n"], k: int) -> Bool[Tensor, "rows n"]:
+    """True at the k largest scores of each row, but only where they are positive."""
+    if k <= 0:
+        return torch.zeros_like(scores, dtype=torch.bool)
+    threshold = kth_largest(scores, k).unsqueeze(1).clamp_min_(torch.finfo(scores.dtype).tiny)
+    return keep_at_least(scores, threshold, k)
 
 
 def _percent(sparsity: float) -> str:

@@ -24,13 +24,14 @@ _CLEAR = 100.0  # what a grade must be, in units of what rounding in float32 may
 
 @dataclass(frozen=True, eq=False)
 class Scaled:
-    """H damped and brought to unit diagonal: H[i, j] / (s[i] s[j]), with s; dead inputs have s = 1.
+    """Coordinates in which H has unit diagonal: A[i, j] = H[i, j] / (s[i] s[j]); dead inputs have s = 1.
 
     In these coordinates weights are W * live, so that |W| is the Wanda score; ``live`` is s, but 0 for
-    dead inputs, so that these are pruned first.
+    dead inputs, so that these are pruned first. Damping is a number that methods add to the diagonal of A: it is
+    relative to the energy of each input, however large another one is.
     """
 
-    H: Float[Tensor, "in in"]
+    A: Float[Tensor, "in in"]
     s: Float[Tensor, "in"]
     live: Float[Tensor, "in"]
 
@@ -101,26 +102,59 @@ class LayerProblem:
         """tr(W0 H W0^T), summed in float64."""
         return self._energy(self.W0, None)
 
-    def _energy(self, W: Tensor, W0: Tensor | None) -> float:
-        """tr(D H D^T) for D = W - W0 (or W), summed in float64; its products are in float64 if they must be."""
+    def balanced_error(self, W: Float[Tensor, "out inputs"]) -> float:
+        """The relative error if all inputs had the same energy: with A = H / (s s^T) at unit diagonal in place of H.
+
+        Where one input has a thousand times the energy of the others, it makes up the denominator of
+        ``relative_error``, which is then tiny, whatever has become of the weights of all others; this one is not.
+        """
+        return error_ratio(self.balanced_objective(W), self.balanced_energy)
+
+    def balanced_objective(self, W: Float[Tensor, "out inputs"]) -> float:
+        """tr((W - W0) A (W - W0)^T), summed in float64; like ``objective`` a sum over rows."""
+        return self._energy(W, self.W0, balanced=True)
+
+    @cached_property
+    def balanced_energy(self) -> float:
+        """tr(W0 A W0^T), summed in float64."""
+        return self._energy(self.W0, None, balanced=True)
+
+    def _energy(self, W: Tensor, W0: Tensor | None, balanced: bool = False) -> float:
+        """tr(D H D^T) for D = W - W0 (or W), summed in float64; its products are in float64 if they must be.
+
+        ``balanced``: of D / s instead of D.
+        """
         if tuple(W.shape) != self.shape:  # a single row would be broadcast over all
             raise InputError("weight", f"a tensor of shape {tuple(W.shape)}", f"{self.shape}, as W0")
+        norms = self.H.diagonal().double().clamp_min(0).sqrt()
+        factors = torch.where(norms > 0, 1 / norms, 0) if balanced else None
         if self.dtype == torch.float32:
-            total, size = _quadratic(W, W0, self.H, torch.float32)
+            total, size = _quadratic(W, W0, self.H, torch.float32, factors)
             # An entry of D H is wrong by about eps |d| |H|: far less than this, unless D is close to H's kernel.
-            if total > _CLEAR * torch.finfo(torch.float32).eps * size * self.gram.norm:
+            norm = self.gram.norm if factors is None else self._balanced_norm(factors)
+            if total > _CLEAR * torch.finfo(torch.float32).eps * size * norm:
                 return total
-        return max(_quadratic(W, W0, self.H, torch.float64)[0], 0.0)
+        return max(_quadratic(W, W0, self.H, torch.float64, factors)[0], 0.0)
 
-    def scaled(self, damping: float, *, damp_first: bool) -> Scaled:
-        """H + damping * mean(diag H) * I at unit diagonal, shared by all layers with this Gram.
+    def _balanced_norm(self, factors: Float[Tensor, "in"]) -> float:
+        """The Frobenius norm of H / (s s^T), without a matrix of it; ``factors`` are 1 / s."""
 
-        ``damp_first``: damp, then scale (ALPS), so that the result has exactly unit diagonal;
-        otherwise scale, then add ``damping`` (ADMM), so that the diagonal is 1 + damping.
-        A dead input keeps s = 1 and no coupling; its diagonal is what makes the matrix positive definite.
+        def build() -> float:
+            squares, total = factors.square(), 0.0
+            for a in range(0, len(factors), _STRIP):
+                strip = self.H[a : a + _STRIP].square().double() @ squares
+                total += float(strip @ squares[a : a + _STRIP])
+            return math.sqrt(total)
+
+        return self.gram.cached(("balanced norm", self.dtype, self.W0.device), build)
+
+    @property
+    def scaled(self) -> Scaled:
+        """H at unit diagonal, made once for all layers with this Gram.
+
+        A dead input has s = 1 and no coupling; its diagonal, 1 like all others, keeps A definite.
         """
-        key = ("scaled", damping, damp_first, self.dtype, self.W0.device)
-        return self.gram.cached(key, lambda: _scale(self.H, damping, damp_first))
+        return self.gram.cached(("scaled", self.dtype, self.W0.device), lambda: scale(self.H))
 
     def to_scaled(self, W: Float[Tensor, "out inputs"], scaled: Scaled) -> Float[Tensor, "out inputs"]:
         """The weight in the scaled problem's coordinates."""
@@ -142,13 +176,20 @@ def error_ratio(lost: float, dense: float) -> float:
     return lost / dense
 
 
-def _quadratic(W: Tensor, W0: Tensor | None, H: Tensor, dtype: torch.dtype) -> tuple[float, float]:
-    """tr(D H D^T) and |D|^2 for D = W - W0 (or W), products in ``dtype``, sums in float64, strip by strip."""
+def _quadratic(
+    W: Tensor, W0: Tensor | None, H: Tensor, dtype: torch.dtype, factors: Tensor | None
+) -> tuple[float, float]:
+    """tr(D H D^T) and |D|^2 for D = W - W0 (or W), products in ``dtype``, sums in float64, strip by strip.
+
+    Columns of D are multiplied by ``factors``, if any.
+    """
     total = size = 0.0
     for a in range(0, W.shape[0], _STRIP):
         D = W[a : a + _STRIP].to(H.device, dtype)
         if W0 is not None:
             D = D - W0[a : a + _STRIP].to(dtype)
+        if factors is not None:
+            D = D * factors.to(dtype)
         size += float(row_dots(D, D).sum(dtype=torch.float64))
         for b in range(0, D.shape[1], _STRIP):
             # H is symmetric: what is left of the strip counts twice, what is right of it not at all
@@ -160,12 +201,10 @@ def _quadratic(W: Tensor, W0: Tensor | None, H: Tensor, dtype: torch.dtype) -> t
     return total, size
 
 
-def _scale(H: Tensor, damping: float, damp_first: bool) -> Scaled:
-    diagonal = H.diagonal()
-    dead = diagonal <= 0
-    shift = damping * diagonal.mean() if damp_first else torch.zeros((), dtype=H.dtype, device=H.device)
-    s = (diagonal + shift).sqrt().masked_fill_(dead, 1)
+def scale(H: Float[Tensor, "in in"], shift: float = 0.0) -> Scaled:
+    """H + shift * I brought to unit diagonal; for dead inputs see LayerProblem.scaled."""
+    dead = H.diagonal() <= 0
+    s = (H.diagonal() + shift).sqrt().masked_fill_(dead, 1)
     A = H / s.outer(s)
-    # The diagonal is known exactly; dead inputs get 1 like all others.
-    A.diagonal().fill_(1.0 if damp_first else 1.0 + damping)
+    A.diagonal().fill_(1.0)  # which is known exactly
     return Scaled(A, s, s.masked_fill(dead, 0))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from operator import eq, ge, gt
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +21,9 @@ _MANY = 2**21  # values in a row from which on only some of them are copied and 
 _SAMPLE = 2**16
 _CHUNK = 2**20
 _FEW, _OFTEN = 128, 0.35  # values looked at, and the share of the lowest among them from which on a sort is faster
+_TIES = 2**17  # entries among which equals are looked for at a time: each that is found takes some 40 bytes
+_SMALL_GROUP = 8  # entries up to which the columns of groups are compared, instead of the groups put in order
+_GROUPS = 2**15  # entries of such groups at a time: their columns stay in a CPU's cache
 
 
 def kth_largest(values: Float[Tensor, "*rows n"], k: int) -> Float[Tensor, "*rows"]:
@@ -54,14 +58,17 @@ def _between(values: Float[Tensor, " n"], k: int) -> Float[Tensor, " one"] | Non
     sample = _sorted(values[:: n // _SAMPLE | 1])  # an odd stride meets all columns
     place, slack = len(sample) * (n - k) // n, 4 * math.isqrt(len(sample))
     low, high = float(sample[max(place - slack, 0)]), float(sample[min(place + slack, len(sample) - 1)])
-    above, candidates = 0, []
+    above, candidates, most = 0, [], n // 4
     for chunk in values.split(_CHUNK if values.device.type == "cpu" else n):
-        at_least = compare(ge, chunk, low)
         larger = compare(gt, chunk, high)
+        between = compare(ge, chunk, low) ^ larger
         above += count(larger)
-        candidates.append(chunk[indices(at_least ^ larger)])
+        most -= count(between)
+        if most < 0:  # many equals: as well all values
+            return None
+        candidates.append(chunk[indices(between)])
     found = torch.cat(candidates)
-    if not 1 <= k - above <= len(found) or len(found) > n // 4:  # many equals: as well all values
+    if not 1 <= k - above <= len(found):
         return None
     return kth_largest(found, k - above).view(1)
 
@@ -103,48 +110,80 @@ def keep_at_least(
 def _first_of_equals(
     mask: Bool[Tensor, "*rows n"], scores: Float[Tensor, "*rows n"], threshold: Float[Tensor, "*rows 1"], k: int
 ) -> Bool[Tensor, "*rows n"]:
-    """The mask of what reaches the threshold, with k in every row that had more: of equals, which are few, the first.
+    """The mask of what reaches the threshold, with k in every row that had more: of equals the first.
 
-    Works in place where the mask is contiguous.
+    Works in place where the mask is contiguous, on some of its entries at a time: all may be equal.
     """
-    mask = mask.contiguous()
-    rows = mask.view(-1, mask.shape[-1])
-    row, column = places(compare(eq, scores, threshold).reshape(rows.shape))
-    equals = torch.bincount(row, minlength=len(rows))
-    place = torch.arange(len(row), device=row.device) - (equals.cumsum(0) - equals)[row]  # among those of its row
-    late = place >= (k - count_rows(rows) + equals)[row]
-    rows[row[late], column[late]] = False
+    mask, n = mask.contiguous(), mask.shape[-1]
+    rows, values, limits = mask.view(-1, n), scores.reshape(-1, n), threshold.reshape(-1, 1)
+    width = min(n, _TIES)
+    height = max(1, _TIES // width)
+    for a in range(0, len(rows), height):
+        part = slice(a, a + height)
+        above = count_rows(compare(gt, values[part], limits[part]))
+        _drop_late_equals_(rows[part], values[part], limits[part], k - above, width)
     return mask
+
+
+def _drop_late_equals_(
+    rows: Bool[Tensor, "rows n"],
+    values: Float[Tensor, "rows n"],
+    limits: Float[Tensor, "rows 1"],
+    room: Int[Tensor, " rows"],
+    width: int,
+) -> None:
+    """Keep as many of the entries that equal a row's limit as it has room for, the first."""
+    for b in range(0, rows.shape[1], width):
+        piece = rows[:, b : b + width]
+        row, column = places(compare(eq, values[:, b : b + width], limits))
+        here = torch.bincount(row, minlength=len(rows))
+        place = torch.arange(len(row), device=row.device) - (here.cumsum(0) - here)[row]  # among those of its row
+        late = place >= room[row]
+        piece[row[late], column[late]] = False
+        room = room - here
 
 
 def keep_largest_in_groups(scores: Float[Tensor, "out inputs"], keep: int, of: int) -> Bool[Tensor, "out inputs"]:
     """True at the ``keep`` largest of every ``of`` consecutive entries of a row, the lowest index first."""
     groups = scores.reshape(-1, of)
-    if of > 8:
-        order = groups.argsort(dim=-1, descending=True, stable=True)
-        kept = torch.zeros_like(groups, dtype=torch.bool)
-        return kept.scatter_(-1, order[:, :keep], True).view(scores.shape)
+    if of > _SMALL_GROUP:
+        return keep_largest(groups, keep).view(scores.shape)
     kept = torch.empty(groups.shape, dtype=torch.bool, device=groups.device)
-    step = _CHUNK // of if groups.device.type == "cpu" else len(groups)  # bounds the memory
+    step = _GROUPS // of if groups.device.type == "cpu" else len(groups)
     for start in range(0, len(groups), step):
-        kept[start : start + step] = _keep_largest_in_few(groups[start : start + step], keep)
+        some = slice(start, start + step)
+        if by_numpy(groups):
+            _keep_largest_in_few_(kept[some].numpy(), groups[some].detach().numpy(), keep, np)
+        else:
+            _keep_largest_in_few_(kept[some], groups[some], keep, torch)
     return kept.view(scores.shape)
 
 
-def _keep_largest_in_few(groups: Float[Tensor, "groups of"], keep: int) -> Bool[Tensor, "groups of"]:
-    """Rank = number of entries that go before this one.
+def _keep_largest_in_few_(kept: Any, groups: Any, keep: int, xp: Any) -> None:
+    """``kept`` (groups, of) is set to True at the ``keep`` largest entries of each group, else to False.
 
-    Pairwise comparisons of the few columns of a group cost a few passes over the matrix where sorting tiny
-    rows costs many.
+    All are arrays of the library ``xp``, numpy or torch. The threshold of each group is found by insertion into the
+    largest entries so far: a few passes over whole columns, where putting tiny groups in order costs many.
     """
-    columns = [column.contiguous() for column in groups.unbind(-1)]
-    ranks = [torch.zeros_like(columns[0], dtype=torch.int8) for _ in columns]
-    for i, column in enumerate(columns):
-        for j in range(i + 1, len(columns)):
-            later_wins = columns[j] > column
-            ranks[i] += later_wins
-            ranks[j] += ~later_wins
-    return torch.stack([rank < keep for rank in ranks], dim=-1)
+    columns = [xp.ascontiguousarray(c) if xp is np else c.contiguous() for c in xp.moveaxis(groups, 1, 0)]
+    largest: list[Any] = []  # of each group, downwards
+    for x in columns:
+        for j, most in enumerate(largest):
+            largest[j] = xp.maximum(most, x)
+            if j + 1 < keep:
+                x = xp.minimum(most, x)
+        if len(largest) < keep:
+            largest.append(x)
+    threshold = largest[-1]
+    reach = [column >= threshold for column in columns]
+    if int(sum(mask.view(xp.uint8) for mask in reach).max()) > keep:  # of equals the first
+        room = keep - sum((column > threshold).view(xp.uint8) for column in columns).view(xp.int8)
+        for j, column in enumerate(columns):
+            equal = column == threshold
+            reach[j] &= ~equal | (room > 0)
+            room = room - equal.view(xp.int8)
+    for j, mask in enumerate(reach):
+        kept[:, j] = mask
 
 
 def positions_first(inputs: int, group: int, device: torch.device | str = "cpu") -> Int[Tensor, " inputs"]:

@@ -31,7 +31,8 @@ class Status(Enum):
 class Solution:
     """A sparse weight and its mask, both (out, in); True = kept.
 
-    ``relative_error`` is set by the driver, never by a method (see LayerProblem.relative_error);
+    ``relative_error`` and ``balanced_error``, which no single input can dominate, are set by the driver, never by
+    a method (see the LayerProblem's of the same names);
     ``trace`` holds one number per step under each name; ``seconds`` is the time of the solve.
     """
 
@@ -39,6 +40,7 @@ class Solution:
     mask: Bool[Tensor, "out inputs"]
     status: Status = Status.SOLVED
     relative_error: float = float("nan")
+    balanced_error: float = float("nan")
     steps: int = 0
     seconds: float = 0.0
     details: dict[str, float | str] = field(default_factory=dict)

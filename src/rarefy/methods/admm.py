@@ -11,22 +11,21 @@ dual U and penalty rho, for t = 1..steps, from W = W0, U = 0:
 and at the end Z = M (W + U) once more; the answer is Z / s. The cubic schedule of the gradual masks is
 s_t = s - s (1 - t / mask_steps)^3.                             (5)
 
-The code keeps V = W + U only, since (2) and (3) give Z = M V, U = V - Z. And because
-W0 A (A + rho I)^-1 = W0 - rho W0 (A + rho I)^-1, step (4) needs one product and no W0 A:
+Because W0 A (A + rho I)^-1 = W0 - rho W0 (A + rho I)^-1, step (4) needs one product and no W0 A:
 
     W = W0 + (Z - U - W0) rho (A + rho I)^-1                    (4')
 
-| code    | paper         | shape     | meaning                              |
-|---------|---------------|-----------|--------------------------------------|
-| V       | W^k + U^k     | (out, in) | what is projected                    |
-| inverse | (XX^T+rho I)^-1 | (in, in) | rho (A + rho I)^-1, one per Gram    |
+| code    | paper           | shape     | meaning                            |
+|---------|-----------------|-----------|------------------------------------|
+| W, U, Z | W^k, U^k, Z^k   | (out, in) | dense weight, scaled dual, sparse weight |
+| inverse | (XX^T+rho I)^-1 | (in, in)  | rho (A + rho I)^-1, one per Gram   |
 
 Source: Boža, "Fast and Effective Weight Update for Pruned Large Language Models", arXiv 2401.02938,
 algorithms 1 and 2; 20 steps, 15 of them with mask choice, damping 0.1, rho = 1. Schedules: "cubic" is
 the paper's; "reselect" chooses at the final sparsity from the start, as the released code does;
 "fixed" chooses the mask once, by Wanda score (ADMM1). N:M: on the way, the N largest of each group are
-protected and the rest is pruned by one threshold; the released code knows 2:4 only.
-Cost: one product W @ H a step, one factorisation per Gram. Memory: five (out, in), three (in, in).
+protected, and of the rest of a row goes first what is small beside the smallest of them in its group; the
+released code knows 2:4 only, and has one threshold for all groups, which decides those of large weights last.
 """
 
 from __future__ import annotations
@@ -39,22 +38,22 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from rarefy.layer.passes import apply_mask
-from rarefy.layer.pattern import Fixed, Pattern
-from rarefy.layer.problem import LayerProblem, Scaled
+from rarefy.layer.pattern import Fixed, Pattern, Shape
+from rarefy.layer.problem import LayerProblem
 from rarefy.layer.solution import Solution
-from rarefy.layer.spectrum import scaled_inverse
-from rarefy.methods.base import IterativeMethod, hyper
+from rarefy.layer.spectrum import penalised_inverse
+from rarefy.methods.base import Cost, IterativeMethod, hyper, inversions
 
 
 @dataclass
 class _State:
     problem: LayerProblem
     pattern: Pattern
-    scaled: Scaled
     W0: Float[Tensor, "out inputs"]
-    V: Float[Tensor, "out inputs"]
     W: Float[Tensor, "out inputs"]
-    Y: Float[Tensor, "out inputs"]
+    U: Float[Tensor, "out inputs"]
+    Z: Float[Tensor, "out inputs"]
+    scratch: Float[Tensor, "out inputs"]
     inverse: Float[Tensor, "in in"]
     mask: Bool[Tensor, "out inputs"]
 
@@ -70,7 +69,7 @@ class ADMM(IterativeMethod[_State]):
 
     steps: int = hyper(20, "iterations", low=1)
     mask_steps: int = hyper(15, "iterations that choose the mask again", low=1)
-    damping: float = hyper(0.1, "added to the diagonal of H at unit diagonal", low=0)
+    damping: float = hyper(0.1, "added to the diagonal of H, as a share of each input's own energy", low=0)
     rho: float = hyper(1.0, "penalty on the distance to the mask", low=1e-6)
     schedule: str = hyper(
         "cubic",
@@ -82,38 +81,47 @@ class ADMM(IterativeMethod[_State]):
         return {"cubic": "admm", "reselect": "admm-reselect", "fixed": "admm1"}[self.schedule]
 
     def init(self, problem: LayerProblem, pattern: Pattern, start: Solution | None) -> _State:
-        scaled = problem.scaled(self.damping, damp_first=False)
-        W0 = problem.to_scaled(problem.W0, scaled)
-        V = W0.clone() if start is None else problem.to_scaled(start.weight.to(problem.dtype), scaled)
+        W0 = problem.to_scaled(problem.W0, problem.scaled)
+        W = W0.clone() if start is None else problem.to_scaled(start.weight.to(problem.dtype), problem.scaled)
         mask = pattern.project(W0.abs()) if start is None else start.mask
         if self.schedule == "fixed":
             pattern = Fixed(mask)
-        inverse = scaled_inverse(problem, scaled, self.rho)
-        return _State(problem, pattern, scaled, W0, V, torch.empty_like(V), torch.empty_like(V), inverse, mask)
+        inverse = penalised_inverse(problem, self.damping, self.rho)
+        U, Z, scratch = torch.zeros_like(W), torch.empty_like(W), torch.empty_like(W)
+        return _State(problem, pattern, W0, W, U, Z, scratch, inverse, mask)
 
     def max_steps(self, state: _State) -> int:
         return self.steps
 
     def step(self, state: _State, t: int) -> dict[str, float]:
-        last = min(self.mask_steps, self.steps)
-        if t <= last and self.schedule != "fixed":
-            pattern = state.pattern
-            if self.schedule == "cubic" and t < last:
-                pattern = pattern.at(1 - (1 - t / last) ** 3)  # (5)
-            state.mask = pattern.project(torch.abs(state.V, out=state.Y))  # (1)
-        Z = apply_mask(state.V, state.mask, out=state.Y)  # (2)
-        U = state.V.sub_(Z)  # (3), in place of V
-        W = torch.addmm(state.W0, Z.sub_(U).sub_(state.W0), state.inverse, out=state.W)  # (4')
-        U.add_(W)  # V = W + U
+        W0, W, U, Z, scratch = state.W0, state.W, state.U, state.Z, state.scratch
+        V = U.add_(W)
+        if (pattern := self._pattern(state, t)) is not None:
+            state.mask = pattern.project(torch.abs(V, out=scratch))  # (1)
+        apply_mask(V, state.mask, out=Z)  # (2)
+        U = V.sub_(Z)  # (3)
+        toward = torch.sub(Z, U, out=scratch).sub_(W0)
+        torch.addmm(W0, toward, state.inverse, out=W)  # (4')
         return {}
 
+    def _pattern(self, state: _State, t: int) -> Pattern | None:
+        """What the mask of step t is chosen from; None where it stays."""
+        last = min(self.mask_steps, self.steps)
+        if self.schedule == "fixed" or t > last:
+            return None
+        if self.schedule == "reselect" or t == last:
+            return state.pattern
+        return state.pattern.at(1 - (1 - t / last) ** 3)  # (5)
+
     def iterate(self, state: _State) -> Float[Tensor, "out inputs"]:
-        return state.V
+        return state.W
 
     def finish(self, state: _State) -> Solution:
-        mask = state.mask
-        return Solution(state.problem.from_scaled(state.V, mask, state.scaled), mask)
+        V, problem = state.U.add_(state.W), state.problem
+        return Solution(problem.from_scaled(V, state.mask, problem.scaled), state.mask)
 
     def rows_independent(self, pattern: Pattern) -> bool:
-        gradual = self.schedule == "cubic"
-        return pattern.rows_independent and not (gradual and pattern.group > 1)
+        return pattern.rows_independent
+
+    def cost(self, shape: Shape, pattern: Pattern) -> Cost:
+        return Cost(self.steps + inversions(1, shape), weights=6, grams=3)

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass
 from operator import ne
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import ClassVar, Generic, TypeVar
 
 import torch
 from jaxtyping import Bool, Float
@@ -20,9 +20,24 @@ from torch import Tensor
 
 from rarefy.errors import MethodError, NumericalError, PatternError
 from rarefy.layer.passes import apply_mask, compare, count, finite
-from rarefy.layer.pattern import Pattern
+from rarefy.layer.pattern import Pattern, Shape
 from rarefy.layer.problem import LayerProblem
 from rarefy.layer.solution import Solution, Status
+from rarefy.methods.settings import cannot_come_first, check_hyperparameters, hyper
+
+__all__ = [
+    "Cost",
+    "Diverged",
+    "IterativeMethod",
+    "Method",
+    "cannot_come_first",
+    "fallback",
+    "hyper",
+    "inversions",
+    "masked",
+    "run",
+    "wanda_scores",
+]
 
 State = TypeVar("State")
 
@@ -31,17 +46,23 @@ class Diverged(NumericalError):
     """The iterates of a method stopped being finite."""
 
 
-def hyper(
-    default: Any,
-    help: str,
-    *,
-    low: float | None = None,
-    high: float | None = None,
-    choices: tuple[str, ...] = (),
-) -> Any:
-    """A hyperparameter: its default, what it means, and the values it may take (bounds included)."""
-    metadata = {"help": help, "low": low, "high": high, "choices": choices}
-    return field(default=default, metadata=metadata)
+@dataclass(frozen=True)
+class Cost:
+    """What one solve takes beside W0, H and its answer.
+
+    ``products`` are products W0 @ H, of out * in^2 multiplications each; factorisations are counted by their
+    multiplications, selections and passes not at all. ``weights`` and ``grams`` are float32 matrices (out, in) and
+    (in, in) at the peak, with what the Gram caches for other layers.
+    """
+
+    products: float = 0.0
+    weights: float = 8.0
+    grams: float = 4.0
+
+
+def inversions(num: float, shape: Shape) -> float:
+    """Factorisations of A with the inverse from it, in^3 / 2 multiplications each, in products W0 @ H."""
+    return num * shape[1] / (2 * shape[0])
 
 
 @dataclass(frozen=True)
@@ -77,6 +98,10 @@ class Method(ABC):
     def rows_independent(self, pattern: Pattern) -> bool:
         """Whether a row's answer never depends on other rows, so that layers may be stacked or split."""
         return False
+
+    def cost(self, shape: Shape, pattern: Pattern) -> Cost:
+        """The products and the memory that a layer of ``shape`` (out, in) takes; ample where nothing is known."""
+        return Cost()
 
 
 class IterativeMethod(Method, Generic[State]):
@@ -165,14 +190,8 @@ def run(
     solution.seconds = time.perf_counter() - started
     if graded:
         solution.relative_error = problem.relative_error(solution.weight)
+        solution.balanced_error = problem.balanced_error(solution.weight)
     return solution
-
-
-def cannot_come_first(method: Method) -> MethodError:
-    """The error for a method that only improves a start, used without one."""
-    return MethodError.sentence(
-        f"{method} improves what another method found, so it cannot come first: write for example wanda+{method}."
-    )
 
 
 def fallback(problem: LayerProblem, pattern: Pattern) -> Solution:
@@ -189,38 +208,6 @@ def wanda_scores(problem: LayerProblem) -> Float[Tensor, "out inputs"]:
 def masked(weight: Float[Tensor, "out inputs"], mask: Bool[Tensor, "out inputs"]) -> Solution:
     """The weight with zeros where ``mask`` is False."""
     return Solution(apply_mask(weight, mask), mask)
-
-
-def check_hyperparameters(method: Method) -> None:
-    """Raise MethodError where a field has the wrong type, is out of range or not among its choices."""
-    for item in fields(method):
-        if "help" not in item.metadata:
-            continue  # a part of a combination, or a field of a user's own class
-        value, default = getattr(method, item.name), item.default
-        low, high, choices = (item.metadata[key] for key in ("low", "high", "choices"))
-        argument = f"{method.name}.{item.name}"
-        if choices:
-            if value not in choices:
-                raise MethodError(argument, value, "one of " + ", ".join(choices))
-        elif isinstance(default, bool):
-            if not isinstance(value, bool):
-                raise MethodError(argument, value, "true or false")
-        elif isinstance(default, (int, float)):
-            kind = "a whole number" if isinstance(default, int) else "a number"
-            right = isinstance(value, int if isinstance(default, int) else (int, float))
-            allowed = kind + _bounds(low, high)
-            if isinstance(value, bool) or not right or not _within(value, low, high):
-                raise MethodError(argument, value, allowed)
-
-
-def _within(value: float, low: float | None, high: float | None) -> bool:
-    return float("-inf") < value < float("inf") and (low is None or value >= low) and (high is None or value <= high)
-
-
-def _bounds(low: float | None, high: float | None) -> str:
-    if low is not None and high is not None:
-        return f" from {low:g} to {high:g}"
-    return f" of at least {low:g}" if low is not None else ""
 
 
 def _check_contract(method: Method, solution: Solution, pattern: Pattern, problem: LayerProblem, name: str) -> None:

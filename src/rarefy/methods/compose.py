@@ -10,10 +10,11 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from rarefy.errors import MethodError, NumericalError
-from rarefy.layer.pattern import Pattern
+from rarefy.layer.pattern import Pattern, Shape
 from rarefy.layer.problem import LayerProblem
 from rarefy.layer.solution import Solution, Status
-from rarefy.methods.base import Method, cannot_come_first
+from rarefy.methods.base import Cost, Method
+from rarefy.methods.settings import check_order
 
 
 @dataclass(frozen=True, init=False)
@@ -30,6 +31,15 @@ class _Combination(Method):
         object.__setattr__(self, "paper", "; ".join(dict.fromkeys(part.paper for part in parts if part.paper)))
         object.__setattr__(self, "needs_means", any(part.needs_means for part in parts))
 
+    def cost(self, shape: Shape, pattern: Pattern) -> Cost:
+        costs = [part.cost(shape, pattern) for part in self.parts]
+        held = 1.0 if len(costs) > 1 else 0.0  # the solution of the part before
+        return Cost(
+            sum(cost.products for cost in costs),
+            max(cost.weights for cost in costs) + held,
+            max(cost.grams for cost in costs),
+        )
+
     def rows_independent(self, pattern: Pattern) -> bool:
         return all(part.rows_independent(pattern) for part in self.parts)
 
@@ -43,13 +53,7 @@ class Then(_Combination):
 
     def __init__(self, *parts: Method) -> None:
         super().__init__(*parts)
-        for part in parts[1:]:
-            if not part.takes_start:
-                raise MethodError.sentence(
-                    f"{part} starts afresh, so it can only be the first part of a combination."
-                )
-        if parts[0].needs_start:
-            raise cannot_come_first(parts[0])
+        check_order(parts)
 
     def __str__(self) -> str:
         return "+".join(str(part) for part in self.parts)

@@ -30,7 +30,6 @@ paper's threshold of 0.1 is absolute and its released code's residual grows with
 so here it is relative to the row's output; N:M swaps stay within a group, and a group grows only while
 it has something to prune; masks of the whole matrix keep each row's count. Weights stay W0. Nothing
 makes the layer's error fall: with a threshold near 0 it often rises above the start's.
-Cost: two sorts of the matrix. Memory: about ten (out, in) matrices.
 """
 
 from __future__ import annotations
@@ -43,10 +42,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rarefy.layer.pattern import Fixed, Pattern
+from rarefy.layer.pattern import Pattern, Shape
 from rarefy.layer.problem import LayerProblem
 from rarefy.layer.solution import Solution, Status
-from rarefy.methods.base import Method, hyper, masked, wanda_scores
+from rarefy.methods.base import Cost, Method, hyper, masked, wanda_scores
 
 _SMALLEST_VARIANCE = 1e-12  # of the mean square of all inputs: constant inputs must not divide by 0
 
@@ -68,7 +67,7 @@ class DSnoT(Method):
     def solve(self, problem: LayerProblem, pattern: Pattern, start: Solution | None = None) -> Solution:
         W, scores = problem.W0, wanda_scores(problem)
         mask = pattern.project(scores) if start is None else start.mask
-        if isinstance(pattern, Fixed):
+        if not pattern.has_choice:
             return Solution(W * mask, mask, Status.TRIVIAL)
         mean, variance = _moments(problem)
         contribution = W * mean.to(W)
@@ -105,6 +104,9 @@ class DSnoT(Method):
     def rows_independent(self, pattern: Pattern) -> bool:
         return pattern.rows_independent
 
+    def cost(self, shape: Shape, pattern: Pattern) -> Cost:
+        return Cost(1, weights=10, grams=0)  # and two sorts
+
     def _enough(self, problem: LayerProblem) -> Float[Tensor, " out"]:
         """The residual of each row that is small enough, in units of its output."""
         if self.threshold == 0:
@@ -115,10 +117,9 @@ class DSnoT(Method):
 
 def _moments(problem: LayerProblem) -> tuple[Float[Tensor, "in"], Float[Tensor, "in"]]:
     """Mean and variance of every input over the tokens, float64; raises InputError without means."""
-    mean = problem.gram.mean.to(problem.W0.device)
-    square = problem.H.diagonal().double() / problem.gram.num_tokens
-    smallest = max(_SMALLEST_VARIANCE * float(square.mean()), 1e-300)
-    return mean, (square - mean.square()).clamp_min(smallest)
+    mean, variance = (moment.to(problem.W0.device) for moment in (problem.gram.mean, problem.gram.variance))
+    smallest = max(_SMALLEST_VARIANCE * float((variance + mean.square()).mean()), 1e-300)
+    return mean, variance.clamp_min(smallest)
 
 
 def _sorted(keys: Float[Tensor, "out inputs"], group: int, descending: bool) -> tuple[Tensor, Tensor]:

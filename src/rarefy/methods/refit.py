@@ -1,8 +1,7 @@
 """Refit the kept weights of any support: row-wise conjugate gradients (PCG) or exactly (Backsolve).
 
-With the mask M fixed, rows are independent least-squares problems. In coordinates of unit diagonal,
-A = H / (s s^T) and W s for W, which makes Jacobi's preconditioner the identity
-(nearly so where ALPS takes its damping off the diagonal again):
+With the mask M fixed, rows are independent least-squares problems. In coordinates of unit diagonal, with
+A = H / (s s^T) + damping I and W s for W, Jacobi's preconditioner is a multiple of the identity:
 
     R_0 = M ((W0 - W) A),  P_0 = R_0,  and per row r of the matrices, for t = 0, 1, ...
     Q = P A                                  (1)  the one product of a step
@@ -21,10 +20,10 @@ Source: Meng et al., ALPS, arXiv 2406.07831, algorithm 2 (10 steps, rtol 1e-4). 
 length per row, which is the true conjugate gradient of each row's problem (the paper prints one for
 all); the stop test looks at the masked residual, so it can fire; rows that are done stand still.
 Each step lowers the loss of every row. Rows are treated a strip at a time, to bound the memory of large
-layers: W and five strips, and one (in, in) matrix.
+layers.
 
 Backsolve solves H_SS w_S = (W0 H)_S for each row's support S by Cholesky in float64 (the reference
-that PCG is compared with): cost of about sum |S|^3 / 6 multiplications.
+that PCG is compared with).
 """
 
 from __future__ import annotations
@@ -39,10 +38,10 @@ from torch import Tensor
 
 from rarefy.errors import NumericalError
 from rarefy.layer.passes import row_dots, write_mask_
-from rarefy.layer.pattern import Pattern
+from rarefy.layer.pattern import Pattern, Shape
 from rarefy.layer.problem import LayerProblem, Scaled
 from rarefy.layer.solution import Solution, Status
-from rarefy.methods.base import Method, cannot_come_first, hyper
+from rarefy.methods.base import Cost, Method, cannot_come_first, hyper
 
 _STRIP = 2**21  # weights treated at a time, in whole rows
 _BATCH_BYTES = 256 * 2**20  # of float64 systems solved at a time
@@ -60,14 +59,16 @@ class PCG(Method):
 
     steps: int = hyper(10, "conjugate-gradient steps at most", low=0)
     rtol: float = hyper(1e-4, "stops where every row's residual has fallen by this factor", low=0)
-    damping: float = hyper(0.0, "pulls towards the dense weight, as a fraction of the mean diagonal of H", low=0)
+    damping: float = hyper(0.0, "pulls towards the dense weight, as a share of each input's own energy", low=0)
 
     def solve(self, problem: LayerProblem, pattern: Pattern, start: Solution | None = None) -> Solution:
         if start is None:
             raise cannot_come_first(self)
-        scaled = problem.scaled(self.damping, damp_first=True)
+        scaled = problem.scaled
         W = problem.to_scaled(start.weight.to(problem.dtype), scaled)
-        steps, residuals = conjugate_gradients_(W, problem.W0, start.mask, scaled, self.steps, self.rtol)
+        steps, residuals = conjugate_gradients_(
+            W, problem.W0, start.mask, scaled, self.damping, self.steps, self.rtol
+        )
         weight = problem.from_scaled(W, start.mask, scaled)
         status = Status.CONVERGED if steps < self.steps else Status.STEP_LIMIT
         return Solution(weight, start.mask, status, steps=steps, trace={"residual": residuals})
@@ -75,43 +76,40 @@ class PCG(Method):
     def rows_independent(self, pattern: Pattern) -> bool:
         return True
 
+    def cost(self, shape: Shape, pattern: Pattern) -> Cost:
+        return Cost(self.steps + 1, weights=min(6, 2 + 4 * _STRIP / (shape[0] * shape[1])), grams=1)
+
 
 def conjugate_gradients_(
     W: Float[Tensor, "out inputs"],
     W0: Float[Tensor, "out inputs"],
     mask: Bool[Tensor, "out inputs"],
     scaled: Scaled,
+    damping: float,
     steps: int,
     rtol: float,
-    less: Float[Tensor, "in"] | None = None,
 ) -> tuple[int, list[float]]:
     """Lower the loss on the support of ``mask``, in place in W, which is in the scaled coordinates; W0 is not.
 
-    The scaled matrix has unit diagonal; ``less`` is taken off its diagonal, so that a damped one serves for
-    the undamped problem without a second matrix. Returns the steps taken and |R|_F before each and after
-    the last.
+    ``damping`` is added to the diagonal of the scaled matrix. Returns the steps taken and |R|_F before each and
+    after the last.
     """
     height = max(1, _STRIP // W.shape[1])
     squares: list[list[float]] = []
     for a in range(0, W.shape[0], height):
         rows = slice(a, a + height)
-        squares.append(_strip_(W[rows], W0[rows] * scaled.live, mask[rows], scaled.H, steps, rtol, less))
+        squares.append(_strip_(W[rows], W0[rows] * scaled.live, mask[rows], scaled.A, damping, steps, rtol))
     taken = max(map(len, squares))
     for strip in squares:  # one that was done earlier stands still
         strip.extend(strip[-1:] * (taken - len(strip)))
     return taken - 1, [math.sqrt(sum(each)) for each in zip(*squares)]
 
 
-def _strip_(
-    W: Tensor, W0: Tensor, mask: Tensor, A: Tensor, steps: int, rtol: float, less: Tensor | None
-) -> list[float]:
+def _strip_(W: Tensor, W0: Tensor, mask: Tensor, A: Tensor, damping: float, steps: int, rtol: float) -> list[float]:
     """Some rows of ``conjugate_gradients_``; |R|_F^2 before each step and after the last."""
     M = write_mask_(torch.empty_like(W), mask)
     D = W0.sub_(W)
-    R = D @ A
-    if less is not None:
-        R.addcmul_(D, less, value=-1)
-    R.mul_(M)
+    R = torch.addmm(D, D, A, beta=damping).mul_(M)
     P = D.copy_(R)
     Q = torch.empty_like(P)
     squares = row_dots(R, R).unsqueeze(1)
@@ -120,9 +118,7 @@ def _strip_(
     for _ in range(steps):
         if bool((squares <= enough).all()):
             break
-        torch.mm(P, A, out=Q)  # (1)
-        if less is not None:
-            Q.addcmul_(P, less, value=-1)
+        torch.addmm(P, P, A, beta=damping, out=Q)  # (1)
         curvature = row_dots(P, Q).unsqueeze(1)
         a = torch.where((squares > enough) & (curvature > 0), squares / curvature, 0)  # (2)
         W.addcmul_(P, a)
@@ -147,8 +143,8 @@ class Backsolve(Method):
     def solve(self, problem: LayerProblem, pattern: Pattern, start: Solution | None = None) -> Solution:
         if start is None:
             raise cannot_come_first(self)
-        scaled = problem.scaled(0.0, damp_first=True)
-        A = scaled.H.double()
+        scaled = problem.scaled
+        A = scaled.A.double()
         W0 = problem.to_scaled(problem.W0, scaled).double()
         W = problem.to_scaled(start.weight.to(problem.dtype), scaled).double().mul_(start.mask)
         shift = 0.0
@@ -162,6 +158,12 @@ class Backsolve(Method):
 
     def rows_independent(self, pattern: Pattern) -> bool:
         return True
+
+    def cost(self, shape: Shape, pattern: Pattern) -> Cost:
+        out, inputs = shape
+        kept = pattern.count(shape) / out  # of a row
+        batch = _BATCH_BYTES / (4 * out * inputs)  # in (out, in) matrices of float32
+        return Cost(kept**3 / (6 * inputs**2), weights=7 + batch, grams=3)
 
 
 def _batches(order: Tensor, counts: Tensor) -> list[Tensor]:

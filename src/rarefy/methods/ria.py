@@ -17,10 +17,10 @@ from typing import ClassVar
 from jaxtyping import Float
 from torch import Tensor
 
-from rarefy.layer.pattern import Pattern
+from rarefy.layer.pattern import Pattern, Shape
 from rarefy.layer.problem import LayerProblem
 from rarefy.layer.solution import Solution
-from rarefy.methods.base import Method, hyper, masked
+from rarefy.methods.base import Cost, Method, hyper, masked
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,9 @@ class RIA(Method):
 
     def solve(self, problem: LayerProblem, pattern: Pattern, start: Solution | None = None) -> Solution:
         return masked(problem.W0, pattern.project(ria_scores(problem, self.exponent)))  # (3)
+
+    def cost(self, shape: Shape, pattern: Pattern) -> Cost:
+        return Cost(weights=3, grams=0)
 
 
 def ria_scores(problem: LayerProblem, exponent: float) -> Float[Tensor, "out inputs"]:

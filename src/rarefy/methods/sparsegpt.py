@@ -1,6 +1,7 @@
 """SparseGPT: prune columns from left to right and let the columns to the right make up for it.
 
-With (H + lambda I)^-1 = U^T U, U upper triangular, lambda = damping * mean(diag H), for j = 1..in:
+In coordinates of unit diagonal, W for W s and A = H / (s s^T), with (A + damping I)^-1 = U^T U and
+U upper triangular, for j = 1..in:
 
     M_:j   chosen by the scores W_ij^2 / U_jj^2 (the loss of one removal)            (1)
     E_:j = W_:j (1 - M_:j) / U_jj                                                    (2)
@@ -14,10 +15,11 @@ With (H + lambda I)^-1 = U^T U, U upper triangular, lambda = damping * mean(diag
 
 Source: Frantar and Alistarh, arXiv 2301.00774, algorithm 1, blocks of 128 columns: masks are chosen
 for a block when it is entered; N:M masks for a group when it is entered, with updated weights.
-Differences: budgets of blocks are cumulative, so the total count is exact; the update (3) is applied
-when a column's turn comes (one matrix-vector product with the E so far) instead of to all columns
-at once, which is the same sum. A failed factorisation is tried again with more damping, and says so.
-Cost: one Cholesky factorisation per Gram, then half the arithmetic of a product W @ H, in thin pieces.
+Differences: damping is a share of each input's own energy (the paper's is of the mean energy, in which all
+inputs drown where one is far larger); budgets of blocks are cumulative, so the total count is exact; the
+update (3) is applied when a column's turn comes (one matrix-vector product with the E so far) instead of to
+all columns at once, which is the same sum. A factorisation that fails or gives noise is tried again with
+more damping, and says so.
 """
 
 from __future__ import annotations
@@ -27,11 +29,11 @@ from typing import ClassVar
 
 import torch
 
-from rarefy.layer.pattern import Pattern
+from rarefy.layer.pattern import Pattern, Shape
 from rarefy.layer.problem import LayerProblem
 from rarefy.layer.solution import Solution, Status
 from rarefy.layer.spectrum import inverse_factor
-from rarefy.methods.base import Method, hyper
+from rarefy.methods.base import Cost, Method, hyper, inversions
 
 
 @dataclass(frozen=True)
@@ -42,13 +44,13 @@ class SparseGPT(Method):
     summary: ClassVar[str] = "prunes column by column and updates the columns to the right"
     paper: ClassVar[str] = "arXiv 2301.00774"
 
-    damping: float = hyper(0.01, "added to the diagonal of H, as a fraction of its mean", low=0)
+    damping: float = hyper(0.01, "added to the diagonal of H, as a share of each input's own energy", low=0)
     block_size: int = hyper(128, "columns whose masks are chosen together", low=1)
 
     def solve(self, problem: LayerProblem, pattern: Pattern, start: Solution | None = None) -> Solution:
         factor = inverse_factor(problem, self.damping)
         U, shape = factor.U, problem.shape
-        V = problem.W0.masked_fill(problem.dead, 0).T.contiguous()
+        V = problem.to_scaled(problem.W0, problem.scaled).T.contiguous()
         kept = torch.empty_like(V, dtype=torch.bool)
         E = torch.empty_like(V)
         width = -(-self.block_size // pattern.group) * pattern.group  # whole N:M groups only
@@ -58,7 +60,7 @@ class SparseGPT(Method):
                 V[a:b].addmm_(U[:a, a:b].T, E[:a], alpha=-1)  # (3), all earlier blocks at once
             self._prune_block(V[a:b], E[a:b], kept[a:b], U[a:b, a:b], pattern.columns(a, b, shape))
         mask = kept.T.contiguous()
-        weight = torch.where(problem.dead, problem.W0, V.T) * mask
+        weight = problem.from_scaled(V.T, mask, problem.scaled)
         status = Status.DAMPED if factor.damping > self.damping else Status.SOLVED
         return Solution(weight, mask, status, details={"damping": factor.damping})
 
@@ -84,3 +86,7 @@ class SparseGPT(Method):
 
     def rows_independent(self, pattern: Pattern) -> bool:
         return pattern.rows_independent
+
+    def cost(self, shape: Shape, pattern: Pattern) -> Cost:
+        # half a product, in thin pieces; a Cholesky factorisation and a triangular inverse
+        return Cost(0.5 + inversions(2 / 3, shape), weights=4, grams=4)

@@ -50,18 +50,19 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from rarefy.layer.passes import apply_mask, compare, places
-from rarefy.layer.pattern import Fixed, Pattern
+from rarefy.layer.passes import apply_mask, compare, first_lowest, places
+from rarefy.layer.pattern import Pattern, Shape
 from rarefy.layer.problem import LayerProblem
 from rarefy.layer.select import positions_first
 from rarefy.layer.solution import Solution, Status
-from rarefy.methods.base import Method, hyper, masked, wanda_scores
+from rarefy.methods.base import Cost, Method, hyper, masked, wanda_scores
 
 _ELEMENTS = 2**18  # of a batch of rows: its matrices stay in a CPU's cache
 _STALE = 64  # swaps after which C2 is computed afresh
 _IDLE = 0.125  # share of finished rows at which the others are moved together
-# A swap must lower the loss by this share of sum_j w_j^2 d_j: well above what rounding leaves of (2).
-_ENOUGH = {torch.float32: 1e-7, torch.float64: 1e-13}
+# A swap must lower the loss by this share of the sum of w_j^2 d_j over what is pruned: well above what rounding
+# leaves of (2). What is kept does not count, for one input may have more energy than all others.
+_ENOUGH = {torch.float32: 1e-5, torch.float64: 1e-13}
 _NEAR = 16  # partners of an input that are tried before all
 _FIRST = 2  # inputs to revive that are paired with all before
 _KNOTS = (0.07, 0.2, 1.0)  # where f is evaluated beside 0, as shares of its largest argument
@@ -84,7 +85,7 @@ class Swaps(Method):
 
     def solve(self, problem: LayerProblem, pattern: Pattern, start: Solution | None = None) -> Solution:
         mask = pattern.project(wanda_scores(problem)) if start is None else start.mask
-        if isinstance(pattern, Fixed):
+        if not pattern.has_choice:
             return Solution(apply_mask(problem.W0, mask), mask, Status.TRIVIAL)
         # The partners of an input are then a multiple of in / group away, so pairs are contiguous passes.
         order = positions_first(problem.shape[1], pattern.group, problem.H.device)
@@ -111,6 +112,11 @@ class Swaps(Method):
 
     def rows_independent(self, pattern: Pattern) -> bool:
         return pattern.rows_independent
+
+    def cost(self, shape: Shape, pattern: Pattern) -> Cost:
+        # Passes over rows, of which a batch is small: about as long as this many products (docs/log.md).
+        batch = min(1.0, _ELEMENTS / (shape[0] * shape[1]))
+        return Cost(90 if pattern.group > 1 else 250, weights=2 + 16 * batch, grams=1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -164,7 +170,7 @@ class _Batch:
         self.revive = self.Q.masked_fill(mask, torch.inf)
         self.reach = self.S if partners is None else self.S * partners.nearest
         self.top = self.reach.amax(dim=1, keepdim=True).clamp_min(torch.finfo(W.dtype).tiny)
-        self.enough = self.Q.sum(dim=1).mul_(_ENOUGH[W.dtype])
+        self.enough = torch.empty_like(self.top[:, 0])
         self.C2 = torch.empty_like(self.W)
         self.fresh = torch.zeros(len(W), dtype=torch.bool, device=W.device)
         self.rows = self.index = torch.arange(len(W), device=W.device)
@@ -206,7 +212,7 @@ class _Batch:
         B = torch.sub(self.revive, x, out=x)
         best: Best | None = None
         for _ in range(_FIRST):  # (3)
-            p = _argmin(B)
+            p = first_lowest(B)
             change, u = self._best_partner(B, A, p)
             best = _lower(best, (change, u, p))
             B[self.rows, p] = torch.inf
@@ -215,7 +221,7 @@ class _Batch:
         for height, slope in zip(heights.split(1, dim=1), slopes.split(1, dim=1)):  # (4)
             torch.minimum(lowest, torch.addcmul(height, self.reach, slope, out=X), out=lowest)
         lowest += A
-        u = _argmin(lowest)  # (5)
+        u = first_lowest(lowest)  # (5)
         change, p = self._best_partner(A, B, u)
         best = _lower(best, (change, u, p))
         lowest[self.rows, u] = torch.inf
@@ -252,7 +258,7 @@ class _Batch:
         rows = self.rows if rows is None else rows
         X = self.H.index_select(0, u).mul_(W)
         torch.addcmul(B, X, (-2 * self.W[rows, u]).unsqueeze(1), out=X)
-        p = _argmin(X)
+        p = first_lowest(X)
         return A[rows, u] + X.gather(1, p.unsqueeze(1)).squeeze(1), p
 
     def _neighbours(self, A: Rows, B: Rows, partners: Partners, r: Tensor, u: Tensor, best: Best) -> Best:
@@ -261,7 +267,7 @@ class _Batch:
         at = (p + (r * A.shape[1]).to(p.dtype).unsqueeze(1)).view(-1)
         X = self.W.view(-1).index_select(0, at).view_as(p).mul_(partners.H.index_select(0, u))
         X = torch.addcmul(B.view(-1).index_select(0, at).view_as(p), X, (-2 * self.W[r, u]).unsqueeze(1))
-        nearest = _argmin(X).unsqueeze(1)
+        nearest = first_lowest(X).unsqueeze(1)
         change = A[r, u] + X.gather(1, nearest).squeeze(1)
         return _better(best, r, u, change, p.gather(1, nearest).squeeze(1).long())
 
@@ -279,7 +285,7 @@ class _Batch:
             partner = slice(shift, shift + inputs)
             torch.mul(self.W, twice_W[:, partner], out=X)
             X.mul_(self._beside(shift)).add_(A).add_(twice_B[:, partner])
-            u = _argmin(X)
+            u = first_lowest(X)
             change = X.gather(1, u.unsqueeze(1)).squeeze(1)
             p = (u + shift) % inputs
             best = _lower(best, (change, u, p))
@@ -315,10 +321,12 @@ class _Batch:
         return (self._taken() * self.C2).sum(dim=1, dtype=torch.float64) / 2
 
     def _refresh(self, rows: Bool[Tensor, " rows"]) -> None:
-        """Compute C2 anew in these rows."""
+        """Compute C2 anew in these rows, and what a swap must gain."""
         r = rows.nonzero().squeeze(1)
         if len(r):
-            self.C2[r] = (2 * self.W[r]).mul_(self.revive[r].isfinite()) @ self.H
+            pruned = self.revive[r].isfinite()
+            self.C2[r] = (2 * self.W[r]).mul_(pruned) @ self.H
+            self.enough[r] = (self.Q[r] * pruned).sum(dim=1).mul_(_ENOUGH[self.W.dtype])
             self.fresh[r] = True
 
     def _leave(self, done: Bool[Tensor, " rows"]) -> None:
@@ -347,10 +355,3 @@ def _better(best: Best, r: Tensor, u: Tensor, change: Tensor, p: Tensor) -> Best
     won = ((change == lowest[r]) & (change < best[0][r])).nonzero().squeeze(1).flip(0)  # of equals the first
     best[1][r[won]], best[2][r[won]] = u[won], p[won]
     return lowest, best[1], best[2]
-
-
-def _argmin(values: Rows) -> Int[Tensor, " rows"]:
-    """The index of the lowest value of each row, of equals the first."""
-    if values.device.type == "cpu":
-        return torch.from_numpy(values.numpy().argmin(axis=1))  # vectorised, unlike torch's (docs/log.md)
-    return values.argmin(dim=1)

@@ -1,12 +1,17 @@
-"""Writes files so that a crash, a kill or a full disk leaves the old file or the new one, never a part.
+"""Atomic writes: a crash, a kill or a full disk leaves the old file or folder or the new one, never a part.
 
-A file gets its name only when all of its bytes are on the disk, so whatever is found under a name later
-may be relied on. What the disk refuses becomes one sentence of OutputError.
+What is new is made under a name that nobody can guess, beside the old, and gets its own name only when all of it
+is on the disk; so whatever is found under a name later may be relied on, and no link that somebody has laid is
+followed. What the disk refuses becomes one sentence of OutputError.
 """
 
 from __future__ import annotations
 
 import os
+import re
+import secrets
+import shutil
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -18,7 +23,7 @@ from rarefy.errors import OutputError
 #: Bytes moved at a time where the kernel does not copy by itself.
 CHUNK = 8 * 2**20
 
-_PARTIAL = ".partial"
+_PARTIAL = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{8}\.partial")
 
 
 @contextmanager
@@ -30,6 +35,9 @@ def refusals(path: Path) -> Iterator[None]:
         raise OutputError.sentence(f"{path} cannot be written: {error.strerror or error}.") from error
 
 
+# --- Files ------------------------------------------------------------------------------------------------
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """A new file that takes the name ``path`` when the block ends, and only if it ends well.
@@ -37,10 +45,11 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     By then its bytes and its name are on the disk. Raises OutputError where the disk refuses; a file
     that had the name before is still there.
     """
-    partial = path.with_name(f".{path.name}{_PARTIAL}")
+    partial = _partial(path)
     with refusals(path):
+        file = partial.open("xb")  # never what is there already, be it a link
         try:
-            with partial.open("wb") as file:
+            with file:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
@@ -52,10 +61,10 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         sync_folder(path.parent)
 
 
-def replace_file(path: Path, content: bytes) -> None:
-    """Write a small file at once. Raises OutputError."""
+def replace_file(path: Path, content: bytes | str) -> None:
+    """Write a small file at once, text as UTF-8. Raises OutputError."""
     with replacing(path) as file:
-        file.write(content)
+        file.write(content.encode() if isinstance(content, str) else content)
 
 
 def copy_file(source: Path, target: Path) -> None:
@@ -76,14 +85,69 @@ def copy_file(source: Path, target: Path) -> None:
             done += len(chunk)
 
 
+# --- Folders ----------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def replacing_folder(path: Path) -> Iterator[Path]:
+    """A new folder that takes the name ``path`` when the block ends well, in place of one that had it.
+
+    By then all that is in it is on the disk. Raises OutputError where the disk refuses; a folder that had the
+    name before is still there.
+    """
+    with _new_folder(path) as partial:
+        yield partial
+        _sync_content(partial)
+        if path.exists():
+            old = _partial(path)
+            path.replace(old)
+            try:
+                partial.replace(path)
+            except BaseException:
+                old.replace(path)
+                raise
+            _remove(old)
+        else:
+            partial.replace(path)
+
+
+@contextmanager
+def adding_folder(path: Path) -> Iterator[Path]:
+    """The same for a name that no folder has. Raises OutputError where one has it by then."""
+    with _new_folder(path) as partial:
+        yield partial
+        _sync_content(partial)
+        partial.rename(path)  # refused for a folder in which something is
+
+
+@contextmanager
+def _new_folder(path: Path) -> Iterator[Path]:
+    partial = _partial(path)
+    with refusals(path):
+        partial.mkdir()
+        try:
+            yield partial
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        sync_folder(path.parent)
+
+
+def remove_folder(path: Path) -> None:
+    """Remove a folder: all of it loses its name at once. What cannot be removed stays under another name."""
+    aside = _partial(path)
+    with suppress(OSError):
+        path.replace(aside)
+        _remove(aside)
+
+
+# --- What both need ---------------------------------------------------------------------------------------
+
+
 def sync_folder(folder: Path) -> None:
-    """Bring the names in ``folder`` to the disk, where the file system has a way to do that."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        with suppress(OSError):  # some network file systems refuse, and keep names in order anyway
-            os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    """Bring the names in ``folder`` to the disk, where the system has a way to do that."""
+    with suppress(OSError):  # some network file systems refuse, and keep names in order anyway
+        _sync(folder)
 
 
 def appears(path: Path, seconds: float = 60.0) -> bool:
@@ -96,10 +160,50 @@ def appears(path: Path, seconds: float = 60.0) -> bool:
     return True
 
 
-def remove_partial_files(folder: Path) -> None:
-    """Remove what a killed process left half written in ``folder``."""
-    for file in folder.glob(f".*{_PARTIAL}"):
-        file.unlink(missing_ok=True)
+def unfinished_name(name: str) -> str | None:
+    """The name that a file or folder called ``name`` would have got; None where it is not on the way to one."""
+    found = _PARTIAL.fullmatch(name)
+    return found["name"] if found else None
+
+
+def remove_partial(folder: Path, *names: str) -> None:
+    """Remove what a killed process left half written in ``folder``, of all files or of those called ``names``."""
+    for path in folder.iterdir():
+        name = unfinished_name(path.name)
+        if name is not None and (not names or name in names):
+            _remove(path)
+
+
+def _remove(path: Path) -> None:
+    """Remove a file, a link, or a folder with what is in it, as far as that can be removed."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _partial(path: Path) -> Path:
+    """A name beside ``path`` that nobody can guess, for what is not finished."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+
+
+def _sync_content(folder: Path) -> None:
+    """Bring all files below ``folder``, and their names, to the disk."""
+    for parent, _, files in os.walk(folder):
+        for name in files:
+            if not (file := Path(parent, name)).is_symlink():
+                _sync(file)
+        sync_folder(Path(parent))
+
+
+def _sync(path: Path) -> None:
+    """Bring a file, or the names in a folder, to the disk."""
+    # Windows syncs only what is open for writing, and that no folder can be.
+    descriptor = os.open(path, os.O_RDWR if sys.platform == "win32" else os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _copied_by_kernel(source: int, target: int, size: int) -> int:

@@ -6,6 +6,9 @@ that know their reverse. Here these rules are asked once, on tensors without val
 groups of tensors that depend on each other and on nothing else, so that any part of the model can be
 loaded, and written back, by itself. What cannot be turned back into exactly the tensors of the file is
 refused; then the model must be loaded as a whole.
+
+A quantised checkpoint has more rules, which dequantise. They are not turned back: what is written is the
+ordinary weight, under the name that it has in a checkpoint that was never quantised.
 """
 
 from __future__ import annotations
@@ -27,10 +30,16 @@ from transformers.core_model_loading import (
     rename_source_key,
     revert_weight_conversion,
 )
+from transformers.quantizers.base import HfQuantizer
 
 from rarefy.errors import ModelError
+from rarefy.models.quantized import dequantizes
 
 Read = Callable[[str], Tensor]
+
+# What some formats keep beside a quantised weight for activations and caches, which dequantising does not ask for.
+_COMPANIONS = {"activation_scale", "input_scale", "input_zero_point", "input_global_scale", "output_scale"}
+_COMPANIONS |= {"q_scale", "k_scale", "v_scale", "k_zero_point", "v_zero_point", "g_idx", "weight_g_idx"}
 
 
 @dataclass
@@ -38,8 +47,10 @@ class Group:
     """Tensors of the checkpoint, the ``sources``, that together make parameters of the model, the ``targets``.
 
     Targets are held on the meta device, for their shapes and dtypes; the first of them is ``name``.
-    Sources are cast to ``dtype`` before anything else. Without a ``converter`` there is one source and one
-    target, and only the names differ, if anything does.
+    Sources are cast to ``dtype`` before anything else, or their targets after it where they ``dequantize``.
+    Without a ``converter`` there is one source and one target, and only the names differ, if anything does.
+    ``written`` is what is written back, by name, on the meta device: the sources, but for their dtypes, or the
+    ordinary weights in their place. A ``placeless`` one makes a tensor that the model has no place for.
     """
 
     name: str
@@ -48,6 +59,13 @@ class Group:
     sources: list[str] = field(default_factory=list)
     patterns: list[str] = field(default_factory=list)
     targets: dict[str, Tensor] = field(default_factory=dict)
+    written: dict[str, Tensor] = field(default_factory=dict)
+    placeless: bool = False
+
+    @property
+    def dequantize(self) -> bool:
+        """Whether the targets are made by dequantising."""
+        return dequantizes(self.converter)
 
     def load(self, model: PreTrainedModel, read: Read) -> dict[str, Tensor]:
         """The targets, made from what ``read`` gives for the name of each source."""
@@ -55,23 +73,33 @@ class Group:
             return {self.name: read(self.sources[0]).to(self.dtype)}
         converter = deepcopy(self.converter)  # it collects tensors
         for source, pattern in zip(self.sources, self.patterns):
-            tensor: Any = read(source).to(self.dtype)  # a Future only where transformers itself loads
-            converter.add_tensor(self.name, source, pattern, tensor)
-        return _single(converter.convert(self.name, model=model, config=model.config))
+            tensor: Any = read(source)  # a Future only where transformers itself loads
+            converter.add_tensor(self.name, source, pattern, tensor if self.dequantize else tensor.to(self.dtype))
+        place = None if self.placeless else model
+        made = _single(converter.convert(self.name, model=place, config=model.config))
+        return {name: tensor.detach().to(self.dtype) for name, tensor in made.items()} if self.dequantize else made
 
     def store(self, model: PreTrainedModel, targets: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The sources, made from all targets, in the targets' dtype."""
+        """What is written back, made from all targets, in the targets' dtype."""
         if self.converter is None:
             return {self.sources[0]: targets[self.name]}
+        if self.placeless:
+            return dict(targets)
         return _single(revert_weight_conversion(model, {name: targets[name] for name in self.targets}))
 
 
 @dataclass
 class Plan:
-    """How a checkpoint becomes a model: the group of every target, and sources that no parameter is made of."""
+    """How a checkpoint becomes a model: the group of every target, and sources that no parameter is made of.
+
+    Of the latter, ``surplus`` stay as they are, ``placeless`` are quantised, each with the tensors that
+    dequantise it, and ``dropped`` say something of quantised weights only.
+    """
 
     groups: dict[str, Group]
     surplus: list[str]
+    placeless: list[Group] = field(default_factory=list)
+    dropped: list[str] = field(default_factory=list)
 
     def of(self, targets: Iterable[str]) -> list[Group]:
         """The groups that make ``targets``, each once."""
@@ -79,23 +107,29 @@ class Plan:
         return list(found.values())
 
 
-def plan_conversion(model: PreTrainedModel, stored: Mapping[str, Tensor]) -> Plan:
+def plan_conversion(
+    model: PreTrainedModel, stored: Mapping[str, Tensor], quantizer: HfQuantizer | None = None
+) -> Plan:
     """The plan for a ``model`` on the meta device and the tensors of a checkpoint, on the meta device too.
 
-    Sets what ``model`` remembers of its conversion, as ``from_pretrained`` does. Raises ModelError where
-    a tensor does not fit, or where the conversion cannot be turned back.
+    ``quantizer`` is what makes ordinary weights of quantised ones. Sets what ``model`` remembers of its
+    conversion, as ``from_pretrained`` does. Raises ModelError where a tensor does not fit, or where the
+    conversion cannot be turned back.
     """
-    rules = get_model_conversion_mapping(model)
     expected = model.state_dict()
-    groups, surplus = _grouped(model, sorted(stored, key=dot_natural_key), rules, expected)
+    names = sorted(stored, key=dot_natural_key)
+    rules = _rules(model, quantizer)
+    groups, surplus = _grouped(model, names, rules, expected)
+    if quantizer is not None:
+        for group in groups:
+            if _is_ordinary(group, stored):
+                group.converter, group.patterns = None, []
+        rules = _rules(model)
+        _grouped(model, names, rules, expected, check=False)  # those of the rules that are used now know it
     model._weight_conversions = [rule for rule in rules if rule.was_used()]  # type: ignore[assignment]
     by_target: dict[str, Group] = {}
     for group in groups:
-        try:
-            group.targets = group.load(model, stored.__getitem__)
-            sources = group.store(model, group.targets)
-        except Exception as error:
-            raise ModelError.sentence(f"{group.name} cannot be loaded by itself: {error}.") from error
+        _make_targets(group, model, stored)
         for name, tensor in group.targets.items():
             if name not in expected or name in by_target:
                 raise ModelError.sentence(f"{name} cannot be loaded by itself: its tensors depend on others.")
@@ -104,15 +138,88 @@ def plan_conversion(model: PreTrainedModel, stored: Mapping[str, Tensor]) -> Pla
                 raise ModelError.sentence(f"{name} is {shape} in the checkpoint, but {wanted} in its model.")
             by_target[name] = group
         shapes = {source: stored[source].shape for source in group.sources}
-        if {source: tensor.shape for source, tensor in sources.items()} != shapes:
+        if not group.dequantize and {name: tensor.shape for name, tensor in group.written.items()} != shapes:
             raise ModelError.sentence(
                 f"{group.name} cannot be written by itself: transformers has no way back to its tensors in the file."
             )
-    return Plan(by_target, surplus)
+    if quantizer is None:
+        return Plan(by_target, surplus)
+    return Plan(by_target, *_dequantized_surplus(model, quantizer, surplus, stored))
+
+
+def targets_of(
+    model: PreTrainedModel, names: Iterable[str], quantizer: HfQuantizer | None = None
+) -> dict[str, list[str]]:
+    """For each name of a checkpoint's tensors the parameters of ``model`` that it helps to make, which may be none.
+
+    Needs no way back, unlike a plan.
+    """
+    names = sorted(names, key=dot_natural_key)
+    groups, surplus = _grouped(model, names, _rules(model, quantizer), model.state_dict(), check=False)
+    targets: dict[str, list[str]] = {name: [] for name in surplus}
+    for group in groups:
+        first, *others = group.converter.target_patterns if group.converter else [""]
+        made = [group.name, *(group.name.replace(first, other) for other in others)]
+        targets |= dict.fromkeys(group.sources, made)
+    return targets
+
+
+def companions(quantizer: HfQuantizer) -> set[str]:
+    """The last parts of the names of tensors that say something of a quantised weight, and are none."""
+    rules = [rule for rule in quantizer.get_weight_conversions() if dequantizes(rule)]
+    weights = {rule.target_patterns[0] for rule in rules}
+    return _COMPANIONS.union(*(rule.source_patterns for rule in rules)) - weights
+
+
+def _rules(model: PreTrainedModel, quantizer: HfQuantizer | None = None) -> list[Any]:
+    """The rules of transformers for reading a checkpoint of the model."""
+    if quantizer is None:
+        return get_model_conversion_mapping(model)
+    return get_model_conversion_mapping(model, hf_quantizer=quantizer)
+
+
+def _is_ordinary(group: Group, stored: Mapping[str, Tensor]) -> bool:
+    """Whether a group of a quantised checkpoint is a weight that was not quantised."""
+    operations = getattr(group.converter, "operations", ())
+    alone = group.dequantize and len(operations) == len(group.sources) == 1
+    return alone and stored[group.sources[0]].is_floating_point()
+
+
+def _make_targets(group: Group, model: PreTrainedModel, stored: Mapping[str, Tensor]) -> None:
+    """Find what a group makes and writes, on tensors without values."""
+    try:
+        group.targets = group.load(model, stored.__getitem__)
+        group.written = group.store(model, group.targets)
+    except Exception as error:
+        raise ModelError.sentence(f"{group.name} cannot be loaded by itself: {error}.") from error
+
+
+def _dequantized_surplus(
+    model: PreTrainedModel, quantizer: HfQuantizer, names: list[str], stored: Mapping[str, Tensor]
+) -> tuple[list[str], list[Group], list[str]]:
+    """Of tensors that no parameter is made of: ordinary ones, quantised ones, and what belongs to quantised ones."""
+    rules = [rule for rule in quantizer.get_weight_conversions() if dequantizes(rule)]
+    about_weights = companions(quantizer)
+    known, groups, ordinary, dropped = {*names}, [], [], []
+    for name in names:
+        place, _, leaf = name.rpartition(".")
+        rule = next((rule for rule in rules if leaf in rule.source_patterns), None)
+        parts = [part for part in rule.source_patterns if f"{place}.{part}" in known] if rule is not None else []
+        if rule is not None and len(parts) > 1 and leaf == parts[0]:
+            target = f"{place}.{rule.target_patterns[0]}"
+            sources = [f"{place}.{part}" for part in parts]
+            groups.append(Group(target, model.dtype, rule, sources, parts, placeless=True))
+        elif leaf in about_weights or len(parts) > 1:
+            dropped.append(name)
+        else:
+            ordinary.append(name)
+    for group in groups:
+        _make_targets(group, model, stored)
+    return ordinary, groups, dropped
 
 
 def _grouped(
-    model: PreTrainedModel, names: list[str], rules: list[Any], expected: dict[str, Tensor]
+    model: PreTrainedModel, names: list[str], rules: list[Any], expected: dict[str, Tensor], check: bool = True
 ) -> tuple[list[Group], list[str]]:
     """The tensors of a checkpoint by what they are for, as transformers decides it, and those for nothing."""
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
@@ -131,7 +238,7 @@ def _grouped(
             continue
         converter = None if pattern is None else converter_of[pattern]
         group = groups.setdefault(target, Group(target, dtype_of(target), converter))
-        if group.converter is not converter or (group.sources and converter is None):
+        if check and (group.converter is not converter or (group.sources and converter is None)):
             raise ModelError.sentence(f"{group.sources[0]} and {name} are both for {target}, and only one can be.")
         group.sources.append(name)
         if pattern is not None:

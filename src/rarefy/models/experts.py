@@ -7,6 +7,9 @@ a router has chosen; then a site is one expert's part of such a stack. In both f
 an expert scales what the expert puts out, never what it reads (where it does scale the input, the module is
 called with the scaled input), so what a weight multiplies is known from the call of the experts alone.
 
+Experts are what a router chooses among. A stack of matrices, or a list of modules, without a router is none: the
+former stays as it is, and the linears of the latter are ordinary ones.
+
 Which dimension is which is read off the shapes, as gate and up are twice as wide as what down reads. How a
 fused module computes is not taken on trust: :meth:`FusedExperts.check` compares its output with Rarefy's own.
 """
@@ -15,7 +18,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -25,7 +28,7 @@ from torch.nn.modules.conv import _ConvNd
 from transformers.pytorch_utils import Conv1D
 
 from rarefy.errors import ModelError
-from rarefy.models.sites import Expert, LinearSite, Mixture, Site
+from rarefy.models.sites import Expert, Hindrance, LinearSite, Mixture, Site
 
 GATE, UP, DOWN = "gate_proj", "up_proj", "down_proj"
 # Two computations of the same thing in bfloat16 differ by some 0.01 of it, a wrong one by about as much as it is.
@@ -221,29 +224,45 @@ class ListedExperts(Mixture):
         return {self.sites[0].shape[1]}
 
 
-def find_mixtures(name: str, block: nn.Module, widths: Collection[int]) -> tuple[list[Mixture], set[int]]:
-    """The mixtures in a block, and by id the modules of its routers, which nothing may prune.
+@dataclass
+class Found:
+    """What ``find_mixtures`` finds in a block: mixtures, the modules of routers by id, and what is not understood."""
 
-    ``name`` is the block's full name, ``widths`` what hidden states of the model may be wide. Raises
-    ModelError for a stack of matrices that is not understood.
+    mixtures: list[Mixture] = field(default_factory=list)
+    routers: set[int] = field(default_factory=set)
+    hindrances: list[Hindrance] = field(default_factory=list)
+
+
+def find_mixtures(name: str, block: nn.Module, widths: Collection[int]) -> Found:
+    """The mixtures in a block, and the routers, which nothing may prune.
+
+    ``name`` is the block's full name, ``widths`` what hidden states of the model may be wide. Experts that are
+    not built like known ones are a hindrance.
     """
-    mixtures: list[Mixture] = []
-    routers: set[int] = set()
+    found = Found()
     for path, module in block.named_modules():
         full_name = f"{name}.{path}" if path else name
         if any(matrix_stacks(module)):
-            fused = FusedExperts(full_name, module)
-            mixtures.append(fused)
             sizes = {parameter.shape[0] for _, parameter in matrix_stacks(module)}
-            for gate in _gates(block, path, sizes, fused.widths | {*widths}):
-                routers |= {id(child) for child in gate.modules()}
+            try:
+                mixture: FusedExperts | ListedExperts = FusedExperts(full_name, module)
+            except ModelError as error:
+                gates, chosen = _gates(block, path, sizes, {*widths, *_ends(module)})
+                if chosen and not _ends(module).isdisjoint(widths):  # experts lead from hidden states and to them
+                    found.hindrances.append(Hindrance(full_name, str(error).rstrip(".")))
+                    found.routers |= {id(child) for gate in gates for child in gate.modules()}
+                continue
+            gates, _ = _gates(block, path, sizes, mixture.widths | {*widths})
         elif isinstance(module, nn.ModuleList | nn.ModuleDict) and _alike([*module.children()]):
-            listed = ListedExperts(full_name, module)
-            gates = _gates(block, path, {listed.size}, listed.widths | {*widths})
-            if any(listed.size in _ends(gate) for gate in gates):  # else every token meets the whole list
-                mixtures.append(listed)
-                routers |= {id(child) for gate in gates for child in gate.modules()}
-    return mixtures, routers
+            mixture = ListedExperts(full_name, module)
+            gates, chosen = _gates(block, path, {mixture.size}, mixture.widths | {*widths})
+            if not chosen:  # every token meets the whole list
+                continue
+        else:
+            continue
+        found.mixtures.append(mixture)
+        found.routers |= {id(child) for gate in gates for child in gate.modules()}
+    return found
 
 
 def matrix_stacks(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -265,23 +284,24 @@ def _alike(modules: Sequence[nn.Module]) -> bool:
     return len(modules) > 1 and bool(forms[0]) and all(form == forms[0] for form in forms)
 
 
-def _gates(block: nn.Module, path: str, sizes: set[int], widths: set[int]) -> list[nn.Module]:
-    """What chooses among the experts at ``path``, or weighs them: what is beside them, or beside a module around
-    them, and does not lead back to hidden states.
+def _gates(block: nn.Module, path: str, sizes: set[int], widths: set[int]) -> tuple[list[nn.Module], bool]:
+    """What chooses among the experts at ``path``, and weighs them; and whether something surely does choose.
 
-    A router ends in as many numbers as there are experts, the gate of a shared expert in one; shared experts,
-    projections around the experts and attention all end in a width of hidden states.
+    It is beside the experts, or beside a module around them, the innermost with a router beside it. A router ends
+    in as many numbers as there are experts, the gate of a shared expert in one; some routers choose among more
+    than experts. What leads back to a width of hidden states is neither: shared experts, projections around the
+    experts, attention.
     """
-    found = []
-    parent = block
-    for part in path.split("."):
-        for name, child in parent.named_children():
-            ends = _ends(child)
-            of_router = ends <= {1, *sizes} if isinstance(child, nn.Linear) else bool(ends)
-            if name != part and of_router and ends.isdisjoint(widths):
-                found.append(child)
-        parent = parent.get_submodule(part)
-    return found
+    found: list[nn.Module] = []
+    places = path.split(".")
+    for depth in reversed(range(len(places))):
+        parent = block.get_submodule(".".join(places[:depth]))
+        beside = [child for name, child in parent.named_children() if name != places[depth]]
+        candidates = [child for child in beside if _ends(child) and _ends(child).isdisjoint(widths)]
+        found += [child for child in candidates if not isinstance(child, nn.Linear) or _ends(child) <= {1, *sizes}]
+        if any(not sizes.isdisjoint(_ends(child)) for child in candidates):
+            return found, True
+    return found, False
 
 
 def _ends(module: nn.Module) -> set[int]:

@@ -31,6 +31,17 @@ def check_gguf(path: Path) -> None:
         raise ModelError.sentence(f"{path} is no GGUF file, or is damaged or cut off: {reason}.") from error
 
 
+def tensors_beyond(path: Path, num_blocks: int) -> list[str]:
+    """The tensors of a GGUF file that belong to blocks after the model's, such as layers for speculation."""
+    beyond = []
+    for tensor in _Reader(path).tensors:
+        kind, _, rest = tensor.name.partition(".")
+        number = rest.partition(".")[0]
+        if kind == "blk" and number.isdigit() and int(number) >= num_blocks:
+            beyond.append(tensor.name)
+    return beyond
+
+
 @contextmanager
 def quick_reading() -> Iterator[None]:
     """Within the scope, transformers reads GGUF files quickly and without its progress bar.

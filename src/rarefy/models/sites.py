@@ -32,6 +32,17 @@ class Expert:
     part: str
 
 
+@dataclass(frozen=True)
+class Hindrance:
+    """Something in a block that Rarefy cannot prune, and refuses unless it is left out: its full name, and why.
+
+    ``reason`` is a sentence without its full stop.
+    """
+
+    name: str
+    reason: str
+
+
 class Site(ABC):
     """One weight that can be pruned, in torch's orientation: ``output = input @ weight.T``.
 

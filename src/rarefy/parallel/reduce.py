@@ -1,4 +1,4 @@
-"""Adds up the Grams of all processes, each of which has seen the tokens of its own windows."""
+"""All-reduces Grams over processes, each of which has seen the tokens of its own windows."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from rarefy.layer.gram import Gram
 from rarefy.parallel.world import World
 
 
-def add_up(world: World, grams: dict[str, Gram]) -> dict[str, Gram]:
+def all_reduce_grams(world: World, grams: dict[str, Gram]) -> dict[str, Gram]:
     """The Grams of all windows, by name of the site, from those of this process's.
 
     Which sites share a Gram is seen on the first batch, which is another one on each process; so it may

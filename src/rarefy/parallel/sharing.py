@@ -31,20 +31,20 @@ class Piece:
         return slice(self.start, self.stop)
 
 
-def share_out(shapes: Sequence[tuple[int, int]], size: int, can_be_cut: bool) -> list[Piece]:
+def share_out(shapes: Sequence[tuple[int, int]], size: int, can_be_cut: Sequence[bool]) -> list[Piece]:
     """All rows of layers of these ``shapes`` (out, in), shared out among ``size`` processes.
 
-    The most expensive goes to the process that has least, and so on. Where layers ``can_be_cut``, one that
-    costs more than a process's fair share is cut into equal parts, if the last process is done sooner then:
-    every part costs factorisations. In the order of rows.
+    The most expensive piece goes to the process that has least, and so on. A layer that ``can_be_cut`` and costs
+    more than a process's fair share is cut into equal parts, if the last process is done sooner then: every part
+    costs factorisations. The pieces come in the order of layers and rows.
     """
     fair = sum(_cost(*shape) for shape in shapes) / size
     whole = [Piece(layer, 0, out) for layer, (out, _) in enumerate(shapes)]
     cut = []
     for layer, (out, inputs) in enumerate(shapes):
-        parts = min(out, size, math.ceil(_cost(out, inputs) / fair))
+        parts = min(out, size, math.ceil(_cost(out, inputs) / fair)) if can_be_cut[layer] else 1
         cut += [Piece(layer, out * i // parts, out * (i + 1) // parts) for i in range(parts)]
-    plans = [_dealt(pieces, shapes, size) for pieces in ([whole, cut] if can_be_cut else [whole])]
+    plans = [_dealt(pieces, shapes, size) for pieces in (whole, cut)]
     return min(plans, key=lambda plan: plan[0])[1]
 
 

@@ -14,17 +14,20 @@ from __future__ import annotations
 import os
 import re
 import signal
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
-
-import torch
-import torch.distributed as dist
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from rarefy.errors import InputError, RankError, RarefyError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+# torch is imported within functions: one process alone is asked for before any argument is checked.
 
 T = TypeVar("T")
 
@@ -53,8 +56,11 @@ class World:
     @classmethod
     def current(cls) -> World:
         """All processes of torch's default group, where one was initialised; else this one alone."""
-        if dist.is_available() and dist.is_initialized():
-            return cls(dist.get_rank(), dist.get_world_size())
+        if "torch.distributed" in sys.modules:
+            import torch.distributed as dist
+
+            if dist.is_available() and dist.is_initialized():
+                return cls(dist.get_rank(), dist.get_world_size())
         return cls()
 
     @property
@@ -91,6 +97,8 @@ class World:
         """The values of all processes, by rank. They are pickled."""
         if self.size == 1:
             return [value]
+        import torch.distributed as dist
+
         values: list[T | None] = [None] * self.size
         with self._connection():
             dist.all_gather_object(values, value)
@@ -100,6 +108,8 @@ class World:
         """What ``make`` returns on rank 0, where alone it is called; its error is everybody's."""
         if self.size == 1:
             return make()
+        import torch.distributed as dist
+
         value: list[T | None] = [None]
         with self.together():
             if self.leads:
@@ -111,6 +121,8 @@ class World:
     def sum_(self, tensors: Iterable[Tensor]) -> None:
         """Replace each tensor by the sum over all processes, which is the same bits on all."""
         if self.size > 1:
+            import torch.distributed as dist
+
             with self._connection():
                 for tensor in tensors:
                     dist.all_reduce(tensor)
@@ -118,6 +130,9 @@ class World:
     def broadcast_(self, tensor: Tensor, rank: int) -> None:
         """Replace a contiguous tensor, of any dtype, by that of process ``rank``."""
         if self.size > 1:
+            import torch
+            import torch.distributed as dist
+
             with self._connection():
                 dist.broadcast(tensor.view(-1).view(torch.uint8), src=rank)
 
@@ -128,6 +143,8 @@ class World:
         """
         if self.size == 1 or device.type != "cuda":
             return device
+        import torch
+
         number, here = int(os.environ.get("LOCAL_RANK", self.rank)), torch.cuda.device_count()
         if device != torch.device(device.type):  # it has a number
             raise InputError("device", str(device), f"cuda for {self.size} processes, of which each takes a GPU")
@@ -142,6 +159,8 @@ class World:
     def leave(self) -> None:
         """End the connection, after which each process is alone. All do it at about the same time."""
         if self.size > 1:
+            import torch.distributed as dist
+
             dist.destroy_process_group()
 
     def _outcome(self, error: Exception) -> _Outcome:
@@ -202,6 +221,8 @@ def joined() -> Iterator[Meeting]:
     SIGTERM raises Stopped, until the process is ending anyway. Raises InputError where torchrun has not said
     how to find the others, RankError where they are not there.
     """
+    import torch
+    import torch.distributed as dist
     from torch.distributed.rendezvous import rendezvous  # not every build of torch has it
 
     _use_all_cores()
@@ -238,5 +259,7 @@ def _use_all_cores() -> None:
     """
     here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1":
+        import torch
+
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         torch.set_num_threads(max(1, cores // here))

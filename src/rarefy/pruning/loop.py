@@ -1,11 +1,11 @@
-"""The loop over blocks: load, collect, solve, write, propagate, keep.
+"""The loop over blocks: load, collect, solve, write, step, advance, store.
 
-For each block in order, the hidden states of all windows are replayed through the still dense block
-while hooks feed its Gram matrices, every linear is solved, the sparse weights are written, and the
-hidden states are replayed through the pruned block to enter the next one. Where blocks come from and go
-to is a ``BlockStore``'s affair: the loop is the same for a model in memory and for one that stays on disk. So it
-is for one process and for several, of which each holds the hidden states of some windows and solves some
-layers: Grams are summed, and weights handed round, so that all go on with the same block.
+For each block in order, the hidden states of all windows are replayed through the still dense block while hooks
+feed its Grams (collect.py), every linear is solved (solve.py), the sparse weights are written (write.py), further
+steps may change the block (steps.py), and the hidden states are replayed through the pruned block to enter the
+next one (advance.py). A block store (stores.py) hides where blocks come from and go to, so that the loop is the
+same for a model in memory and one that is streamed. Several processes each hold the hidden states of some windows
+and solve some layers; Grams are all-reduced and weights broadcast, so that all go on with the same block.
 """
 
 from __future__ import annotations
@@ -18,69 +18,63 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from itertools import zip_longest
 
-import torch
 from jaxtyping import Int64
 from torch import Tensor, nn
 
-from rarefy.calibration.collect import turns
+from rarefy.calibration.check import check_blocks
+from rarefy.calibration.collect import gram_groups
 from rarefy.calibration.stream import convert_calls
 from rarefy.errors import InputError
-from rarefy.layer.gram import Gram
 from rarefy.layer.pattern import Pattern
-from rarefy.layer.problem import LayerProblem
-from rarefy.layer.solution import Solution
-from rarefy.methods.base import Method, run
+from rarefy.methods.base import Method
 from rarefy.models.blocks import Block, find_blocks, select_sites
+from rarefy.models.wrappers import unwrapped
 from rarefy.parallel.world import World
-from rarefy.pruning.block import STARVED, Progress, Ticks, prune_block
-from rarefy.pruning.precision import compute_dtype, computing_in
+from rarefy.pruning.advance import advance
+from rarefy.pruning.block import Masks, OnProgress, PartCounter, prune_layers
+from rarefy.pruning.collect import STARVED
+from rarefy.pruning.matching import Matching
+from rarefy.pruning.precision import compute_dtype, full_float32
 from rarefy.pruning.records import LayerRecord, Report
-from rarefy.pruning.settings import PruneSettings
+from rarefy.pruning.settings import PatternOf, PruneSettings, as_pattern_of
+from rarefy.pruning.steps import PrunedBlock
 from rarefy.pruning.stores import BlockStore
+from rarefy.pruning.write import OVERFLOWED
 
 _NAMED = 8  # of these, so many are named in the warning
-
-
-def solve(
-    weight: Tensor, gram: Tensor | Gram, pattern: Pattern, method: Method, *, name: str = "the layer"
-) -> Solution:
-    """Prune one layer: ``weight`` (out, in) float, ``gram`` (in, in) tensor X^T X or ``Gram``.
-
-    Returns a Solution with ``weight`` (out, in), ``mask``, ``relative_error`` and ``status``; works in
-    float64 if either input does, else in float32. ``name`` is what errors call the layer. Raises
-    PatternError, MethodError, NumericalError (NaN or infinity), InputError (shapes).
-    """
-    gram = gram if isinstance(gram, Gram) else Gram.from_matrix(gram)
-    with torch.no_grad():
-        return run(method, LayerProblem(weight, gram), pattern, name=name)
 
 
 def prune(
     model: nn.Module,
     windows: Int64[Tensor, "num length"],
     *,
-    pattern: Pattern,
+    pattern: Pattern | PatternOf,
     method: Method,
     batch_size: int = 4,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     strict: bool = False,
-    on_progress: Progress | None = None,
+    matching: Matching | None = None,
+    on_progress: OnProgress | None = None,
     on_layer: Callable[[LayerRecord], None] | None = None,
 ) -> Report:
     """Prune the linears in all blocks of a loaded decoder-only transformers model, in place.
 
-    ``windows`` (num, length) are int64 token ids for calibration, replayed ``batch_size`` at a time.
-    ``include`` and ``exclude`` are globs on full module names. ``on_progress(done, total, note)`` and
-    ``on_layer(record)`` are called as the run goes on. Raises PatternError before anything changes
-    where the pattern does not fit a layer, NumericalError for NaN or infinity, and, if ``strict``,
-    for a layer whose status is a failure.
+    ``windows`` (num, length) are int64 token ids for calibration, replayed ``batch_size`` at a time. ``pattern`` is
+    one for all layers, or a function that gives the pattern of a ``Site``.
+    ``include`` and ``exclude`` are globs on full module names. ``matching`` trains what is kept of each block to
+    match the dense model. ``on_progress(done, total, note)`` and
+    ``on_layer(record)`` are called as the run goes on. What torch.compile or data parallelism wraps around a
+    model is taken off. Raises ModelError for a model that cannot be pruned, such as one with adapters or quantised
+    weights, PatternError before anything changes where the pattern does not fit a layer, NumericalError for NaN
+    or infinity, and, if ``strict``, for a layer whose status is a failure.
 
     Where torch.distributed's default group is initialised, all of its processes call this alike, with the
     same model, all windows and the same settings; they share the work, and each ends with the pruned model
     and the report. Raises InputError where they differ, RankError where one of them is gone.
     """
-    settings = PruneSettings(pattern, method, batch_size, include, exclude, strict)
+    steps = [matching] if matching is not None else []
+    settings = PruneSettings(as_pattern_of(pattern), method, batch_size, include, exclude, strict, steps)
     return prune_model(model, windows, settings, on_progress, on_layer)
 
 
@@ -88,81 +82,108 @@ def prune_model(
     model: nn.Module,
     windows: Int64[Tensor, "num length"],
     settings: PruneSettings,
-    on_progress: Progress | None = None,
+    on_progress: OnProgress | None = None,
     on_layer: Callable[[LayerRecord], None] | None = None,
 ) -> Report:
     """What ``prune`` does, with the settings in one piece."""
-    home = BlockStore(model)
-    if home.world.size > 1:
-        _check_alike(home.world, model, windows, settings)
+    model = unwrapped(model)
+    store = BlockStore(model)
+    if store.world.size > 1:
+        _check_alike(store.world, model, windows, settings)
+    check_blocks(model, select_sites(find_blocks(model), settings.include, settings.exclude))
     training = model.training
     model.eval()
     try:
-        return prune_blocks(home, windows, settings, on_progress, on_layer)
+        return prune_blocks(store, windows, settings, on_progress, on_layer)
     finally:
         model.train(training)
 
 
+@full_float32()
 def prune_blocks(
-    home: BlockStore,
+    store: BlockStore,
     windows: Int64[Tensor, "num length"],
     settings: PruneSettings,
-    on_progress: Progress | None = None,
+    on_progress: OnProgress | None = None,
     on_layer: Callable[[LayerRecord], None] | None = None,
 ) -> Report:
-    """Prune the linears in all unfinished blocks of the model that ``home`` keeps, which is in inference mode.
+    """Prune the linears in all unfinished blocks of the model in ``store``, which is in inference mode.
 
     Arguments and errors are those of ``prune``; ``on_progress`` and ``on_layer`` hear of what is done now.
-    The report is of the whole run. All processes of ``home.world`` call this alike, with all windows.
+    The report is of the whole run. All processes of ``store.world`` call this alike, with all windows.
     """
     started = time.perf_counter()
-    world = home.world
+    world = store.world
     own, first = _own(world, windows)
-    blocks = select_sites(find_blocks(home.model), settings.include, settings.exclude)
-    check_pattern(blocks, settings.pattern)
+    blocks = select_sites(find_blocks(store.model), settings.include, settings.exclude)
+    check_patterns(blocks, settings.pattern_of)
     last = max(block.index for block in blocks if block.sites)
-    records = home.records()
-    todo = blocks[home.finished : last + 1]
+    records = store.records()
+    todo = blocks[store.finished : last + 1]
     if todo:
         with world.together():
-            stream = home.record(blocks, own, settings.batch_size, first)
-        convert_calls(stream, compute_dtype(stream.states.dtype, stream.device))
-        ticks = Ticks(on_progress, _num_parts(todo, stream.num_batches))
+            entering, dense = store.hidden_states(
+                blocks, own, settings.batch_size, first, dense_path=settings.needs_dense_path
+            )
+        for states in filter(None, (entering, dense)):
+            convert_calls(states, compute_dtype(states.states.dtype, states.device))
+        counter = PartCounter(on_progress, _num_parts(todo, entering.num_batches, settings))
     for block, following in zip_longest(todo, todo[1:]):
         done = []
-        with ExitStack() as turn:
+        masks: Masks | None = {} if settings.steps else None
+        with ExitStack() as scope:
             with world.together():
-                turn.enter_context(home.loaded(block, following))
-            for record_ in prune_block(world, block, stream, settings, ticks):
-                done.append(record_)
+                scope.enter_context(store.loaded(block, following))
+            if dense is not None:
+                advance(world, block, dense, counter.count)
+            for layer in prune_layers(world, block, entering, settings, counter, masks):
+                done.append(layer)
                 if on_layer:
-                    on_layer(record_)
+                    on_layer(layer)
+            for step in settings.steps:
+                step(PrunedBlock(block, entering, dense, masks or {}, world), counter.count)
             if following is not None:
-                with world.together(), computing_in(block.module, stream.compute_dtype):
-                    stream.advance(block.module, block.index, ticks.one)
+                advance(world, block, entering, counter.count)
             with world.together():
                 if world.leads:
-                    home.store(block)
-        home.finish(block, done, stream if following is not None else None)
+                    store.store(block, changed_parameters(block, settings))
+        if following is None:
+            store.finish(block, done, None)
+        else:
+            store.finish(block, done, entering, dense)
         records += done
     if world.leads:
         _warn_of_starved(records)
+        _warn_of_overflow(records)
     seconds = time.perf_counter() - started
-    return Report(records, seconds=seconds, method=str(settings.method), pattern=str(settings.pattern))
+    return Report(records, seconds=seconds, method=str(settings.method), pattern=settings.pattern_name)
 
 
-def _num_parts(blocks: Sequence[Block], num_batches: int) -> int:
-    """Batches collected and advanced, and layers solved: what progress counts."""
-    collected = sum(len(turns(block.sites)) for block in blocks)
+def changed_parameters(block: Block, settings: PruneSettings) -> list[str]:
+    """The full names of the parameters of a block that a run may change; none where it has no site."""
+    if not block.sites:
+        return []
+    if settings.steps:
+        return [name for name, _ in block.module.named_parameters(prefix=block.name)]
+    return list(dict.fromkeys(site.parameter_name for site in block.sites))
+
+
+def _num_parts(blocks: Sequence[Block], num_batches: int, settings: PruneSettings) -> int:
+    """What progress counts: batches collected and advanced, layers solved, parts of steps."""
+    collected = sum(len(gram_groups(block.sites)) for block in blocks)
     advanced = len(blocks) - 1  # nothing comes after the last
-    return (collected + advanced) * num_batches + sum(len(block.sites) for block in blocks)
+    if settings.needs_dense_path:
+        advanced += len(blocks)
+    layers = sum(len(block.sites) for block in blocks)
+    steps = sum(step.num_parts(block, num_batches) for step in settings.steps for block in blocks)
+    return (collected + advanced) * num_batches + layers + steps
 
 
-def check_pattern(blocks: Sequence[Block], pattern: Pattern) -> None:
-    """Raise PatternError, naming the first layer, where ``pattern`` does not fit its shape."""
+def check_patterns(blocks: Sequence[Block], pattern_of: PatternOf) -> None:
+    """Raise PatternError, naming the first layer, where its pattern does not fit its shape."""
     for block in blocks:
         for site in block.sites:
-            pattern.validate(site.shape, site.name)
+            pattern_of(site).validate(site.shape, site.name)
 
 
 def _own(world: World, windows: Tensor) -> tuple[Tensor, int]:
@@ -182,9 +203,9 @@ def _check_alike(world: World, model: nn.Module, windows: Tensor, settings: Prun
     given = {
         "model": [(name, tuple(each.shape), each.dtype) for name, each in model.named_parameters()],
         "windows": hashlib.sha256(windows.cpu().numpy().tobytes()).hexdigest(),
-        "pattern": str(settings.pattern),
+        "pattern": [str(settings.pattern_of(site)) for block in find_blocks(model) for site in block.sites],
         "method": re.sub(r" at 0x\w+", "", repr(settings.method)),  # addresses of what a method of one's own holds
-        **{key: str(getattr(settings, key)) for key in ("batch_size", "include", "exclude", "strict")},
+        **{key: str(getattr(settings, key)) for key in ("batch_size", "include", "exclude", "strict", "steps")},
     }
     everyone = world.gather(given)
     for key in given:
@@ -203,4 +224,15 @@ def _warn_of_starved(records: Sequence[LayerRecord]) -> None:
             f"{len(names)} weights of experts were solved with all tokens of their block, because the router sent "
             f"fewer tokens to them than they have inputs: {', '.join(names[:_NAMED])}{more}. Their records say so.",
             stacklevel=5,
+        )
+
+
+def _warn_of_overflow(records: Sequence[LayerRecord]) -> None:
+    names = [record.name for record in records if OVERFLOWED in record.details]
+    if names:
+        more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+        warnings.warn(
+            f"{len(names)} layers have weights beyond the range of the dtype in which they are stored, which were "
+            f"clipped: {', '.join(names[:_NAMED])}{more}. Another --dtype, bfloat16 for instance, has the range.",
+            stacklevel=3,
         )

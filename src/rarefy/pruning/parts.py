@@ -19,8 +19,17 @@ _GRAVITY = (
 _JOINED: dict[str, Callable[[Sequence[float]], float]] = {
     "swaps": math.fsum,
     "support change": math.fsum,
+    "overflowed": math.fsum,
     "residual": lambda norms: math.sqrt(math.fsum(norm * norm for norm in norms)),
 }
+
+
+@dataclass(frozen=True)
+class Energies:
+    """Output energy of some rows: tr(D H D^T), and with H brought to unit diagonal (LayerProblem.balanced_error)."""
+
+    plain: float
+    balanced: float
 
 
 @dataclass(frozen=True)
@@ -28,8 +37,8 @@ class Part:
     """The record of a piece, the output energy that was lost in its rows, and theirs in the dense layer."""
 
     record: LayerRecord
-    lost: float
-    dense: float
+    lost: Energies
+    dense: Energies
 
 
 def join(parts: Sequence[Part]) -> LayerRecord:
@@ -42,7 +51,12 @@ def join(parts: Sequence[Part]) -> LayerRecord:
         records[0],
         shape=[sum(record.shape[0] for record in records), records[0].shape[1]],
         kept=sum(record.kept for record in records),
-        relative_error=error_ratio(math.fsum(part.lost for part in parts), math.fsum(part.dense for part in parts)),
+        relative_error=error_ratio(
+            math.fsum(part.lost.plain for part in parts), math.fsum(part.dense.plain for part in parts)
+        ),
+        balanced_error=error_ratio(
+            math.fsum(part.lost.balanced for part in parts), math.fsum(part.dense.balanced for part in parts)
+        ),
         status=status.value,
         failed=status.failed,
         details=_details([record.details for record in records]),

@@ -5,19 +5,18 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
-from typing import Any, Self
-
-from rarefy.errors import InputError
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 
 @dataclass
 class LayerRecord:
     """One pruned layer, as graded from the weight that was written; one line of ``layers.jsonl``.
 
-    ``shape`` is [out, in], ``kept`` the exact count of weights that may be non-zero,
-    ``relative_error`` the output energy lost (0 is exact, 1 is as bad as the zero matrix), ``status``
+    ``shape`` is [out, in], ``pattern`` the name of its pattern and ``pattern_spec`` what the pattern is made from
+    again (layer/pattern.py), ``kept`` the exact count of weights that may be non-zero,
+    ``relative_error`` the output energy lost (0 is exact, 1 is as bad as the zero matrix),
+    ``balanced_error`` the same if all inputs had the same energy, which no single input can hide, ``status``
     the sentence in which the method says how it ended, ``failed`` whether that is a failure,
     ``details`` numbers that belong to it, ``peak_bytes`` the most memory in use while it was solved
     (0 where unknown), ``trace`` one number per step under each name (left out of the file where empty).
@@ -31,11 +30,14 @@ class LayerRecord:
     relative_error: float
     status: str
     failed: bool = False
-    details: dict[str, float | str] = field(default_factory=dict)
+    balanced_error: float = math.nan
+    pattern_spec: dict[str, str | int | float] = field(default_factory=dict)
+    # Whole numbers that are read again stay whole, and so a record is written again as it was.
+    details: dict[str, int | float | str] = field(default_factory=dict)
     steps: int = 0
     seconds: float = 0.0
     peak_bytes: int = 0
-    trace: dict[str, list[float]] = field(default_factory=dict)
+    trace: dict[str, list[int | float]] = field(default_factory=dict)
 
     @property
     def size(self) -> int:
@@ -63,20 +65,6 @@ class LayerRecord:
         if not self.trace:
             del values["trace"]
         return json.dumps(_finite(values), allow_nan=False)
-
-    @classmethod
-    def from_json(cls, line: str) -> Self:
-        """The record that ``to_json`` wrote. Raises ValueError where the line is no such record."""
-        values = json.loads(line)
-        known = {item.name for item in fields(cls)}
-        if not isinstance(values, dict) or not known >= values.keys():
-            raise ValueError("not the record of a layer")
-        try:
-            record = cls(**values)
-        except TypeError as error:
-            raise ValueError(f"not the record of a layer: {error}") from error
-        record.relative_error = float(record.relative_error)
-        return record
 
 
 @dataclass
@@ -112,6 +100,11 @@ class Report:
         return geometric_mean(layer.relative_error for layer in self.layers)
 
     @property
+    def balanced_error(self) -> float:
+        """The geometric mean of the layers' balanced errors, in which all inputs count the same."""
+        return geometric_mean(layer.balanced_error for layer in self.layers)
+
+    @property
     def failed(self) -> list[LayerRecord]:
         """The layers on which the method failed."""
         return [layer for layer in self.layers if layer.failed]
@@ -132,7 +125,7 @@ class Report:
 
     def rows(self) -> list[list[str]]:
         """A table by kind of layer: heading, one row per kind, and the sum of all."""
-        heading = ["layer", "count", "shape", "sparsity", "relative error", "worst", "seconds"]
+        heading = ["layer", "count", "shape", "sparsity", "relative error", "worst", "balanced error", "seconds"]
         body = [_row(kind, part, part.seconds) for kind, part in self.by_kind().items()]
         return [heading, *body, _row("all", self, sum(layer.seconds for layer in self.layers))]
 
@@ -172,17 +165,6 @@ def geometric_mean(values: Iterable[float]) -> float:
     return math.exp(sum(math.log(value) for value in numbers) / len(numbers))
 
 
-def read_records(path: Path) -> list[LayerRecord]:
-    """The records in a ``layers.jsonl``. Raises InputError where a line is none, OSError where unreadable."""
-    records = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        try:
-            records.append(LayerRecord.from_json(line))
-        except ValueError as error:
-            raise InputError.sentence(f"Line {number} of {path} is damaged: {error}.") from error
-    return records
-
-
 def _row(kind: str, part: Report, seconds: float) -> list[str]:
     shapes = {" x ".join(str(n) for n in layer.shape) for layer in part.layers}
     worst = max((layer.relative_error for layer in part.layers), default=math.nan)
@@ -193,6 +175,7 @@ def _row(kind: str, part: Report, seconds: float) -> list[str]:
         f"{part.sparsity:.2%}",
         three_digits(part.relative_error),
         three_digits(worst),
+        three_digits(part.balanced_error),
         f"{seconds:.1f}",
     ]
 

@@ -8,7 +8,7 @@ on disk: a block is loaded when the loop reaches it, and written into a copy of 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -19,12 +19,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from rarefy.calibration.spill import StatesPart, load_states, save_states
-from rarefy.calibration.stream import HiddenStates, convert_calls, record
+from rarefy.calibration.record import record
+from rarefy.calibration.saved import load_stream, save_stream
+from rarefy.calibration.spill import DENSE, PRUNED, StatesPart
+from rarefy.calibration.stream import HiddenStates, convert_calls
 from rarefy.errors import OutputError
-from rarefy.models.atomic import refusals, replace_file
+from rarefy.models.atomic import replace_file
 from rarefy.models.blocks import Block
-from rarefy.models.shards import ShardCopies
 from rarefy.models.streaming import StreamedModel
 from rarefy.parallel.world import World
 from rarefy.pruning.precision import compute_dtype, computing_in
@@ -41,6 +42,9 @@ if TYPE_CHECKING:
 
         @property
         def finished(self) -> int: ...
+        def keep(self, name: str, content: bytes) -> None: ...
+        def kept(self, name: str) -> bytes | None: ...
+        def damaged(self, path: Path) -> OutputError: ...
         def records(self) -> list[LayerRecord]: ...
         def finish_block(self, index: int, records: Sequence[LayerRecord], states: Sequence[StatesPart]) -> None: ...
 
@@ -49,11 +53,11 @@ _WINDOWS = "windows.safetensors"
 
 
 class BlockStore:
-    """Where the blocks of a model are before their turn and after it: here, in memory all the time.
+    """A model in memory, of which nothing is kept; the interface of all stores.
 
-    The loop calls ``record`` once, and for each block in order ``loaded``, within it ``store``, and then
-    ``finish``. Blocks before ``finished`` were done by an earlier run, whose ``records`` are these. Of several
-    processes, ``world``, each has a home; ``store`` is called on the first of them only.
+    The loop calls ``hidden_states`` once, and for each block in order ``loaded``, within it ``store``, and then
+    ``finish``. Blocks before number ``finished`` were done by an earlier run, whose ``records`` these are. Each
+    process of ``world`` has a store; ``store`` is called on the first of them only.
     """
 
     finished = 0
@@ -66,25 +70,39 @@ class BlockStore:
         """The records of the finished blocks."""
         return []
 
-    def record(
-        self, blocks: Sequence[Block], windows: Int64[Tensor, "num length"], batch_size: int, first: int = 0
-    ) -> HiddenStates:
-        """How every block is called, and the hidden states that enter the first unfinished one.
+    def hidden_states(
+        self,
+        blocks: Sequence[Block],
+        windows: Int64[Tensor, "num length"],
+        batch_size: int,
+        first: int = 0,
+        *,
+        dense_path: bool = False,
+    ) -> tuple[HiddenStates, HiddenStates | None]:
+        """The hidden states that enter the first unfinished block, with how every block is called.
 
-        ``windows`` are this process's, of which the first is number ``first`` of the run.
+        The second is the same of the dense model, if ``dense_path`` asks for it. ``windows`` are this process's,
+        of which the first is number ``first`` of the run.
         """
-        return record(self.model, [block.module for block in blocks], windows, batch_size)
+        entering = record(self.model, [block.module for block in blocks], windows, batch_size)
+        return entering, entering.fork() if dense_path else None
 
     @contextmanager
     def loaded(self, block: Block, following: Block | None) -> Iterator[None]:
         """Within the scope, ``block`` is in memory; ``following`` is the one that will be loaded next."""
         yield
 
-    def store(self, block: Block) -> None:
-        """Keep the weights of ``block``, which were pruned."""
+    def store(self, block: Block, names: Collection[str]) -> None:
+        """Keep those parameters of ``block`` that were changed, by their full ``names``."""
 
-    def finish(self, block: Block, records: Sequence[LayerRecord], entering: HiddenStates | None) -> None:
-        """``block`` is done; ``entering`` are the states for the next one, None after the last."""
+    def finish(
+        self,
+        block: Block,
+        records: Sequence[LayerRecord],
+        entering: HiddenStates | None,
+        entering_dense: HiddenStates | None = None,
+    ) -> None:
+        """``block`` is done; ``entering`` are the states for the next one on both paths, None after the last."""
 
 
 class JournaledStore(BlockStore):
@@ -101,30 +119,40 @@ class JournaledStore(BlockStore):
         self._first = 0  # the number of this process's first window
         self.finished = journal.finished
         for index in range(self.finished):
-            self._restore(self._weights_of(index))
+            self._restore(index)
 
     def records(self) -> list[LayerRecord]:
         """The records of the finished blocks. Raises OutputError where a file is missing or damaged."""
         return self.world.from_first(self.journal.records)
 
-    def record(
-        self, blocks: Sequence[Block], windows: Int64[Tensor, "num length"], batch_size: int, first: int = 0
-    ) -> HiddenStates:
-        """How every block is called, and the states that were saved last, if any.
+    def hidden_states(
+        self,
+        blocks: Sequence[Block],
+        windows: Int64[Tensor, "num length"],
+        batch_size: int,
+        first: int = 0,
+        *,
+        dense_path: bool = False,
+    ) -> tuple[HiddenStates, HiddenStates | None]:
+        """The hidden states that enter the first unfinished block: those that were saved last, if any.
 
-        Where these are lost or damaged, they are computed again from the finished blocks.
+        Where states of the pruned path are lost or damaged, they are computed again from the finished blocks.
+        Raises OutputError where states of the dense path are, since the dense blocks may be gone.
         """
         self._first = first
-        stream = self._record(blocks, windows, batch_size)
+        entering = self._record(blocks, windows, batch_size)
+        dense = entering.fork(self.offload) if dense_path else None
         if not self.journal.states:
-            return stream
+            return entering, dense
         try:
-            load_states(self.journal.folder, self.journal.states, stream.states, first, stream.release)
+            load_stream(self.journal.folder, self.journal.states, entering, first)
         except OutputError as error:
             warnings.warn(f"{error} They are computed again from the finished blocks.", stacklevel=2)
-            stream = self._record(blocks, windows, batch_size)  # some of them may be overwritten
-            self._replay(stream, blocks[: self.finished])
-        return stream
+            entering = self._record(blocks, windows, batch_size)  # some of them may be overwritten
+            self._replay(entering, blocks[: self.finished])
+        if dense is not None:
+            load_stream(self.journal.folder, self.journal.states, dense, first, path=DENSE)
+        return entering, dense
 
     def _record(self, blocks: Sequence[Block], windows: Int64[Tensor, "num length"], batch_size: int) -> HiddenStates:
         return record(self.model, [block.module for block in blocks], windows, batch_size, self.offload)
@@ -142,42 +170,47 @@ class JournaledStore(BlockStore):
         """Within the scope, a finished block is in memory as it was left."""
         yield
 
-    def store(self, block: Block) -> None:
-        """Write the pruned parameters into a file beside the journal. Raises OutputError."""
-        if block.sites:
-            parameters = {site.parameter_name: site.parameter for site in block.sites}
-            tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in parameters.items()}
-            replace_file(self._weights_of(block.index), save(tensors))
+    def store(self, block: Block, names: Collection[str]) -> None:
+        """Write the changed parameters into a file beside the journal. Raises OutputError."""
+        if names:
+            tensors = {name: self.model.get_parameter(name).detach().cpu().contiguous() for name in names}
+            self.journal.keep(_weights_of(block.index), save(tensors))
 
-    def finish(self, block: Block, records: Sequence[LayerRecord], entering: HiddenStates | None) -> None:
+    def finish(
+        self,
+        block: Block,
+        records: Sequence[LayerRecord],
+        entering: HiddenStates | None,
+        entering_dense: HiddenStates | None = None,
+    ) -> None:
         """Save the states for the next block, and note in the journal that this one is done. Raises OutputError.
 
         Of several processes, each saves those of its windows.
         """
-        parts = []
+        own: list[StatesPart] = []
+        folder, number = self.journal.folder, block.index + 1
         with self.world.together():
-            if entering is not None:
-                folder, number = self.journal.folder, block.index + 1
-                parts.append(save_states(folder, number, entering.states, self._first, entering.release))
-        everyone = self.world.gather(parts)
+            for path, states in ((PRUNED, entering), (DENSE, entering_dense)):
+                if states is not None:
+                    own += save_stream(folder, number, states, self._first, path=path)
+        everyone = self.world.gather(own)
         with self.world.together():
             self.journal.finish_block(block.index, records, [part for parts in everyone for part in parts])
 
-    def _weights_of(self, index: int) -> Path:
-        return self.journal.folder / f"weights-{index:05d}.safetensors"
-
-    def _restore(self, file: Path) -> None:
-        """Put the pruned parameters of a finished block back; a block without pruned linears has no file."""
-        if not file.exists():
+    def _restore(self, index: int) -> None:
+        """Put the changed parameters of a finished block back, if it has any. Raises OutputError."""
+        if (content := self.journal.kept(_weights_of(index))) is None:
             return
-        with refusals(file), torch.no_grad():
+        with torch.no_grad():
             try:
-                for name, tensor in load(file.read_bytes()).items():
+                for name, tensor in load(content).items():
                     self.model.get_parameter(name).copy_(tensor)
             except (SafetensorError, AttributeError, RuntimeError) as error:
-                raise OutputError.sentence(
-                    f"{file} is damaged, so the unfinished run cannot go on: remove {file.parent} to begin anew."
-                ) from error
+                raise self.journal.damaged(self.journal.folder / _weights_of(index)) from error
+
+
+def _weights_of(index: int) -> str:
+    return f"weights-{index:05d}.safetensors"
 
 
 def keep_windows(output: Path, windows: Int64[Tensor, "num length"]) -> None:
@@ -196,17 +229,22 @@ def kept_windows(output: Path) -> Int64[Tensor, "num length"] | None:
 class StreamedStore(JournaledStore):
     """A model on disk: one block of it is in memory at a time, on ``device``.
 
-    The copies of the checkpoint's files are made here, in the model folder of ``journal``. Raises
-    OutputError where they cannot be.
+    The copies of the checkpoint's files are made here, in the model folder of ``journal``; ``changed`` are the
+    parameters that will be written to them. Raises OutputError where they cannot be made.
     """
 
     def __init__(
-        self, streamed: StreamedModel, journal: Journal, device: torch.device, offload: Path | None = None
+        self,
+        streamed: StreamedModel,
+        journal: Journal,
+        device: torch.device,
+        offload: Path | None = None,
+        changed: Collection[str] = (),
     ) -> None:
         super().__init__(streamed.model, journal, offload)
         self.streamed = streamed
         self.device = device
-        self.copies = ShardCopies(streamed.shards, journal.model)
+        self.copies = streamed.copies(journal.model, changed)
 
     def prepare(self, num_blocks: int) -> None:
         """Make the copies, or check those of an earlier run unless it got through all ``num_blocks``."""
@@ -236,9 +274,9 @@ class StreamedStore(JournaledStore):
                 self.streamed.prefetch(following.name)
             yield
 
-    def store(self, block: Block) -> None:
-        """Write the pruned parameters into the copy of the checkpoint. Raises OutputError."""
-        self.streamed.store({site.parameter_name for site in block.sites}, self.copies)
+    def store(self, block: Block, names: Collection[str]) -> None:
+        """Write the changed parameters into the copy of the checkpoint. Raises OutputError."""
+        self.streamed.store(names, self.copies)
 
-    def _restore(self, file: Path) -> None:
+    def _restore(self, index: int) -> None:
         """The copy of the checkpoint holds the finished blocks."""

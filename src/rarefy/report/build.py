@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from rarefy.errors import InputError, OutputError, RarefyError
+from rarefy.models.atomic import replace_file
 from rarefy.pruning.records import LayerRecord
 from rarefy.report.page import render
 from rarefy.report.views import LayerProof, RunView, SweepView
+from rarefy.runs.arguments import check_device
 from rarefy.runs.events import Watch, unwatched
-from rarefy.runs.folder import RunFolder, write_atomically
+from rarefy.runs.folder import RunFolder
+from rarefy.runs.recipe_file import read_yaml
 from rarefy.sweeps.folder import SweepFolder
 
 
@@ -21,13 +23,15 @@ def write_report(
     paths: Sequence[str | Path],
     output: str | Path | None = None,
     *,
-    texts: bool = True,
+    texts: bool = False,
     device: str = "auto",
     watch: Watch | None = None,
+    note: Callable[[str], None] | None = None,
 ) -> Path:
     """Write the page about the runs and sweeps in ``paths``; returns the file, RUN/report.html of the first.
 
-    With ``texts``, dense and pruned model of a run are loaded where the run kept no texts and both can be had.
+    No model is loaded, except with ``texts`` where a run kept none: the one that it pruned, which its recipe
+    names and which may be on the hub, and the one that it wrote; ``note`` hears of it.
     Raises InputError where a path is no folder of a run, OutputError where the page cannot be written.
     """
     if not paths:
@@ -38,22 +42,27 @@ def write_report(
     file = Path(output) if output is not None else folders[0].path / "report.html"
     if file.is_dir() or not file.absolute().parent.is_dir():
         raise OutputError("--output", str(file), "a file in a folder that exists")
+    check_device(device)
+    write = _Writer(device, watch or unwatched, note or (lambda _: None)) if texts else None
     for folder in folders:
         if isinstance(folder, SweepFolder):
             sweeps.append(_sweep(folder))
         else:
-            runs.append(_run(folder, texts, device, watch or unwatched))
-    page = render(runs, sweeps)
-    try:
-        write_atomically(file, page)
-    except OSError as error:
-        raise OutputError("--output", str(file), f"a file that can be written ({error.strerror or error})") from error
+            runs.append(_run(folder, write))
+    replace_file(file, render(runs, sweeps))
     return file
 
 
 def _folder(path: str | Path) -> RunFolder | SweepFolder:
     """The run or sweep in ``path``. Raises InputError where there is none."""
-    path = Path(path).expanduser()
+    try:
+        return _found(Path(path).expanduser())
+    except (OSError, RuntimeError) as error:  # a name that no file can have, a home that nobody has
+        reason = getattr(error, "strerror", None) or error
+        raise InputError.sentence(f"RUN is {str(path)!r}, which cannot be read: {reason}.") from error
+
+
+def _found(path: Path) -> RunFolder | SweepFolder:
     sweep = SweepFolder(path)
     if sweep.exists:
         sweep.read_sweep()
@@ -75,14 +84,10 @@ def _folder(path: str | Path) -> RunFolder | SweepFolder:
     )
 
 
-def _run(folder: RunFolder, texts: bool, device: str, watch: Watch) -> RunView:
-    facts = folder.read_run()
-    for key in ("method", "pattern"):
-        if key not in facts:
-            raise InputError.sentence(f"{folder.run} is damaged: it does not say the {key}.")
-    layers = folder.read_layers()
-    recipe = folder.recipe.read_text(encoding="utf-8") if folder.recipe.is_file() else ""
-    dense, pruned, reason = _texts(folder, facts, recipe, texts, device, watch)
+def _run(folder: RunFolder, write: _Writer | None) -> RunView:
+    facts, layers = folder.read_run(), folder.read_layers()
+    recipe = folder.recipe.read_text(encoding="utf-8", errors="replace") if folder.recipe.is_file() else ""
+    dense, pruned, reason = _texts(folder, facts, write)
     return RunView(str(folder.path), facts, layers, recipe, _proof(folder, layers), dense, pruned, reason)
 
 
@@ -116,34 +121,48 @@ def _proof(folder: RunFolder, layers: Sequence[LayerRecord]) -> list[LayerProof]
 Texts = list[tuple[str, str]]
 
 
-def _texts(
-    folder: RunFolder, facts: dict[str, Any], recipe: str, wanted: bool, device: str, watch: Watch
-) -> tuple[Texts, Texts, str]:
+def _texts(folder: RunFolder, facts: dict[str, Any], write: _Writer | None) -> tuple[Texts, Texts, str]:
     """What the dense and the pruned model write, and why nothing if so."""
-    kept = [(one["prompt"], one["text"]) for one in facts.get("texts", [])]
-    kept_dense = [(one["prompt"], one["text"]) for one in facts.get("dense_texts", [])]
-    if kept and kept_dense:
-        return kept_dense, kept, ""
-    if not wanted:
-        return kept_dense, kept, "the report was asked for without them (--no-texts)."
-    settings = yaml.safe_load(recipe) if recipe else None
-    name = settings.get("model") if isinstance(settings, dict) else None
-    if not folder.model.is_dir() or not name:
-        return kept_dense, kept, "the run wrote no model."
-    try:
-        with watch("writing texts"):
-            return _written_by(str(name), device), _written_by(str(folder.model), device), ""
-    except RarefyError as error:
-        return kept_dense, kept, str(error)
+    pruned, dense = ([(one["prompt"], one["text"]) for one in facts.get(key, [])] for key in ("texts", "dense_texts"))
+    reason = ""
+    if not (pruned and dense):
+        if not folder.model.is_dir() or not folder.recipe.is_file():
+            reason = "the run wrote no model."
+        elif write is None:
+            reason = "the run kept none; `rarefy report --texts` loads the dense and the pruned model to write some."
+        else:
+            try:
+                dense, pruned = write.both(folder)
+            except RarefyError as error:
+                reason = str(error)
+    return dense, pruned, reason
 
 
-def _written_by(name: str, device: str) -> Texts:
-    from rarefy.errors import ModelError
-    from rarefy.models.checkpoint import load_model
-    from rarefy.models.source import resolve_model
-    from rarefy.runs.texts import PROMPTS, write_texts
+@dataclass(frozen=True)
+class _Writer:
+    """Lets the models of a run write, both of which it loads."""
 
-    model, tokenizer = load_model(resolve_model(name), device)
-    if tokenizer is None:
-        raise ModelError.sentence(f"{name} has no tokenizer.")
-    return list(zip(PROMPTS, write_texts(model, tokenizer)))
+    device: str
+    watch: Watch
+    note: Callable[[str], None]
+
+    def both(self, folder: RunFolder) -> tuple[Texts, Texts]:
+        """What the dense and the pruned model write. Raises RarefyError where they cannot."""
+        settings = read_yaml(folder.recipe)
+        name = settings.get("against") or settings.get("model")  # of a tuning, the dense model is the former
+        if not isinstance(name, str):
+            raise InputError.sentence(f"{folder.recipe} names no model.")
+        self.note(f"loading {name}, which {folder.recipe} names, and {folder.model}")
+        with self.watch("writing texts"):
+            return self._written_by(name), self._written_by(str(folder.model))
+
+    def _written_by(self, name: str) -> Texts:
+        from rarefy.errors import ModelError
+        from rarefy.models.checkpoint import load_model
+        from rarefy.models.source import resolve_model
+        from rarefy.runs.texts import PROMPTS, write_texts
+
+        model, tokenizer = load_model(resolve_model(name), self.device)
+        if tokenizer is None:
+            raise ModelError.sentence(f"{name} has no tokenizer.")
+        return list(zip(PROMPTS, write_texts(model, tokenizer)))

@@ -65,13 +65,17 @@ class Picture:
 
 @dataclass(frozen=True)
 class Point:
-    """One method at one sparsity: mean and standard deviation of a measurement; ``pattern`` names the place."""
+    """One method at one sparsity: mean and standard deviation of a measurement; ``pattern`` names the place.
+
+    ``in_groups`` says that the pattern is N:M.
+    """
 
     method: str
     pattern: str
     sparsity: float
     mean: float
     deviation: float = 0.0
+    in_groups: bool = False
 
 
 def error_map(layers: Sequence[LayerRecord], title: str, limits: tuple[float, float]) -> Picture:
@@ -117,6 +121,19 @@ def error_curves(layers: Sequence[LayerRecord], title: str) -> Picture:
         f"{best.relative_error:.3g} to {worst.relative_error:.3g}."
     )
     return _lines(lines, title, alt, "block", "relative error")
+
+
+def learning_curve(
+    steps: Sequence[Mapping[str, float]], held_out: Sequence[Mapping[str, float]], title: str
+) -> Picture:
+    """The KL divergence of a tuning over its steps: of the batches, and of the held-out windows."""
+    lines = {"batches": _curve((one["step"], one["kl"]) for one in steps)}
+    if held_out:
+        lines["held out"] = _curve((one["step"], one["kl"]) for one in held_out)
+    words = "; ".join(f"{name} from {y[0]:.3g} to {y[-1]:.3g}" for name, (_, y) in lines.items() if y)
+    return _lines(
+        lines, title, f"KL divergence from the dense model over the steps, {title}: {words}.", "step", "KL, nats"
+    )
 
 
 def block_curves(runs: Mapping[str, Sequence[LayerRecord]], title: str) -> Picture:
@@ -170,8 +187,8 @@ def against_sparsity(
     Bars are the points' deviations. With ``share`` the numbers are fractions, shown in percent.
     """
     methods = list(dict.fromkeys(point.method for point in points))
-    patterns = list(dict.fromkeys(point.pattern for point in points if ":" in point.pattern))
-    plain = [point for point in points if ":" not in point.pattern]
+    patterns = list(dict.fromkeys(point.pattern for point in points if point.in_groups))
+    plain = [point for point in points if not point.in_groups]
     words = "; ".join(
         f"{method}: " + ", ".join(f"{one.mean:.4g} at {one.pattern}" for one in points if one.method == method)
         for method in methods

@@ -123,7 +123,11 @@ def loss(runs: Sequence[RunView], sweeps: Sequence[SweepView]) -> list[Part]:
             if one["value"] is not None:
                 key = (one.get("label") or one["text"], one["length"])
                 point = Point(
-                    view.facts["method"], view.facts["pattern"], Report(list(view.layers)).sparsity, one["value"]
+                    view.facts["method"],
+                    view.facts["pattern"],
+                    Report(list(view.layers)).sparsity,
+                    one["value"],
+                    in_groups=view.facts.get("pattern_spec", {}).get("kind") == "n:m",
                 )
                 groups.setdefault(key, []).append(point)
     pictures = [
@@ -146,7 +150,7 @@ _NAMES = {
 def _point(summary: Summary, key: str) -> Point:
     """With one seed, an accuracy has the standard error of its items for a bar."""
     bar = summary.deviation.get(key, summary.mean.get(f"{key}_stderr", 0.0))
-    return Point(summary.method, summary.pattern, summary.sparsity, summary.mean[key], bar)
+    return Point(summary.method, summary.pattern, summary.sparsity, summary.mean[key], bar, summary.in_groups)
 
 
 def errors(runs: Sequence[RunView], cells: Sequence[RunView]) -> list[Part]:

@@ -10,8 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from huggingface_hub import ModelCard, ModelCardData
+from jinja2 import Environment, PackageLoader, StrictUndefined, UndefinedError
 
+from rarefy.errors import InputError
+from rarefy.models.quiet import quiet
 from rarefy.pruning.records import three_digits
 
 #: Models that Rarefy knows by a name of its own.
@@ -31,15 +34,23 @@ def model_card(run: Mapping[str, Any]) -> str:
 
     Perplexities are shown where ``run["perplexity"]`` has any, each with its context length, and so are
     distances from the dense model and tasks; the hub links the base model where ``run["base_model"]["hub_id"]``
-    names it.
+    names it. Raises InputError where ``run`` says less than a card needs.
     """
+    try:
+        return _card(run)
+    except (KeyError, TypeError, ValueError, AttributeError, UndefinedError) as error:
+        raise InputError.sentence(f"run.json says too little for a model card ({error}).") from error
+
+
+def _card(run: Mapping[str, Any]) -> str:
     base = run["base_model"]
-    front: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
-    if base.get("license"):
-        front["license"] = base["license"]
-    if base.get("hub_id"):
-        front["base_model"] = base["hub_id"]
-    front["tags"] = ["rarefy", "pruning", "sparse", str(run["method"])]
+    front = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        license=base.get("license"),
+        base_model=base.get("hub_id"),
+        tags=["rarefy", "pruning", "sparse", str(run["method"])],
+    )
     name = str(base.get("hub_id") or base["name"]).rstrip("/")
     pattern = str(run["pattern"])
     return _ENVIRONMENT.get_template("card.md.jinja").render(
@@ -48,12 +59,11 @@ def model_card(run: Mapping[str, Any]) -> str:
             "tuning": None,
             "tasks": {},
             **run,
-            "front_matter": yaml.safe_dump(front, sort_keys=False),
+            "front_matter": f"{front.to_yaml()}\n",
             "base": f"`{name}`",
             "title": f"{name.rpartition('/')[2]}, pruned ({run['method']}, {pattern})",
-            "pattern_words": _pattern_words(pattern),
             "calibration_words": _calibration_words(run["calibration"]),
-            "speed": _SPEED[pattern == "2:4"],
+            "speed": _SPEED[run["pattern_spec"] == {"kind": "n:m", "keep": 2, "of": 4}],
         }
     )
 
@@ -65,9 +75,7 @@ def base_model(name: str, kind: str, path: Path) -> dict[str, str | None]:
     """
     if name in _KNOWN:
         return {"name": name, **_KNOWN[name]}
-    front = _front_matter(path / "README.md") if path.is_dir() else {}
-    licence = front.get("license")
-    return {"name": name, "hub_id": name if kind == "hub" else None, "license": licence and str(licence)}
+    return {"name": name, "hub_id": name if kind == "hub" else None, "license": _licence(path / "README.md")}
 
 
 def _rounded(value: float | None) -> str:
@@ -78,29 +86,20 @@ def _percent(value: float | None) -> str:
     return "unknown" if value is None else f"{value:.1%}"
 
 
-def _front_matter(file: Path) -> dict[str, Any]:
-    """What a card says between its two lines of ``---``; nothing where there is no such thing."""
+def _licence(card: Path) -> str | None:
+    """What a model's own card says of its licence; None where it says nothing that can be read."""
     try:
-        _, _, rest = file.read_text(encoding="utf-8").partition("---\n")
-        content = yaml.safe_load(rest.partition("\n---")[0])
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
-        return {}
-    return content if isinstance(content, dict) else {}
+        with quiet():
+            licence = ModelCard(card.read_text(encoding="utf-8"), ignore_metadata_errors=True).data.get("license")
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
+        return None
+    return licence if isinstance(licence, str) else None
 
 
 def _calibration_words(calibration: Mapping[str, Any]) -> str:
     own = calibration["source"] == "self"
     where = "written by the dense model itself" if own else f"from `{calibration['source']}`"
     return f"{calibration['num_samples']:,} windows of {calibration['sequence_length']:,} tokens, {where}"
-
-
-def _pattern_words(pattern: str) -> str:
-    keep, colon, of = pattern.partition(":")
-    if colon:
-        return f"{pattern}: at most {keep} of every {of} consecutive inputs of a row are not zero"
-    kind, _, percent = pattern.partition(" ")
-    where = {"unstructured": "of every weight matrix", "row": "of every row of every weight matrix"}.get(kind)
-    return f"{percent} {where} is zero" if where else pattern
 
 
 _ENVIRONMENT = Environment(

@@ -1,40 +1,57 @@
 """The journal of a run that is under way: what is finished, so that after a kill the same command goes on.
 
-    OUT/unfinished/progress.json      whose run this is, how many blocks are finished, where the states are
+    OUT/unfinished/journal.json       whose run this is, how many blocks are finished, where the states are
     OUT/unfinished/block-NNNNN.jsonl  the records of one finished block's layers
+    OUT/unfinished/weights-*          the pruned weights of one, where the model is in memory
     OUT/unfinished/states-*.bin       the hidden states that enter the first unfinished block
     OUT/unfinished/model/             the model so far
     OUT/unfinished/lock               held while a process works here
 
-A block is finished at the moment when the new progress.json takes the name of the old one; everything that
+A block is finished at the moment when the new journal.json takes the name of the old one; everything that
 it speaks of is on the disk by then, and what only the old one spoke of is removed afterwards. So a kill at
-any moment leaves one of the two, whole.
+any moment leaves one of the two, whole. The folder comes with its journal and loses its name before anything
+in it is removed, so a folder ``unfinished`` without a journal is not Rarefy's, and is left alone.
 """
 
 from __future__ import annotations
 
-import fcntl
+import errno
 import json
-import shutil
+import sys
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, BinaryIO, Self
+from typing import Any, Self
+
+from filelock import FileLock, Timeout
 
 from rarefy.calibration.spill import StatesPart
-from rarefy.errors import OutputError, RankError
-from rarefy.models.atomic import appears, refusals, remove_partial_files, replace_file, sync_folder
+from rarefy.errors import InputError, OutputError, RankError
+from rarefy.models.atomic import (
+    adding_folder,
+    appears,
+    refusals,
+    remove_folder,
+    remove_partial,
+    replace_file,
+    sync_folder,
+)
 from rarefy.parallel.world import Stopped
 from rarefy.pruning.records import LayerRecord
 from rarefy.runs.fingerprint import Fingerprint
+from rarefy.runs.folder import JOURNAL, is_unfinished_run
+from rarefy.runs.schema import parse_records, validated
 
-if TYPE_CHECKING:
-    pass
+_FORMAT = 2
+#: How a file system says that it has no locks.
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
-_FORMAT = 1
+
+class _DamageError(OutputError):
+    """What is finished is damaged, so the same command cannot go on."""
 
 
 class Journal:
@@ -50,30 +67,34 @@ class Journal:
         self.folder = output / "unfinished"
         self.model = self.folder / "model"
         self.states: list[StatesPart] = []
-        self._journal = self.folder / "progress.json"
-        self._blocks: list[int] = []  # a checksum of the records of each finished block
+        self._journal = self.folder / JOURNAL
+        self._finished = 0
+        self._files: dict[str, int] = {}  # the checksums of what is kept
         self._fingerprint: Fingerprint | None = None
-        self._lock: BinaryIO | None = None
+        self._lock: FileLock | None = None
 
     @classmethod
     def find(cls, output: Path) -> Self | None:
         """The journal in the folder ``output``, where there is one; nothing is read."""
-        progress = cls(output)
-        return progress if progress.folder.is_dir() else None
+        journal = cls(output)
+        return journal if is_unfinished_run(journal.folder) else None
 
     @property
     def finished(self) -> int:
         """The number of finished blocks."""
-        return len(self._blocks)
+        return self._finished
 
     def check(self, fingerprint: Fingerprint) -> None:
         """Read the journal, if there is one yet, and make sure that it is of this run; changes nothing.
 
-        Raises OutputError where it is of another run, naming the difference, or is damaged.
+        Raises OutputError where it is of another run, naming the difference, or is damaged, or where the folder
+        is not Rarefy's.
         """
-        if not self._journal.is_file():  # killed before it was first written: nothing is finished
-            self._fingerprint, self._blocks, self.states = fingerprint, [], []
+        if not self.folder.exists():
+            self._fingerprint, self._finished, self._files, self.states = fingerprint, 0, {}, []
             return
+        if not is_unfinished_run(self.folder):
+            raise OutputError.sentence(f"{self.folder} holds no {JOURNAL}, so it is not Rarefy's to write into.")
         content = self._read_journal()
         if difference := content.difference(fingerprint):
             raise OutputError.sentence(
@@ -90,12 +111,13 @@ class Journal:
         if not self._leads:
             return self
         with refusals(self.folder):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._take_lock()
+            self.folder.parent.mkdir(parents=True, exist_ok=True)
+            self.check(fingerprint)
+            if not self.folder.exists():
+                self._begin()
+            self._lock = take_lock(self.folder)
             try:
-                self.check(fingerprint)
-                if not self._journal.is_file():
-                    self._write_journal()
+                self.check(fingerprint)  # nobody else changes it from now on
                 self._remove_stale_files()
             except BaseException:
                 self.close()
@@ -103,17 +125,43 @@ class Journal:
         return self
 
     @property
-    def position(self) -> tuple[list[int], list[StatesPart]]:
-        """What ``follow`` takes: of each finished block a checksum, and where the states are."""
-        return self._blocks, self.states
+    def position(self) -> tuple[int, dict[str, int], list[StatesPart]]:
+        """What ``follow`` takes: the number of finished blocks, what is kept of them, and where the states are."""
+        return self._finished, self._files, self.states
 
-    def follow(self, position: tuple[list[int], list[StatesPart]]) -> None:
+    def follow(self, position: tuple[int, dict[str, int], list[StatesPart]]) -> None:
         """Be where the journal of the process that leads is. Raises OutputError where its folder is not here."""
-        self._blocks, self.states = position
+        self._finished, self._files, self.states = position
         if not self._leads and not appears(self.folder):
             raise OutputError.sentence(
                 f"{self.folder.parent} is not the same folder for all processes of the run: name one that all share."
             )
+
+    def keep(self, name: str, content: bytes) -> None:
+        """Write a file of the block at hand beside the journal, which names it once the block is finished.
+
+        Raises OutputError.
+        """
+        replace_file(self.folder / name, content)
+        self._files = {**self._files, name: zlib.crc32(content)}
+
+    def kept(self, name: str) -> bytes | None:
+        """The content of a file of a finished block; None where it has none of that name.
+
+        Raises OutputError where the file is missing or damaged.
+        """
+        if name not in self._files:
+            return None
+        path = self.folder / name
+        try:
+            content = path.read_bytes()
+        except FileNotFoundError as error:
+            raise _DamageError.sentence(f"{path} is missing, {self._remove_it}.") from error
+        except OSError as error:
+            raise OutputError.sentence(f"{path} cannot be read: {error.strerror or error}.") from error
+        if zlib.crc32(content) != self._files[name]:
+            raise self.damaged(path)
+        return content
 
     def finish_block(self, index: int, records: Sequence[LayerRecord], states: Sequence[StatesPart]) -> None:
         """Note that block ``index`` is finished, with the states that enter the next, none after the last.
@@ -123,30 +171,39 @@ class Journal:
         """
         if index != self.finished:
             raise ValueError(f"Block {index} was finished, but {self.finished} is the next.")
-        if not self._leads:
-            self._blocks, self.states = [*self._blocks, 0], list(states)
-            return
-        content = "".join(record.to_json() + "\n" for record in records).encode()
-        replace_file(self._records_of(index), content)
-        before = self._blocks, self.states
-        self._blocks, self.states = [*self._blocks, zlib.crc32(content)], list(states)
+        before = self.position
         try:
-            self._write_journal()
+            if self._leads:
+                self.keep(_records_of(index), "".join(record.to_json() + "\n" for record in records).encode())
+            self._finished, self.states = index + 1, list(states)
+            if self._leads:
+                self._write_journal()
         except BaseException:
-            self._blocks, self.states = before
+            self._finished, self._files, self.states = before
             raise
-        self._remove_stale_files()
+        if self._leads:
+            self._remove_stale_files()
 
     def records(self) -> list[LayerRecord]:
         """The records of all finished blocks. Raises OutputError where a file is missing or damaged."""
         records = []
-        for index, checksum in enumerate(self._blocks):
-            path = self._records_of(index)
-            content = self._read(path)
-            if zlib.crc32(content) != checksum:
-                raise self._damaged(path)
-            records += [LayerRecord.from_json(line) for line in content.decode().splitlines()]
+        for index in range(self.finished):
+            path = self.folder / _records_of(index)
+            try:
+                records += parse_records(self.kept(path.name) or b"", path)
+            except OutputError:
+                raise
+            except InputError as error:
+                raise self.damaged(path) from error
         return records
+
+    def damaged(self, path: Path) -> OutputError:
+        """The error for a file of what is finished that holds something else than was written."""
+        return _DamageError.sentence(f"{path} is damaged, {self._remove_it}.")
+
+    @property
+    def _remove_it(self) -> str:
+        return f"so the unfinished run cannot go on: remove {self.folder} to begin anew"
 
     @contextmanager
     def keeping(self) -> Iterator[None]:
@@ -158,6 +215,8 @@ class Journal:
             with refusals(self.folder):
                 yield
         except OutputError as error:
+            if not self.finished or isinstance(error, _DamageError):
+                raise
             raise OutputError.sentence(f"{str(error).rstrip('.')}; {self._kept()}.") from error
         except (RankError, Stopped) as error:
             kept = self._kept() if self.finished else "no block was finished yet, and the same command begins anew"
@@ -175,14 +234,16 @@ class Journal:
 
     def remove(self) -> None:
         """Remove the journal: the run is finished, or given up."""
+        if sys.platform == "win32":  # where a folder in which a file is open keeps its name
+            self.close()
+        if self._leads and is_unfinished_run(self.folder):
+            remove_folder(self.folder)
         self.close()
-        if self._leads:
-            shutil.rmtree(self.folder, ignore_errors=True)
 
     def close(self) -> None:
         """Let another process hold the journal."""
         if self._lock:
-            self._lock.close()
+            self._lock.release()
             self._lock = None
 
     def __enter__(self) -> Self:
@@ -195,69 +256,82 @@ class Journal:
 
     # --- Files --------------------------------------------------------------------------------------------
 
-    def _records_of(self, index: int) -> Path:
-        return self.folder / f"block-{index:05d}.jsonl"
-
-    def _take_lock(self) -> None:
-        self._lock = (self.folder / "lock").open("wb")
+    def _begin(self) -> None:
+        """Make the folder with a journal in it, in which nothing is finished."""
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self.close()
-            raise OutputError.sentence(f"{self.folder.parent} is being written by another process.") from None
-        except OSError:
-            pass  # a file system without locks
+            with adding_folder(self.folder) as folder:
+                self._write_journal(folder)
+        except OutputError:
+            if not is_unfinished_run(self.folder):  # else another process was quicker
+                raise
 
-    def _write_journal(self) -> None:
+    def _write_journal(self, folder: Path | None = None) -> None:
         assert self._fingerprint is not None
         content = {
             "format": _FORMAT,
             "fingerprint": asdict(self._fingerprint),
-            "blocks": self._blocks,
+            "finished": self._finished,
+            "files": self._files,
             "states": [asdict(part) for part in self.states],
         }
         text = json.dumps({"checksum": _checksum(content), **content}, indent=1)
-        replace_file(self._journal, text.encode())
+        replace_file((folder or self.folder) / JOURNAL, text)
 
     def _read_journal(self) -> Fingerprint:
         """Take over what the journal says, and return whose it is."""
         try:
-            content = json.loads(self._read(self._journal))
+            content = json.loads(self._journal.read_bytes())
             checksum = content.pop("checksum")
             if checksum != _checksum(content) or content["format"] != _FORMAT:
                 raise ValueError("another checksum or format")
-            fingerprint = Fingerprint(**content["fingerprint"])
-            states = [StatesPart(**part) for part in content["states"]]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise self._damaged(self._journal) from error
-        self._blocks, self.states = content["blocks"], states
-        return fingerprint
-
-    def _read(self, path: Path) -> bytes:
-        try:
-            return path.read_bytes()
+            fingerprint = validated(Fingerprint, content["fingerprint"])
+            finished, files = validated(int, content["finished"]), validated(dict[str, int], content["files"])
+            states = validated(list[StatesPart], content["states"])
+            if any(Path(name).name != name for name in (*files, *(part.file for part in states))):
+                raise ValueError("a file in another folder")
         except OSError as error:
-            raise OutputError.sentence(f"{path} cannot be read: {error.strerror or error}.") from error
-
-    def _damaged(self, path: Path) -> OutputError:
-        return OutputError.sentence(
-            f"{path} is damaged, so the unfinished run cannot go on: remove {self.folder} to begin anew."
-        )
+            raise OutputError.sentence(f"{self._journal} cannot be read: {error.strerror or error}.") from error
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise self.damaged(self._journal) from error
+        self._finished, self._files, self.states = finished, files, states
+        return fingerprint
 
     def _remove_stale_files(self) -> None:
         """Remove what the journal does not speak of; where that fails, nothing is lost but space."""
-        known = {part.file for part in self.states} | {self._records_of(i).name for i in range(self.finished)}
+        known = {part.file for part in self.states} | self._files.keys()
         with suppress(OSError):
-            remove_partial_files(self.folder)
-            for pattern in ("states-*.bin", "block-*.jsonl"):
+            remove_partial(self.folder.parent, self.folder.name)
+            remove_partial(self.folder)
+            for pattern in ("states-*", "block-*", "weights-*"):
                 for file in self.folder.glob(pattern):
                     if file.name not in known:
                         file.unlink()
 
 
+def take_lock(folder: Path) -> FileLock | None:
+    """The lock of a journal's folder, held; None where the file system has no locks.
+
+    Raises OutputError where another process holds it.
+    """
+    lock = FileLock(folder / "lock", thread_local=False)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise OutputError.sentence(f"{folder.parent} is being written by another process.") from None
+    except (OSError, NotImplementedError) as error:
+        if isinstance(error, OSError) and error.errno not in _NO_LOCKS:
+            raise
+        return None
+    return lock
+
+
 def finished_blocks(number: int) -> str:
     """The subject and verb of a sentence about finished blocks."""
     return "1 finished block is" if number == 1 else f"{number:,} finished blocks are"
+
+
+def _records_of(index: int) -> str:
+    return f"block-{index:05d}.jsonl"
 
 
 def _checksum(content: Mapping[str, Any]) -> int:

@@ -5,16 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rarefy.calibration.sources import SELF, parse_source
 from rarefy.errors import InputError, ModelError, OutputError
-from rarefy.runs.memory import check_own_text_fits
+from rarefy.models.locate import locate
+from rarefy.parallel.world import World
 from rarefy.runs.plan import Plan
+from rarefy.runs.recipe import DEFAULT_CALIBRATION, Recipe
 
 if TYPE_CHECKING:
     import torch
 
-    from rarefy.calibration.sources import Source
+    from rarefy.calibration.documents import Source
     from rarefy.models.source import ModelSource
-    from rarefy.runs.recipe import Recipe
 
 
 def make_plan(recipe: Recipe, output: Path | None = None, offload: Path | None = None) -> Plan:
@@ -22,29 +24,34 @@ def make_plan(recipe: Recipe, output: Path | None = None, offload: Path | None =
 
     ``output`` may hold an unfinished run, which must be this one. ``offload`` is where hidden states go.
     """
-    from rarefy.calibration.sources import DRAW_FROM, SELF, draw_windows, parse_source
+    if offload is not None and not offload.is_dir():
+        raise OutputError("--offload-dir", str(offload), "a folder that exists")
+    locate(recipe.model)
+    text = parse_source(recipe.calibration or DEFAULT_CALIBRATION, text_column=recipe.text_column)
+
+    # What follows imports torch, which takes seconds.
+    from rarefy.calibration.check import check_blocks
+    from rarefy.calibration.windows import DRAW_FROM, draw_windows
     from rarefy.models.blocks import find_blocks, select_sites
     from rarefy.models.checkpoint import resolve_device
     from rarefy.models.source import resolve_model
-    from rarefy.parallel.world import World
-    from rarefy.pruning.loop import check_pattern
+    from rarefy.pruning.loop import check_patterns
+    from rarefy.pruning.settings import Uniform
     from rarefy.pruning.stores import kept_windows
     from rarefy.runs.journal import Journal
-    from rarefy.runs.recipe import DEFAULT_CALIBRATION
+    from rarefy.runs.memory import check_own_text_fits
 
-    if offload is not None and not offload.is_dir():
-        raise OutputError("--offload-dir", str(offload), "a folder that exists")
     method, pattern = recipe.build_method(), recipe.build_pattern()
     world = World.current()
     device = world.place(resolve_device(recipe.device))
-    text = parse_source(recipe.calibration or DEFAULT_CALIBRATION)
     source = resolve_model(recipe.model)
     recipe = recipe.resolved(source.context)
     if recipe.window_shape[0] < world.size:
         raise InputError("--num-samples", recipe.window_shape[0], f"at least {world.size}, a window for each process")
     skeleton = source.skeleton()
     blocks = select_sites(find_blocks(skeleton), recipe.include, recipe.exclude)
-    check_pattern(blocks, pattern)
+    check_patterns(blocks, Uniform(pattern))
+    check_blocks(skeleton, blocks)
     windows = None
     if text is not SELF:
         num, length = recipe.window_shape
@@ -53,30 +60,20 @@ def make_plan(recipe: Recipe, output: Path | None = None, offload: Path | None =
     else:
         windows = kept_windows(output) if output else None
         recipe = recipe.model_copy(update={"bos": False})  # what the model writes begins with it anyway
-    streams = _streams(source, recipe)
+    streams = source.kind != "gguf"
     plan = Plan(recipe, method, pattern, device, source, skeleton, blocks, windows, streams, offload, world.size)
-    if output and (progress := Journal.find(output)) and windows is not None and source.kind != "hub":
-        progress.check(plan.fingerprint(windows))
+    if output and (journal := Journal.find(output)) and windows is not None and source.kind != "hub":
+        journal.check(plan.fingerprint(windows))
     if windows is None and plan.streams:
         check_own_text_fits(plan)
     return plan
-
-
-def _streams(source: ModelSource, recipe: Recipe) -> bool:
-    """Whether the model has files of which parts can be read, and is to be used in their dtype."""
-    from rarefy.models.checkpoint import resolve_dtype
-
-    if source.kind == "gguf" or (recipe.dtype != "auto" and resolve_dtype(recipe.dtype) != source.config.dtype):
-        return False
-    files = ("model.safetensors", "model.safetensors.index.json")
-    return source.kind == "hub" or any((source.path / file).is_file() for file in files)
 
 
 def read_tokens(
     source: ModelSource, text: Source, bos: bool, enough: int | None = None
 ) -> tuple[torch.Tensor, int | None]:
     """The tokens of ``text`` in one row, and the start token if ``bos`` asks for it."""
-    from rarefy.calibration.sources import token_stream
+    from rarefy.calibration.windows import check_token_ids, token_stream
     from rarefy.models.checkpoint import load_tokenizer
 
     tokenizer = load_tokenizer(source)
@@ -86,4 +83,6 @@ def read_tokens(
         )
     if bos and tokenizer.bos_token_id is None:
         raise InputError.sentence(f"--bos asks for a start token, but the tokenizer of {source.name} has none.")
-    return token_stream(text, tokenizer, enough), tokenizer.bos_token_id if bos else None
+    tokens, bos_id = token_stream(text, tokenizer, enough), tokenizer.bos_token_id if bos else None
+    check_token_ids(tokens, source.config, source.name, bos_id)
+    return tokens, bos_id

@@ -1,7 +1,7 @@
-"""The memory forecast of a pruning run.
+"""The memory forecast of a pruning run, in bytes.
 
-A run has stages, and its peak is that of the largest: blocks are pruned one at a time, and where it fits,
-the model is loaded as a whole to write text. Numbers are bytes.
+A run has stages, and its peak is that of the largest: blocks are pruned one at a time, and where it fits, the model
+is loaded as a whole to write text. What a solve takes, the method itself says (``Method.cost``).
 """
 
 from __future__ import annotations
@@ -25,31 +25,17 @@ if TYPE_CHECKING:
 _TEXTS_BYTES = 4 * 2**30
 _TEXTS_SHARE = 0.25
 
-# What methods hold beside weight and Gram, in matrices of float32: (out, in) and (in, in), from their own
-# accounts of their memory.
-_BUFFERS = {
-    "magnitude": (2.0, 0.0),
-    "wanda": (2.0, 0.0),
-    "ria": (3.0, 0.0),
-    "sparsegpt": (3.0, 2.0),
-    "alps": (4.0, 2.0),
-    "alps-paper": (4.0, 3.0),
-    "admm": (5.0, 3.0),
-    "admm-reselect": (5.0, 3.0),
-    "admm1": (5.0, 3.0),
-    "pcg": (4.0, 0.0),
-    "sparsefw": (6.0, 1.0),
-    "swaps": (3.0, 1.0),
-    "dsnot": (10.0, 0.0),
-}
-_OTHER_BUFFERS = (8.0, 4.0)
 # No layer takes less than this many (out, in), because it is checked and graded, and products have buffers of
 # their own: seen with Wanda and ALPS on blocks of LLaMA-2-7B's widths (docs/log.md).
 _LEAST_BUFFERS = 7.0
+# Matching holds a block in float32: weights, gradients, two moments, the best state and the start. Of a batch it
+# keeps activations for the backward pass, in multiples of the hidden width and of the widest layer.
+_MATCHED = 6
+_KEPT_HIDDEN, _KEPT_INNER = 24, 8
 
 
 def weights_bytes(plan: Plan) -> int:
-    """Of the whole model as it is loaded; tied weights count once."""
+    """What the whole model takes as it is loaded; tied weights count once."""
     return _nbytes(plan.skeleton.parameters(), _dtype(plan).itemsize)
 
 
@@ -91,7 +77,7 @@ def _nbytes(tensors: Iterable[Tensor], item: int) -> int:
 
 
 def _own_text_bytes(plan: Plan) -> int:
-    """Of the whole model while it writes: small ones do it in float32, and keys and values come on top."""
+    """What the whole model takes while it writes: small ones write in float32, and keys and values come on top."""
     from rarefy.calibration.self_text import _CACHE_BYTES, _FLOAT32_PARAMETERS
 
     weights = weights_bytes(plan)
@@ -103,7 +89,7 @@ def _own_text_bytes(plan: Plan) -> int:
 
 
 def _pruning_bytes(plan: Plan) -> int:
-    """Of the blocks' turns: what comes before the blocks at first, then one block with all that it takes."""
+    """What the loop takes: the embeddings with the first block at first, then one block after the other."""
     from rarefy.pruning.precision import compute_dtype
 
     num, length = plan.recipe.window_shape
@@ -111,8 +97,9 @@ def _pruning_bytes(plan: Plan) -> int:
     hidden = int(plan.source.config.get_text_config().hidden_size)
     stored = _dtype(plan).itemsize
     item = compute_dtype(_dtype(plan), plan.device).itemsize
+    matching = plan.recipe.match > 0
     on_host = plan.offload is not None or plan.device.type == "cuda"
-    states = 0 if on_host else num * length * hidden * stored
+    states = 0 if on_host else (1 + matching) * num * length * hidden * stored
     tokens = min(plan.recipe.batch_size, num) * length
     sizes = {block.index: _nbytes(block.module.parameters(), 1) for block in plan.blocks}
     last = max(block.index for block in plan.blocks if block.sites)
@@ -120,33 +107,37 @@ def _pruning_bytes(plan: Plan) -> int:
     if plan.streams:
         base = plan.skeleton.base_model
         entry = stored * (_nbytes(base.parameters(), 1) - sum(sizes.values()) + sizes[0])
-    turns = []
+    each = []
     for block in plan.blocks[: last + 1]:
         # The block is in the dtype of computation only while it runs. A model in memory is counted as a whole.
         kept = sizes[block.index] * stored if plan.streams else 0
         running = sizes[block.index] * (item if plan.streams else item - stored)
         inner = max((max(site.shape) for site in block.sites), default=hidden)
         batch = item * tokens * (6 * hidden + 3 * inner)
-        grams, solving = _block_bytes(block.sites, plan.recipe.method)
-        turns.append(max(running + batch + grams, kept + solving))
+        grams, solving = _block_bytes(plan, block.sites)
+        each.append(max(running + batch + grams, kept + solving))
+        if matching and block.sites:
+            each.append(
+                _MATCHED * 4 * sizes[block.index] + 4 * tokens * (_KEPT_HIDDEN * hidden + _KEPT_INNER * inner)
+            )
     whole = 0 if plan.streams else weights_bytes(plan)
     if plan.device.type == "cpu" and plan.streams:
-        whole = max(0, entry - stored * sizes[0])  # what came before the blocks is freed, but not handed back
-    return whole + states + max(entry, *turns)
+        whole = max(0, entry - stored * sizes[0])  # the embeddings are freed, but not handed back
+    return whole + states + max(entry, *each)
 
 
-def _block_bytes(sites: Sequence[Site], method: str) -> tuple[int, int]:
-    """Of the Grams of one block, and of the layer whose solution takes the most with those that wait beside it."""
-    from rarefy.calibration.collect import turns
+def _block_bytes(plan: Plan, sites: Sequence[Site]) -> tuple[int, int]:
+    """The Grams of one block, and the solve that takes the most, with the Grams that wait beside it."""
+    from rarefy.calibration.collect import gram_groups
 
     grams = solving = 0
-    for group in turns(sites):
+    for group in gram_groups(sites):
         keys = _gram_keys(group)
         sizes = {key: 4 * site.shape[1] ** 2 for key, site in zip(keys, group)}
         grams = max(grams, sum(sizes.values()))
         for i, site in enumerate(group):
             waiting = sum(sizes[key] for key in set(keys[i:]))
-            solving = max(solving, waiting + _solve_bytes(site.shape, method))
+            solving = max(solving, waiting + _solve_bytes(plan, site.shape))
     return grams, solving
 
 
@@ -168,8 +159,8 @@ def _gram_keys(sites: Sequence[Site]) -> list[tuple[str, int, int]]:
     return keys
 
 
-def _solve_bytes(shape: tuple[int, int], method: str) -> int:
-    """Of one layer's dense weight, its solution as it is written, and the method's own matrices."""
-    parts = [_BUFFERS.get(part, _OTHER_BUFFERS) for part in method.split("+")]
+def _solve_bytes(plan: Plan, shape: tuple[int, int]) -> int:
+    """One layer's dense weight, its solution as it is written, and the method's own matrices, all in float32."""
     rows, inputs = shape
-    return 4 * max(int((2 + max(a, _LEAST_BUFFERS)) * rows * inputs + b * inputs**2) for a, b in parts)
+    cost = plan.method.cost(shape, plan.pattern)
+    return int(4 * ((2 + max(cost.weights, _LEAST_BUFFERS)) * rows * inputs + cost.grams * inputs**2))

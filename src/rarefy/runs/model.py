@@ -106,7 +106,7 @@ class WholeModel(RunModel):
         return JournaledStore(self.model, journal, self.plan.offload)
 
     def write(self, folder: RunFolder, journal: Journal) -> None:
-        from rarefy.models.checkpoint import save_model
+        from rarefy.models.saving import save_model
 
         folder.write_model(lambda path: save_model(self.model, self.tokenizer, path, self.plan.source))
 
@@ -119,14 +119,15 @@ class OnDiskModel(RunModel):
 
     @classmethod
     def where_possible(cls, plan: Plan, events: Events) -> OnDiskModel | None:
-        """The model of ``plan`` on disk; None where it cannot be had in parts, or not be written back so."""
+        """The model of ``plan`` on disk; None where it cannot be had in parts."""
+        from rarefy.models.checkpoint import resolve_dtype
         from rarefy.models.streaming import StreamedModel
 
         if not plan.streams:
             return None
         try:
-            streamed = StreamedModel(plan.source)
-            streamed.check_storable(site.parameter_name for block in plan.blocks for site in block.sites)
+            streamed = StreamedModel(plan.source, resolve_dtype(plan.recipe.dtype))
+            streamed.check_buffers()
         except ModelError as error:
             events.note(f"the model is loaded as a whole: {error}")
             return None
@@ -151,15 +152,16 @@ class OnDiskModel(RunModel):
     def store(self, journal: Journal) -> BlockStore:
         from rarefy.pruning.stores import StreamedStore
 
-        store = StreamedStore(self.streamed, journal, self.plan.device, self.plan.offload)
+        changed = [site.parameter_name for block in self.plan.blocks for site in block.sites]
+        store = StreamedStore(self.streamed, journal, self.plan.device, self.plan.offload, changed)
         store.prepare(1 + max(block.index for block in self.plan.blocks if block.sites))
         return store
 
     def write(self, folder: RunFolder, journal: Journal) -> None:
-        from rarefy.models.settings import copy_settings
+        from rarefy.models.saving import write_settings
 
         if journal.model.exists():  # else it was published before the run was killed
-            copy_settings(self.streamed.shards.folder, journal.model)
+            write_settings(self.plan.source, journal.model, self.dtype if self.streamed.casts else None)
             journal.publish(folder.model)
         self.close()
 

@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING
 
 from rarefy.runs.fingerprint import versions
 
+#: The share of the blocks' weights in no linear from which on a run says that they stay dense.
+_MUCH = 0.1
+
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
@@ -52,6 +55,9 @@ class Plan:
     @property
     def warnings(self) -> list[str]:
         """What is no mistake, but hardly what was meant."""
+        return [*self._few_tokens(), *self._left_dense()]
+
+    def _few_tokens(self) -> list[str]:
         num, length = self.recipe.window_shape
         widest = max((site for block in self.blocks for site in block.sites), key=lambda site: site.shape[1])
         if num * length >= widest.shape[1]:
@@ -61,6 +67,14 @@ class Plan:
             f"{widest.name}: that says too little about its weights; more --num-samples say more"
         )
         return [words]
+
+    def _left_dense(self) -> list[str]:
+        from rarefy.models.blocks import left_dense
+
+        share, name = left_dense(self.blocks)
+        if share < _MUCH:
+            return []
+        return [f"{share:.0%} of the weights in the model's blocks are in no linear, and stay as they are: {name}"]
 
 
 def calibration_words(recipe: Recipe) -> str:

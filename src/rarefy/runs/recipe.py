@@ -11,16 +11,20 @@ import difflib
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from rarefy.errors import InputError, MethodError, PatternError, RecipeError
-from rarefy.layer.pattern import NM, Pattern, PerRow, Unstructured
-from rarefy.methods import all_settings, build
-from rarefy.methods.base import Method
-from rarefy.pruning.settings import PruneSettings
+from rarefy.methods.settings import check
+from rarefy.runs.arguments import DEVICE_WORDS, DEVICES
+from rarefy.runs.recipe_file import read_yaml
+
+if TYPE_CHECKING:
+    from rarefy.layer.pattern import Pattern
+    from rarefy.methods.base import Method
+    from rarefy.pruning.settings import PruneSettings
 
 DEFAULT_METHOD = "alps"
 DEFAULT_SPARSITY = 0.5
@@ -28,6 +32,8 @@ DEFAULT_CALIBRATION = "self"
 #: Windows x tokens per window: without ``--calibration`` what a laptop does in minutes, with it the papers'.
 QUICK_WINDOWS = (32, 1024)
 FULL_WINDOWS = (128, 2048)
+#: A thousand times what papers calibrate on, and 2 GiB of token ids.
+_MOST_TOKENS = 2**28
 
 
 def _no_bool(value: object) -> object:
@@ -45,7 +51,8 @@ _ERRORS: dict[str, type[InputError]] = {
 }
 
 Number = Annotated[float, BeforeValidator(_no_bool)]
-Whole = Annotated[int, BeforeValidator(_no_bool)]
+#: What torch counts with, and more than any machine can do.
+Whole = Annotated[int, BeforeValidator(_no_bool), Field(lt=2**31)]
 
 
 class Recipe(BaseModel):
@@ -65,28 +72,35 @@ class Recipe(BaseModel):
     pattern: str | None = Field(None, description="text such as 2:4")
     scope: Literal["layer", "row"] | None = Field(None, description="layer or row")
     calibration: str | None = Field(None, min_length=1, description="a source of text, such as self or a .txt file")
+    text_column: str | None = Field(None, min_length=1, description="the name of a column of the calibration's rows")
     num_samples: Whole | None = Field(None, ge=1, description="a whole number of at least 1 (windows)")
     sequence_length: Whole | None = Field(None, ge=2, description="a whole number of at least 2 (tokens)")
     batch_size: Whole = Field(4, ge=1, description="a whole number of at least 1 (windows)")
-    seed: Whole = Field(0, ge=0, lt=2**63, description="a whole number of at least 0")
+    seed: Annotated[int, BeforeValidator(_no_bool)] = Field(
+        0, ge=0, lt=2**63, description="a whole number of at least 0"
+    )
     bos: bool = Field(False, description="true or false")
-    device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
+    device: str = Field("auto", pattern=DEVICES, description=DEVICE_WORDS)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="auto, float32, bfloat16 or float16"
     )
     include: list[str] = Field([], description="a list of patterns of module names, such as '*.mlp.*'")
     exclude: list[str] = Field([], description="a list of patterns of module names, such as '*.mlp.*'")
     strict: bool = Field(False, description="true or false")
+    match: Whole = Field(0, ge=0, description="a whole number of at least 0 (passes over the windows; 0 = off)")
+    match_lr: Number = Field(2e-4, gt=0, lt=1, description="a number between 0 and 1, the learning rate")
+    match_batch: Whole = Field(4, ge=1, description="a whole number of at least 1 (windows)")
 
     @classmethod
-    def read(cls, options: Mapping[str, Any], file: Path | None = None) -> Self:
+    def read(cls, options: Mapping[str, Any], file: Path | None = None, *, allow_code: bool = False) -> Self:
         """The recipe in ``file`` (YAML), with the ``options`` of the command line replacing its keys.
 
         A sparsity replaces the file's pattern, a pattern its sparsity and scope, another method its
-        settings; settings of the command line are added to those that stay. Raises InputError where
-        an option is wrong, RecipeError where the file is.
+        settings; settings of the command line are added to those that stay. A method that is not Rarefy's
+        (package.module:Class) is code that runs when it is imported: an option may name it, a file only with
+        ``allow_code``. Raises InputError where an option is wrong, RecipeError where the file is.
         """
-        base = _read_yaml(file) if file else {}
+        base = read_yaml(file) if file else {}
         if "sparsity" in options:
             base.pop("pattern", None)
         if "pattern" in options:
@@ -114,7 +128,7 @@ class Recipe(BaseModel):
             nearest = difflib.get_close_matches(str(unknown[0]), cls.model_fields, n=1)
             keys = ", ".join(cls.model_fields)
             hint = f"; did you mean {nearest[0]}?" if nearest else f"; its keys are {keys}."
-            raise RecipeError.sentence(f"{unknown[0]} in {file} is no key of a recipe{hint}")
+            raise RecipeError.sentence(f"{str(unknown[0])[:100]} in {file} is no key of a recipe{hint}")
         if merged.get("pattern") is not None:
             for key in ("sparsity", "scope"):
                 if merged.get(key) is not None:
@@ -130,8 +144,13 @@ class Recipe(BaseModel):
             raise kind(written(key), _as_number(merged[key]), cls._allowed(key)) from None
         if recipe.pattern is not None:
             parse_pattern(recipe.pattern, written("pattern"))
+        if ":" in recipe.method and from_file("method") and not allow_code:
+            raise RecipeError.sentence(
+                f"{written('method')} is {recipe.method!r}, which is code from outside Rarefy: --allow-code lets a "
+                "recipe run it, and so does --method with that name."
+            )
         try:
-            recipe.build_method()
+            check(recipe.method, recipe.settings)
         except MethodError as error:
             raise MethodError.sentence(_named(str(error), written)) from None
         return recipe
@@ -159,10 +178,14 @@ class Recipe(BaseModel):
 
     def build_method(self) -> Method:
         """The method with its hyperparameters. Raises MethodError."""
+        from rarefy.methods import build
+
         return build(self.method, self.settings)
 
     def build_pattern(self) -> Pattern:
         """The pattern of every layer. Raises PatternError where N:M is none."""
+        from rarefy.layer.pattern import NM, PerRow, Unstructured
+
         if self.pattern is not None:
             return NM(*parse_pattern(self.pattern, "pattern"))
         sparsity = DEFAULT_SPARSITY if self.sparsity is None else self.sparsity
@@ -171,8 +194,17 @@ class Recipe(BaseModel):
 
     def prune_settings(self) -> PruneSettings:
         """What the loop over blocks is to do. Raises MethodError, PatternError."""
+        from rarefy.pruning.matching import Matching
+        from rarefy.pruning.settings import PruneSettings, Uniform
+
         return PruneSettings(
-            self.build_pattern(), self.build_method(), self.batch_size, self.include, self.exclude, self.strict
+            Uniform(self.build_pattern()),
+            self.build_method(),
+            self.batch_size,
+            self.include,
+            self.exclude,
+            self.strict,
+            [Matching(self.match, self.match_lr, self.match_batch, seed=self.seed)] if self.match else [],
         )
 
     def resolved(self, context: int | None) -> Self:
@@ -181,6 +213,8 @@ class Recipe(BaseModel):
         ``context`` is the model's longest context in tokens, None where it has no limit. Raises
         InputError where the sequence length exceeds it.
         """
+        from rarefy.methods import all_settings
+
         num_samples, length = QUICK_WINDOWS if self.calibration is None else FULL_WINDOWS
         filled: dict[str, Any] = {
             "settings": all_settings(self.method, self.build_method()),
@@ -194,6 +228,11 @@ class Recipe(BaseModel):
                 filled["sequence_length"],
                 f"at most {context}, the model's longest context",
             )
+        if (tokens := filled["num_samples"] * filled["sequence_length"]) > _MOST_TOKENS:
+            raise InputError.sentence(
+                f"--num-samples and --sequence-length make {tokens:,} tokens, but at most {_MOST_TOKENS:,} can be "
+                "calibrated on."
+            )
         if self.pattern is None:
             filled["sparsity"] = DEFAULT_SPARSITY if self.sparsity is None else self.sparsity
             filled["scope"] = self.scope or self.build_method().default_scope
@@ -202,7 +241,7 @@ class Recipe(BaseModel):
 
 def parse_pattern(text: str, argument: str = "--pattern") -> tuple[int, int]:
     """``"2:4"`` as (2, 4): keep 2 of every 4. Raises PatternError, naming ``argument``, unless 1 <= N < M."""
-    found = re.fullmatch(r"([0-9]+):([0-9]+)", text)
+    found = re.fullmatch(r"([0-9]{1,6}):([0-9]{1,6})", text)
     if not found or not 1 <= int(found[1]) < int(found[2]):
         raise PatternError(argument, text, "N:M with 1 <= N < M, which keeps N of every M weights")
     return int(found[1]), int(found[2])
@@ -217,39 +256,6 @@ def parse_settings(pairs: list[str]) -> dict[str, str]:
             raise MethodError("--set", pair, "KEY=VALUE, such as block_size=64")
         settings[key.strip()] = value.strip()
     return settings
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML as people write it today: 2:4 is text (YAML 1.1 reads 124), 1e-3 is a number, no is text."""
-
-    yaml_implicit_resolvers = {  # noqa: RUF012 (the base class's attribute)
-        first: [(tag, regex) for tag, regex in resolvers if tag.rpartition(":")[2] not in ("int", "float", "bool")]
-        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-
-
-_EXPONENT = r"(?:[eE][-+]?[0-9]+)?"
-_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|false|False)$"), list("tTfF"))
-_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?(?:0|[1-9][0-9]*)$"), list("-+0123456789"))
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(rf"^[-+]?(?:[0-9]+\.?[0-9]*{_EXPONENT}|\.[0-9]+{_EXPONENT}|\.(?:inf|nan))$"),
-    list("-+.0123456789"),
-)
-
-
-def _read_yaml(file: Path) -> dict[str, Any]:
-    try:
-        content = yaml.load(file.read_text(encoding="utf-8"), Loader=_Loader)
-    except OSError as error:
-        raise RecipeError.sentence(f"The recipe {file} cannot be read: {error.strerror or error}.") from error
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        where = getattr(error, "problem_mark", None)
-        line = f" (line {where.line + 1})" if where else ""
-        raise RecipeError.sentence(f"The recipe {file} is no YAML file{line}.") from error
-    if not isinstance(content, dict):
-        raise RecipeError.sentence(f"The recipe {file} must hold lines of KEY: VALUE.")
-    return content
 
 
 def _as_number(value: object) -> object:

@@ -30,12 +30,14 @@ from rarefy.runs.fingerprint import Fingerprint, versions
 from rarefy.runs.folder import RunFolder
 from rarefy.runs.journal import Journal, finished_blocks
 from rarefy.runs.make_plan import make_plan
+from rarefy.runs.memory import estimated_bytes
 from rarefy.runs.model import RunModel, open_model
 from rarefy.runs.plan import Plan, calibration_words
 from rarefy.runs.recipe import Recipe
-from rarefy.runs.verify import inspect_folder
+from rarefy.runs.verify import count_tensors, inspect_folder
 
 if TYPE_CHECKING:
+    from rarefy.models.source import ModelSource
     from rarefy.pruning.stores import BlockStore
 
 
@@ -58,14 +60,16 @@ def run(
     *,
     offload_dir: str | Path | None = None,
     texts: bool = True,
+    allow_code: bool = False,
     events: Events | None = None,
 ) -> RunResult | None:
     """Prune a model as ``rarefy prune`` does, and write it with all that was done to the folder ``output``.
 
     ``recipe`` is a ``Recipe``, its keys in a mapping, or the path of a YAML file. The model stays on disk and
     is read and written block by block where its files allow that; ``offload_dir`` keeps hidden states in a
-    file, too. ``texts``: the dense and the pruned model write three texts for the report. ``events`` hears of
-    notes, warnings and progress. A run that was killed goes on where it was, if the same call is repeated.
+    file, too. ``texts``: the dense and the pruned model write three texts for the report. ``allow_code``: a recipe
+    in a file may name a method that is not Rarefy's, whose code then runs. ``events`` hears of notes, warnings and
+    progress. A run that was killed goes on where it was, if the same call is repeated.
     The written files are read again at the end.
 
     Raises InputError for mistakes, before anything is loaded or written; NumericalError for NaN or infinity,
@@ -76,20 +80,58 @@ def run(
     world = World.current()
     folder = RunFolder(output)
     with world.together():
-        wanted = _recipe(recipe)
+        wanted = _recipe(recipe, allow_code)
         if world.leads:
             folder.check()
         plan = make_plan(wanted, folder.path, Path(offload_dir) if offload_dir is not None else None)
     for warning in plan.warnings:
         events.warn(warning)
     command = ["rarefy", "prune", "--recipe", str(folder.recipe), "-o", str(folder.path)]
+    if ":" in wanted.method:
+        command.append("--allow-code")
     return execute(plan, folder, command, events, chosen=wanted.calibration is not None, texts=texts)
 
 
-def _recipe(recipe: Recipe | Mapping[str, Any] | str | Path) -> Recipe:
+@dataclass(frozen=True)
+class Forecast:
+    """What a run would do: its plan, the weights that it would prune, and about the most memory that it takes.
+
+    ``size`` counts the weights of all layers to prune, ``pruned`` those that become zero. ``peak_bytes`` is an
+    estimate for the device of the run, of each process.
+    """
+
+    plan: Plan
+    size: int
+    pruned: int
+    peak_bytes: int
+
+
+def forecast(
+    recipe: Recipe | Mapping[str, Any] | str | Path,
+    *,
+    offload_dir: str | Path | None = None,
+    texts: bool = True,
+    allow_code: bool = False,
+) -> Forecast:
+    """Check a run as ``run`` does, without loading weights or writing anything; arguments and errors are those."""
+    plan = make_plan(_recipe(recipe, allow_code), offload=Path(offload_dir) if offload_dir is not None else None)
+    return forecast_of(plan, texts)
+
+
+def forecast_of(plan: Plan, texts: bool) -> Forecast:
+    """The forecast of a plan; ``texts``: the models write some for the report."""
+    shapes = [site.shape for block in plan.blocks for site in block.sites]
+    size = sum(rows * inputs for rows, inputs in shapes)
+    kept = sum(plan.pattern.count(shape) for shape in shapes)
+    return Forecast(plan, size, size - kept, estimated_bytes(plan, texts))
+
+
+def _recipe(recipe: Recipe | Mapping[str, Any] | str | Path, allow_code: bool) -> Recipe:
     if isinstance(recipe, Recipe):
         return Recipe.read(recipe.model_dump(exclude_unset=True))
-    return Recipe.read(recipe) if isinstance(recipe, Mapping) else Recipe.read({}, Path(recipe))
+    if isinstance(recipe, Mapping):
+        return Recipe.read(recipe)
+    return Recipe.read({}, Path(recipe), allow_code=allow_code)
 
 
 def execute(
@@ -143,18 +185,18 @@ def _write(
     clock: _Clock,
     texts: bool,
 ) -> dict[str, Any]:
-    """Write recipe, records and model, verify the files, and let the models write; the texts for ``run.json``."""
+    """Write recipe, records and model, verify the files, and let the models write; what ``run.json`` says of it."""
     with clock.stage("write"):
-        folder.remove_partial_files()
+        folder.remove_partial()
         folder.write_recipe(plan.recipe.to_yaml())
         folder.write_layers(report.layers)
         model.write(folder, journal)
     with clock.stage("verify"):
-        _verify(folder)
+        tensors = _verify(folder, plan.source)
     if texts:
         with clock.stage("texts"):
             model.write_texts(folder)
-    return dict(model.texts)
+    return {"tensors": tensors, **model.texts}
 
 
 def _prune(plan: Plan, store: BlockStore, windows: torch.Tensor, events: Events) -> Report:
@@ -217,19 +259,22 @@ def _end_finished(plan: Plan, folder: RunFolder) -> RunResult:
 
     Raises OutputError where the folder holds another run.
     """
-    if not folder.recipe.is_file() or folder.recipe.read_text(encoding="utf-8") != plan.recipe.to_yaml():
+    if not folder.recipe.is_file() or folder.recipe.read_bytes() != plan.recipe.to_yaml().encode():
         raise OutputError("--output", str(folder.path), "a new or empty folder; this one holds another run")
     facts = folder.read_run()
     report = Report(folder.read_layers(), str(facts.get("pattern", "")), str(facts.get("method", "")))
     Journal(folder.path).remove()
+    folder.remove_partial()
     return RunResult(folder, report, facts, went_on=True)
 
 
-def _verify(folder: RunFolder) -> None:
-    problems = inspect_folder(folder.model).problems
-    if problems:
+def _verify(folder: RunFolder, source: ModelSource) -> dict[str, int]:
+    """Read the written files again; how many tensors of each kind they hold. Raises VerificationError."""
+    inspection = inspect_folder(folder.model, source=source)
+    if problems := inspection.problems:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise VerificationError(f"The written files do not hold what was promised: {problems[0]}{more}.")
+    return count_tensors(inspection.tensors)
 
 
 def _iso(moment: datetime) -> str:
@@ -247,12 +292,15 @@ def _facts(plan: Plan, report: Report, command: Sequence[str], began: datetime, 
         "method": report.method,
         "paper": plan.method.paper,
         "pattern": report.pattern,
+        "pattern_spec": plan.pattern.spec(),
+        "pattern_words": plan.pattern.describe(),
         "layers": len(report.layers),
         "failed": [layer.name for layer in report.failed],
         "size": report.size,
         "pruned": report.pruned,
         "sparsity": report.sparsity,
         "relative_error": report.relative_error if math.isfinite(report.relative_error) else None,
+        "balanced_error": report.balanced_error if math.isfinite(report.balanced_error) else None,
         "seed": recipe.seed,
         "device": str(plan.device),
         "dtype": str(dtype).removeprefix("torch."),

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import GenerationConfig
 
-from rarefy.models.source import quiet
+from rarefy.calibration.windows import check_token_ids
+from rarefy.models.quiet import quiet
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -43,6 +44,7 @@ def write_texts(
     rows: list[list[int]] = [tokenizer(prompt)["input_ids"] for prompt in prompts]
     width = max(map(len, rows))
     ids = torch.tensor([[pad or 0] * (width - len(row)) + row for row in rows], device=model.device)
+    check_token_ids(ids, model.config, "the model")
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=model.device)
     try:
         with quiet(), torch.inference_mode():

@@ -17,17 +17,19 @@ import torch
 from rarefy.errors import ModelError, NumericalError, OutputError, RankError, RarefyError, VerificationError
 from rarefy.models.memory import give_back, peak_bytes
 from rarefy.parallel.world import World
+from rarefy.pruning.stores import keep_windows, kept_windows
 from rarefy.runs.card import base_model, model_card
 from rarefy.runs.events import Events, Silent
 from rarefy.runs.fingerprint import versions
 from rarefy.runs.folder import RunFolder
-from rarefy.runs.tune_journal import TuneJournal, keep_windows, kept_windows
+from rarefy.runs.tune_journal import TuneJournal
 from rarefy.runs.tune_masks import keep_from_zero_, verify_masks
 from rarefy.runs.tune_model import Trained, gather, is_sharded, load_trained, record_dense
 from rarefy.runs.tune_plan import TunePlan, make_tune_plan
 from rarefy.runs.tune_recipe import TuneRecipe
 from rarefy.runs.tune_windows import joined
-from rarefy.runs.verify import inspect_folder
+from rarefy.runs.verify import count_tensors, inspect_folder
+from rarefy.runs.words import sparkline
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -54,13 +56,18 @@ class TuneResult:
 
 
 def tune(
-    recipe: TuneRecipe | Mapping[str, Any] | str | Path, output: str | Path, *, events: Events | None = None
+    recipe: TuneRecipe | Mapping[str, Any] | str | Path,
+    output: str | Path,
+    *,
+    allow_code: bool = False,
+    events: Events | None = None,
 ) -> TuneResult | None:
     """Train what is kept of a pruned model against the dense one, as ``rarefy tune`` does, into folder ``output``.
 
     ``recipe`` is a ``TuneRecipe``, its keys in a mapping, or the path of a YAML file. What is written is an ordinary
     model folder of the same masks. A tuning that was killed goes on from the last state it kept, with the same bits
-    on one process.
+    on one process. ``allow_code``: a recipe in a file may name an optimiser that is not torch's, whose code then
+    runs.
 
     Raises InputError for mistakes, before a model is loaded; NumericalError where the training diverges,
     VerificationError where a mask in the written files is another, RankError where another process is lost. Of
@@ -70,15 +77,18 @@ def tune(
     world = World.current()
     folder = RunFolder(output)
     with world.together():
-        if isinstance(recipe, TuneRecipe):
-            wanted = recipe
-        else:
-            wanted = TuneRecipe.read(recipe) if isinstance(recipe, Mapping) else TuneRecipe.read({}, Path(recipe))
+        wanted = recipe if isinstance(recipe, TuneRecipe) else _read(recipe, allow_code)
         if world.leads:
             folder.check()
         plan = make_tune_plan(wanted)
     command = ["rarefy", "tune", "--recipe", str(folder.recipe), "-o", str(folder.path)]
     return execute_tuning(plan, folder, command, events)
+
+
+def _read(recipe: Mapping[str, Any] | str | Path, allow_code: bool) -> TuneRecipe:
+    if isinstance(recipe, Mapping):
+        return TuneRecipe.read(recipe)
+    return TuneRecipe.read({}, Path(recipe), allow_code=allow_code)
 
 
 def execute_tuning(plan: TunePlan, folder: RunFolder, command: Sequence[str], events: Events) -> TuneResult | None:
@@ -109,7 +119,7 @@ def _goes_on(error: BaseException, journal: TuneJournal) -> bool:
 
 def _end_finished(plan: TunePlan, folder: RunFolder) -> TuneResult:
     """Remove the journal of a tuning that was killed when nothing else was left to do."""
-    if not folder.recipe.is_file() or folder.recipe.read_text(encoding="utf-8") != plan.recipe.to_yaml():
+    if not folder.recipe.is_file() or folder.recipe.read_bytes() != plan.recipe.to_yaml().encode():
         raise OutputError("--output", str(folder.path), "a new or empty folder; this one holds another run")
     TuneJournal(folder.path).remove()
     return TuneResult(folder, folder.read_run(), went_on=True)
@@ -128,6 +138,8 @@ class _Run:
         """All stages in their order."""
         windows, held_out = self._windows()
         self.journal.open(self.plan.fingerprint(windows))
+        if self.world.leads and any(text.windows is None for text in self.plan.texts):
+            keep_windows(self.folder.path, windows)
         recorded = record_dense(self.plan, self.journal, windows, self.events, self.world)
         self._lap("record")
         trained = load_trained(self.plan, self.journal, windows, held_out, recorded, self.world)
@@ -143,7 +155,7 @@ class _Run:
         facts |= self._write(trained)
         del trained
         give_back()
-        self._verify()
+        facts["tensors"] = self._verify()
         self._lap("verify")
         facts |= {"peak_bytes": max(peak, peak_bytes(self.plan.device)), "processes": self.world.size}
         self.folder.write_card(model_card(facts))
@@ -183,7 +195,6 @@ class _Run:
                             for text in texts
                         ]
                     )
-                keep_windows(self.folder.path, found)
             return found
 
         return self.world.from_first(write), held_out
@@ -199,7 +210,8 @@ class _Run:
             def after_step(record: StepRecord) -> None:
                 best = tuner.best
                 held = f", held out {best.kl:.4f} at best" if best else ""
-                watch(record.step, tuner.num_steps, f"KL {record.kl:.4f} nats{held}")
+                bars = sparkline([one.kl for one in tuner.records])
+                watch(record.step, tuner.num_steps, f"KL {record.kl:.4f} nats {bars}{held}")
 
             def after_measurement(measurement: Measurement, is_best: bool) -> None:
                 if is_best:
@@ -254,7 +266,7 @@ class _Run:
         model, tokenizer = trained.tuner.model, trained.tokenizer
         for name, parameter in model.named_parameters():
             parameter.data = parameter.data.to(trained.dtypes[name])
-        from rarefy.models.checkpoint import save_model
+        from rarefy.models.saving import save_model
         from rarefy.runs.texts import kept_texts
 
         texts: list[dict[str, str]] = []
@@ -263,21 +275,25 @@ class _Run:
                 texts = kept_texts(model, tokenizer)
         except Exception as error:  # noqa: BLE001 (a picture in a report must not cost the run)
             self.events.warn(f"the model writes no texts for the report: {' '.join(str(error).split())}")
-        self.folder.remove_partial_files()
+        self.folder.remove_partial()
         self.folder.write_recipe(self.plan.recipe.to_yaml())
         self.folder.write_layers(self.plan.records)
         self.folder.write_model(lambda path: save_model(model, tokenizer, path, self.plan.source))
         self._lap("write")
         return {"texts": texts, "dense_texts": list(self.plan.facts.get("dense_texts", []))}
 
-    def _verify(self) -> None:
-        """Read the written files again: promises first, then every mask against that of the files before."""
+    def _verify(self) -> dict[str, int]:
+        """Read the written files again: promises first, then every mask against that of the files before.
+
+        How many tensors of each kind they hold.
+        """
         from rarefy.models.source import resolve_model
 
-        problems = inspect_folder(self.folder.model).problems
-        if problems:
-            raise VerificationError(f"The written files do not hold what was promised: {problems[0]}.")
+        inspection = inspect_folder(self.folder.model, source=self.plan.source)
+        if inspection.problems:
+            raise VerificationError(f"The written files do not hold what was promised: {inspection.problems[0]}.")
         verify_masks(self.plan.source, resolve_model(str(self.folder.model)))
+        return count_tensors(inspection.tensors)
 
     def _facts(
         self,
@@ -300,12 +316,15 @@ class _Run:
             "method": f"{plan.facts.get('method', 'pruned')}+tune",
             "paper": plan.facts.get("paper", ""),
             "pattern": plan.pattern,
+            "pattern_spec": plan.facts.get("pattern_spec", {}),
+            "pattern_words": plan.facts.get("pattern_words", plan.pattern),
             "layers": len(plan.records),
             "failed": [],
             "size": size,
             "pruned": pruned,
             "sparsity": pruned / size,
             "relative_error": None,
+            "balanced_error": None,
             "seed": recipe.seed,
             "device": str(plan.device),
             "dtype": str(next(iter(trained.dtypes.values()))).removeprefix("torch."),

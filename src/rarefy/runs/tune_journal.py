@@ -1,43 +1,49 @@
 """The journal of a tuning that is under way: after a kill the same command goes on from the last state kept.
 
-    OUT/unfinished/progress.json   whose tuning this is, and which files hold what
+    OUT/unfinished/journal.json    whose tuning this is, and which files hold what
     OUT/unfinished/state-N.pt      after N steps: what is trained, the optimiser's own, all that was recorded
     OUT/unfinished/best-N.pt       what was trained when the held-out windows were predicted best
-    OUT/unfinished/windows.pt      the windows, where the dense model wrote some of them
+    OUT/unfinished/windows.safetensors   the windows, where the dense model wrote some of them
     OUT/unfinished/dense-*         what was recorded of the dense model (teacher.py)
     OUT/unfinished/lock            held while a process works here
     OUT/unfinished/process-R/      state and best of process R, where there are several
 
-Files are whole before progress.json speaks of them, and removed only when it no longer does.
+Files are whole before journal.json speaks of them, and removed only when it no longer does.
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
+import sys
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from shutil import rmtree
 from types import TracebackType
-from typing import Any, BinaryIO, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor
 
 from rarefy.errors import OutputError
-from rarefy.models.atomic import refusals, remove_partial_files, replace_file, replacing
+from rarefy.models.atomic import adding_folder, refusals, remove_folder, remove_partial, replace_file, replacing
 from rarefy.parallel.world import World
 from rarefy.runs.fingerprint import Fingerprint
+from rarefy.runs.folder import JOURNAL, is_unfinished_run
+from rarefy.runs.journal import take_lock
+from rarefy.runs.schema import validated
 
-_FORMAT = 1
+if TYPE_CHECKING:
+    from filelock import FileLock
+
+#: Of no pruning run's journal.
+_FORMAT = "tuning 1"
 
 
 class TuneJournal:
     """The journal in the output folder of one tuning; one run at a time holds it. Use it as a context.
 
-    Of several processes of a run (``world``), each keeps what it holds, and the first says in progress.json what
+    Of several processes of a run (``world``), each keeps what it holds, and the first says in journal.json what
     all have kept.
     """
 
@@ -45,20 +51,23 @@ class TuneJournal:
         self._world = world or World()
         self.folder = output / "unfinished"
         self._own = self.folder if self._world.leads else self.folder / f"process-{self._world.rank}"
-        self._progress = self.folder / "progress.json"
+        self._journal = self.folder / "journal.json"
         self._content: dict[str, Any] = {"format": _FORMAT, "state": None, "best": None, "recorded": None}
-        self._lock: BinaryIO | None = None
+        self._lock: FileLock | None = None
 
     def open(self, fingerprint: Fingerprint) -> Self:
         """Begin, or go on with what is there. Raises OutputError where another tuning or process is at work here."""
         try:
             with self._world.together(), refusals(self.folder):
                 if self._world.leads:
-                    self.folder.mkdir(parents=True, exist_ok=True)
-                    self._take_lock()
+                    self.folder.parent.mkdir(parents=True, exist_ok=True)
                     self.check(fingerprint)
                     self._content["fingerprint"] = asdict(fingerprint)
-                    self._write()
+                    if not self.folder.exists():
+                        with adding_folder(self.folder) as folder:
+                            self._write(folder)
+                    self._take_lock()
+                    self.check(fingerprint)  # nobody else changes it from now on
             self._content = self._world.from_first(lambda: self._content)
             with self._world.together(), refusals(self.folder):
                 self._own.mkdir(parents=True, exist_ok=True)
@@ -70,15 +79,17 @@ class TuneJournal:
 
     def check(self, fingerprint: Fingerprint) -> None:
         """Make sure that what is there is of this tuning. Raises OutputError, which names the difference."""
-        if not self._progress.is_file():
+        if not is_unfinished_run(self.folder):
             return
         try:
-            content = json.loads(self._progress.read_text(encoding="utf-8"))
-            if content["format"] != _FORMAT:
+            content = json.loads(self._journal.read_bytes())
+            if content.get("format") != _FORMAT:
                 raise ValueError("another format")
-            difference = Fingerprint(**content["fingerprint"]).difference(fingerprint)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise self._damaged(self._progress) from error
+            difference = validated(Fingerprint, content["fingerprint"]).difference(fingerprint)
+            for key in ("state", "best"):
+                validated(int | None, content[key])  # type: ignore[arg-type]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise self._damaged(self._journal) from error
         if difference:
             raise OutputError.sentence(
                 f"{self.folder.parent} holds an unfinished tuning {difference}: repeat its command to go on with it, "
@@ -129,14 +140,16 @@ class TuneJournal:
 
     def remove(self) -> None:
         """Remove the journal: the tuning is finished, or given up."""
+        if sys.platform == "win32":  # where a folder in which a file is open keeps its name
+            self.close()
+        if self._world.leads and is_unfinished_run(self.folder):
+            remove_folder(self.folder)
         self.close()
-        if self._world.leads:
-            rmtree(self.folder, ignore_errors=True)
 
     def close(self) -> None:
         """Let another process hold the journal."""
         if self._lock:
-            self._lock.close()
+            self._lock.release()
             self._lock = None
 
     def __enter__(self) -> Self:
@@ -169,45 +182,23 @@ class TuneJournal:
             "anew."
         )
 
-    def _write(self) -> None:
-        replace_file(self._progress, json.dumps(self._content, indent=1).encode())
+    def _write(self, folder: Path | None = None) -> None:
+        replace_file((folder or self.folder) / JOURNAL, json.dumps(self._content, indent=1))
 
     def _take_lock(self) -> None:
-        self._lock = (self.folder / "lock").open("wb")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self.close()
-            raise OutputError.sentence(f"{self.folder.parent} is being written by another process.") from None
-        except OSError:
-            pass  # a file system without locks
+        self._lock = take_lock(self.folder)
 
     def _remove_stale_files(self) -> None:
-        """Remove what progress.json does not speak of; where that fails, nothing is lost but space."""
+        """Remove what journal.json does not speak of; where that fails, nothing is lost but space."""
         kept = [(kind, self._content[kind]) for kind in ("state", "best") if self._content[kind] is not None]
         known = {self._file(kind, step) for kind, step in kept}
         with suppress(OSError):
-            remove_partial_files(self._own)
+            remove_partial(self.folder.parent, self.folder.name)
+            remove_partial(self._own)
             for pattern in ("state-*.pt", "best-*.pt"):
                 for file in self._own.glob(pattern):
                     if file not in known:
                         file.unlink()
-
-
-def keep_windows(output: Path, windows: Tensor) -> None:
-    """Keep windows that a model wrote, before the journal is opened: its fingerprint has them."""
-    folder = output / "unfinished"
-    with refusals(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    _save(folder / "windows.pt", {"windows": windows})
-
-
-def kept_windows(output: Path) -> Tensor | None:
-    """The windows that were kept in the output folder; None where there are none, or damaged ones."""
-    with suppress(Exception):
-        found: Tensor = torch.load(output / "unfinished" / "windows.pt", weights_only=True)["windows"]
-        return found
-    return None
 
 
 def _save(file: Path, content: Any) -> None:

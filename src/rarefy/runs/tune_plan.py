@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from rarefy.calibration.sources import parse_source
 from rarefy.errors import InputError, ModelError
+from rarefy.models.locate import locate
 from rarefy.pruning.records import LayerRecord
 from rarefy.runs.folder import RunFolder
 from rarefy.runs.tune_recipe import TuneRecipe, split_share
@@ -67,9 +70,22 @@ def make_tune_plan(recipe: TuneRecipe) -> TunePlan:
 
     Raises InputError and what it is the base of, each with one sentence.
     """
+    run = RunFolder.find(recipe.model)
+    locate(recipe.model)
+    facts = run.read_run() if run and run.run.is_file() else {}
+    recipe = _with_runs_settings(recipe, run)
+    if recipe.against is None:
+        raise InputError.sentence(
+            f"--against is missing: name the dense model that {recipe.model} was made from, as it is no run folder "
+            "that says it."
+        )
+    with _as_against():
+        locate(recipe.against)
+    sources = [(parse_source(name), share) for name, share in (split_share(text, "") for text in recipe.calibration)]
+
+    # What follows imports torch, which takes seconds.
     import torch
 
-    from rarefy.calibration.sources import parse_source
     from rarefy.models.blocks import find_blocks
     from rarefy.models.checkpoint import resolve_device
     from rarefy.models.source import resolve_model
@@ -78,12 +94,9 @@ def make_tune_plan(recipe: TuneRecipe) -> TunePlan:
 
     make_optimizer([torch.nn.Parameter(torch.zeros(1))], recipe.settings())
     device = resolve_device(recipe.device)
-    run = RunFolder.find(recipe.model)
-    facts = run.read_run() if run and run.run.is_file() else {}
-    recipe = _with_runs_settings(recipe, run)
-    sources = [(parse_source(name), share) for name, share in (split_share(text, "") for text in recipe.calibration)]
     source = resolve_model(str(run.model if run else recipe.model))
-    dense = _dense(recipe)
+    with _as_against():
+        dense = resolve_model(recipe.against)
     _check_pair(recipe, source, dense)
     skeleton = source.skeleton()
     blocks = find_blocks(skeleton)
@@ -125,16 +138,11 @@ def _with_runs_settings(recipe: TuneRecipe, run: RunFolder | None) -> TuneRecipe
     return recipe.model_copy(update=filled)
 
 
-def _dense(recipe: TuneRecipe) -> ModelSource:
-    from rarefy.models.source import resolve_model
-
-    if recipe.against is None:
-        raise InputError.sentence(
-            f"--against is missing: name the dense model that {recipe.model} was made from, as it is no run folder "
-            "that says it."
-        )
+@contextmanager
+def _as_against() -> Iterator[None]:
+    """Within the scope, a mistake in a model is one in --against."""
     try:
-        return resolve_model(recipe.against)
+        yield
     except ModelError as error:
         raise ModelError.sentence(f"--against: {error}") from None
 
@@ -143,6 +151,11 @@ def _check_pair(recipe: TuneRecipe, source: ModelSource, dense: ModelSource) -> 
     """Raises InputError or ModelError unless both models read and predict the same tokens."""
     from rarefy.models.checkpoint import load_tokenizer
 
+    if source.quantization is not None:
+        raise ModelError.sentence(
+            f"{recipe.model} is quantised, and weights are trained as floating-point numbers: tune it before it is "
+            "quantised."
+        )
     if dense.path.resolve() == source.path.resolve():
         raise InputError("--against", recipe.against, "the dense model, not the pruned one itself")
     sizes = [one.config.get_text_config(decoder=True).vocab_size for one in (source, dense)]
@@ -221,9 +234,13 @@ def _records(
     promised = {record.name: record for record in run.read_layers()} if run else {}
     records = []
     for layer in inspection.layers:
-        pattern = promised[layer.name].pattern if layer.name in promised else f"{layer.sparsity:.2%} zeros"
-        kept = promised[layer.name].kept if layer.name in promised else layer.size - layer.zeros
-        records.append(LayerRecord(layer.name, place[layer.name], layer.shape, pattern, kept, float("nan"), "tuned"))
+        record = LayerRecord(
+            layer.name, place[layer.name], layer.shape, f"{layer.sparsity:.2%} zeros", layer.size - layer.zeros,
+            float("nan"), "tuned",
+        )  # fmt: skip
+        if (known := promised.get(layer.name)) is not None:
+            record = replace(record, pattern=known.pattern, pattern_spec=known.pattern_spec, kept=known.kept)
+        records.append(record)
     return records
 
 

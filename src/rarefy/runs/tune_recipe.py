@@ -12,7 +12,9 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from rarefy.errors import InputError, RecipeError
-from rarefy.runs.recipe import Number, Whole, _as_number, _read_yaml
+from rarefy.runs.arguments import DEVICE_WORDS, DEVICES
+from rarefy.runs.recipe import Number, Whole, _as_number
+from rarefy.runs.recipe_file import read_yaml
 from rarefy.tuning.settings import TuneSettings
 
 #: What a form of training takes for a learning rate unless one is given: weights that are trained themselves,
@@ -53,16 +55,17 @@ class TuneRecipe(BaseModel):
     optimizer: str = Field("adamw", min_length=1, description="adamw, or package.module:Class")
     gradient_checkpointing: bool = Field(False, description="true or false")
     precision: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto, float32 or bfloat16")
-    device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
-    seed: Whole | None = Field(None, ge=0, lt=2**63, description=f"{_WHOLE} 0")
+    device: str = Field("auto", pattern=DEVICES, description=DEVICE_WORDS)
+    seed: Whole | None = Field(None, ge=0, description=f"{_WHOLE} 0")
 
     @classmethod
-    def read(cls, options: Mapping[str, Any], file: Path | None = None) -> Self:
+    def read(cls, options: Mapping[str, Any], file: Path | None = None, *, allow_code: bool = False) -> Self:
         """The recipe in ``file`` (YAML), with the ``options`` of the command line replacing its keys.
 
-        Raises InputError where an option is wrong, RecipeError where the file is.
+        An optimiser that is not torch's is code that runs when it is imported: an option may name it, a file only
+        with ``allow_code``. Raises InputError where an option is wrong, RecipeError where the file is.
         """
-        base = _read_yaml(file) if file else {}
+        base = read_yaml(file) if file else {}
         merged = {**base, **options}
 
         def written(key: str) -> str:
@@ -76,7 +79,7 @@ class TuneRecipe(BaseModel):
         if unknown:
             nearest = difflib.get_close_matches(str(unknown[0]), cls.model_fields, n=1)
             hint = f"; did you mean {nearest[0]}?" if nearest else f"; its keys are {', '.join(cls.model_fields)}."
-            raise RecipeError.sentence(f"{unknown[0]} in {file} is no key of a tuning's recipe{hint}")
+            raise RecipeError.sentence(f"{str(unknown[0])[:100]} in {file} is no key of a tuning's recipe{hint}")
         try:
             recipe = cls.model_validate(merged)
         except ValidationError as error:
@@ -85,6 +88,12 @@ class TuneRecipe(BaseModel):
             allowed = cls.model_fields[key].description or "something else"
             raise kind(written(key), _as_number(merged[key]), allowed) from None
         recipe._check(written)
+        from_file = file is not None and "optimizer" in base and "optimizer" not in options
+        if from_file and not allow_code and not recipe.optimizer.startswith(("adamw", "torch.optim:")):
+            raise RecipeError.sentence(
+                f"{written('optimizer')} is {recipe.optimizer!r}, which is code from outside torch: --allow-code "
+                "lets a recipe run it, and so does --optimizer with that name."
+            )
         return recipe
 
     def _check(self, written: Any) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from rarefy.errors import CalibrationError, InputError
 
 if TYPE_CHECKING:
-    from rarefy.calibration.sources import Source
+    from rarefy.calibration.documents import Source
     from rarefy.models.source import ModelSource
 
 
@@ -52,19 +52,16 @@ def read_texts(
     The windows of one source to train on are those that ``rarefy prune`` draws of the same source, number, length
     and seed. Raises CalibrationError where there is too little text.
     """
-    from rarefy.calibration.sources import DRAW_FROM, SELF
+    from rarefy.calibration.sources import SELF
+    from rarefy.calibration.windows import DRAW_FROM, apportion
     from rarefy.runs.make_plan import read_tokens
 
-    shares = [share for _, share in sources]
+    counts = apportion(num, [share for _, share in sources])
+    # Of what is held out, each has the same part as of the rest, rounded; small shares may have none.
+    ends = [held_out * sum(counts[: i + 1]) // num for i in range(len(counts))]
+    held_counts = [end - begin for begin, end in zip([0, *ends], ends)]
     texts = []
-    for place, (source, train, held) in enumerate(
-        zip((source for source, _ in sources), apportion(num, shares), apportion(held_out, shares))
-    ):
-        if not train:
-            raise CalibrationError.sentence(
-                f"The share of {source.name} is less than one of {num:,} windows: more --num-samples or a larger "
-                "share are needed."
-            )
+    for place, ((source, _), train, held) in enumerate(zip(sources, counts, held_counts)):
         text = Text(source, train, held, seed + place)
         if source is not SELF:
             tokens, bos_id = read_tokens(model, source, bos, enough=DRAW_FROM * train * length)
@@ -81,20 +78,11 @@ def joined(texts: Sequence[Text]) -> tuple[Int64[Tensor, "windows length"], int]
     return torch.cat([*train, *held]), sum(text.held_out for text in texts)
 
 
-def apportion(num: int, shares: Sequence[float]) -> list[int]:
-    """``num`` parted by ``shares``, by the largest remainder; of equal ones the first."""
-    quotas = [num * share / sum(shares) for share in shares]
-    counts = [int(quota) for quota in quotas]
-    for place in sorted(range(len(shares)), key=lambda i: counts[i] - quotas[i])[: num - sum(counts)]:
-        counts[place] += 1
-    return counts
-
-
 def draw(
     tokens: Int64[Tensor, " tokens"], text: Text, length: int, bos_id: int | None
 ) -> Int64[Tensor, "windows length"]:
     """Windows to train on, and as many to hold out as asked for, none of which has a token of those."""
-    from rarefy.calibration.sources import draw_windows
+    from rarefy.calibration.windows import draw_windows
 
     name = f"the text of {text.source.name}"
     body = length if bos_id is None else length - 1

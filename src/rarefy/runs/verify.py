@@ -1,28 +1,31 @@
 """Reads the written files again, tensor by tensor, and checks them against what the run promised.
 
 Nothing here trusts what pruning believed: zeros are counted in the bytes on disk. A weight that is
-kept may be zero by chance, so a promise is a least number of zeros, never an exact one.
+kept may be zero by chance, so a promise is a least number of zeros, never an exact one. All tensors of the
+model must still be there, also those that were not pruned, and those that are no part of the language model.
 """
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.quantizers.base import HfQuantizer
 
 from rarefy.errors import ModelError
+from rarefy.layer.pattern import Pattern, pattern_from_spec
 from rarefy.models.blocks import LinearSite, Site, find_blocks
 from rarefy.models.conversion import Plan, plan_conversion
-from rarefy.models.source import resolve_model
+from rarefy.models.losses import lost_tensors, missing_parameters
+from rarefy.models.shards import Shards
+from rarefy.models.source import ModelSource, resolve_model
 from rarefy.pruning.records import LayerRecord
 from rarefy.runs.folder import RunFolder
 
@@ -53,11 +56,17 @@ class LayerInspection:
 
 @dataclass
 class Inspection:
-    """What the files of a model hold; ``promised`` says whether a run folder told what to expect."""
+    """What the files of a model hold; ``promised`` says whether a run folder told what to expect.
+
+    ``lost`` says in words which tensors are not in the files, but should be; ``tensors`` are the names of those
+    that are there.
+    """
 
     folder: str
     promised: bool
     layers: list[LayerInspection]
+    lost: list[str] = field(default_factory=list)
+    tensors: list[str] = field(default_factory=list, repr=False)
 
     @property
     def ok(self) -> bool:
@@ -66,8 +75,8 @@ class Inspection:
 
     @property
     def problems(self) -> list[str]:
-        """Every broken promise, each with the name of its layer."""
-        return [f"{layer.name}: {problem}" for layer in self.layers for problem in layer.problems]
+        """Every broken promise, each with the name of its layer or of what is not there."""
+        return [f"{layer.name}: {problem}" for layer in self.layers for problem in layer.problems] + self.lost
 
     @property
     def size(self) -> int:
@@ -99,24 +108,26 @@ class Inspection:
         }
 
 
-def inspect_folder(name: str | Path, pattern: tuple[int, int] | None = None) -> Inspection:
+def inspect_folder(name: str | Path, pattern: Pattern | None = None, source: ModelSource | None = None) -> Inspection:
     """Count the zeros of every linear in the decoder blocks, and check what was promised about them.
 
     ``name`` is a run folder or its ``model``: then the layers of ``layers.jsonl`` must hold at least
-    the zeros it says, in its pattern. It may be any other model with safetensors files, too: then its
-    linears are listed. ``pattern`` (keep, of) is checked in addition. Tensors are read one at a time, but
-    for experts that the model keeps in one stack: these block by block.
-    Raises ModelError where there is no model or no safetensors file, InputError where the run folder
-    is damaged.
+    the zeros it says, in its pattern, and all tensors that ``run.json`` counts must be there. It may be any other
+    model with files of weights, too: then its linears are listed. ``pattern`` is checked in addition,
+    and so is that nothing is lost of ``source``, the model that it was made from. Tensors are read one at a
+    time, but for experts that the model keeps in one stack: these block by block.
+    Raises ModelError where there is no model, or none that can be read in parts, InputError where the run
+    folder is damaged.
     """
     run = RunFolder.find(name)
-    source = resolve_model(str(run.model if run else name))
-    folder = Path(source.path)
-    files = _weight_files(folder if folder.is_dir() else folder.parent, str(name))
-    model = source.skeleton()
+    written = resolve_model(str(run.model if run else name))
+    if written.kind == "gguf":
+        raise ModelError("MODEL", str(name), "a folder with files of weights, which are what inspect reads")
+    shards = Shards.open(written.fetch())
+    model = written.skeleton()
     sites = {site.name: site for block in find_blocks(model) for site in block.sites}
     records = {record.name: record for record in run.read_layers()} if run else {}
-    weights = _StoredWeights(model, files)
+    weights = _StoredWeights(model, shards, quantizer := written.dequantizer())
 
     layers = []
     for layer_name in records or sites:
@@ -133,26 +144,44 @@ def inspect_folder(name: str | Path, pattern: tuple[int, int] | None = None) -> 
         else:
             layer.shape = list(site.shape)
             _inspect(layer, weight, record, pattern)
-    return Inspection(str(folder), bool(run), layers)
+    known = {site.parameter_name for site in sites.values()}  # whose loss is said above
+    missing = missing_parameters(model, shards, quantizer)
+    lost = [f"{name}: it is not in the files" for name in missing if name not in known]
+    if source is not None:
+        lost += [f"{name}: it was in the files of {source.name}" for name in lost_tensors(source, shards)]
+    elif run and run.run.is_file():
+        lost += _uncounted(shards.tensors, run.read_run().get("tensors"))
+    return Inspection(str(shards.folder), bool(run), layers, lost, [*shards.tensors])
 
 
-def _inspect(
-    layer: LayerInspection, weight: Tensor, record: LayerRecord | None, pattern: tuple[int, int] | None
-) -> None:
+def count_tensors(names: Iterable[str]) -> dict[str, int]:
+    """How many tensors there are of each kind: names that differ in numbers only count together, with * for these."""
+    return dict(Counter(re.sub(r"(?<![^.])\d+(?![^.])", "*", name) for name in names))
+
+
+def _uncounted(names: Iterable[str], promised: Any) -> Iterator[str]:
+    """What the files hold fewer of than a run has counted; runs of earlier releases have counted nothing."""
+    there = count_tensors(names)
+    for kind, number in promised.items() if isinstance(promised, Mapping) else ():
+        if there.get(kind, 0) < number:
+            yield f"{kind}: the files hold {there.get(kind, 0):,} tensors of this name, promised were {number:,}"
+
+
+def _inspect(layer: LayerInspection, weight: Tensor, record: LayerRecord | None, pattern: Pattern | None) -> None:
     """Count and check one weight (out, in) as it lies in the file."""
     if list(weight.shape) != layer.shape:
         layer.problems.append(f"its shape in the file is {list(weight.shape)}")
         return
     nonzero = weight != 0
     layer.zeros = layer.size - int(nonzero.sum())
-    if not bool(torch.isfinite(weight).all()):
+    if not bool(weight.isfinite().all()):
         layer.problems.append("it holds NaN or infinity")
     if record is not None:
         layer.pattern = record.pattern
-        layer.problems += _broken_promises(nonzero, record)
-    if pattern is not None and (wanted := f"{pattern[0]}:{pattern[1]}") != layer.pattern:
-        layer.pattern = ", ".join(filter(None, (layer.pattern, wanted)))
-        layer.problems += _broken_groups(nonzero, *pattern)
+        layer.problems += dict.fromkeys(_broken_promises(nonzero, record))  # each once
+    if pattern is not None and str(pattern) != layer.pattern:
+        layer.pattern = ", ".join(filter(None, (layer.pattern, str(pattern))))
+        layer.problems += pattern.excess(nonzero)
 
 
 def _broken_promises(nonzero: Tensor, record: LayerRecord) -> Iterator[str]:
@@ -163,22 +192,8 @@ def _broken_promises(nonzero: Tensor, record: LayerRecord) -> Iterator[str]:
     zeros = record.size - int(nonzero.sum())
     if zeros < record.pruned:
         yield f"it holds {zeros:,} zeros, promised were {record.pruned:,}"
-    if groups := re.fullmatch(r"(\d+):(\d+)", record.pattern):
-        yield from _broken_groups(nonzero, int(groups[1]), int(groups[2]))
-    elif record.pattern.startswith("row "):
-        allowed = record.kept // record.shape[0]
-        if wrong := int((nonzero.sum(dim=1) > allowed).sum()):
-            yield f"{wrong:,} of its {record.shape[0]:,} rows hold more than {allowed:,} non-zero weights"
-
-
-def _broken_groups(nonzero: Tensor, keep: int, of: int) -> Iterator[str]:
-    """What breaks keep:of along the inputs of a weight with these non-zeros (out, in)."""
-    if nonzero.shape[1] % of:
-        yield f"its {nonzero.shape[1]:,} inputs cannot be cut into groups of {of}"
-        return
-    per_group = nonzero.unflatten(1, (-1, of)).sum(dim=2)
-    if wrong := int((per_group > keep).sum()):
-        yield f"{wrong:,} of its {per_group.numel():,} groups hold more than {keep} of {of} non-zero weights"
+    if record.pattern_spec:
+        yield from pattern_from_spec(record.pattern_spec).excess(nonzero)
 
 
 class _StoredWeights:
@@ -188,16 +203,17 @@ class _StoredWeights:
     a head has. And experts may be one matrix each in the files, under other names, or all in one stack.
     """
 
-    def __init__(self, model: PreTrainedModel, files: dict[str, tuple[Path, str]]) -> None:
-        self._model, self._files = model, files
+    def __init__(self, model: PreTrainedModel, shards: Shards, quantizer: HfQuantizer | None) -> None:
+        self._model, self._tensors, self._quantizer = model, shards.tensors, quantizer
         self._prefix = f"{getattr(model, 'base_model_prefix', '')}."
         self._made: dict[str, Tensor] = {}  # the stacks of one block at most
 
     def read(self, site: Site) -> Tensor | None:
         """The weight (out, in), None where the files do not have it; ModelError where they are damaged."""
         name = f"{site.name}.weight"
-        if file := self._files.get(name) or self._files.get(name.removeprefix(self._prefix)):
-            tensor = _read(*file)
+        stored = self._tensors.get(name) or self._tensors.get(name.removeprefix(self._prefix))
+        if stored is not None and self._quantizer is None:
+            tensor = stored.read()
             same = isinstance(site, LinearSite) and tensor.shape == site.parameter.shape
             return site.view(tensor) if same else tensor
         made = self._parameter(site.parameter_name)
@@ -208,45 +224,11 @@ class _StoredWeights:
         if name not in self._made and (group := self._plan.groups.get(name)):
             if len(self._made) > 1:
                 self._made.clear()
-            file, key = self._files[group.sources[0]]
-            own = replace(group, dtype=_read(file, key).dtype)
-            self._made |= own.load(self._model, lambda source: _read(*self._files[source]))
+            own = group if group.dequantize else replace(group, dtype=self._tensors[group.sources[0]].dtype)
+            self._made |= own.load(self._model, lambda source: self._tensors[source].read())
         return self._made.get(name)
 
     @cached_property
     def _plan(self) -> Plan:
-        stored = {}
-        for file in {file for file, _ in self._files.values()}:
-            with safe_open(file, framework="pt") as opened:
-                for key in opened.keys():  # noqa: SIM118 (it is no dict)
-                    stored[key] = torch.empty(opened.get_slice(key).get_shape(), device="meta")
-        return plan_conversion(self._model, stored)
-
-
-def _weight_files(folder: Path, name: str) -> dict[str, tuple[Path, str]]:
-    """Where each tensor lies: its file and its name there. Raises ModelError where there is none."""
-    index = folder / "model.safetensors.index.json"
-    try:
-        if index.is_file():
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-            files = [folder / name for name in names]
-        else:
-            files = [folder / "model.safetensors"]
-            files = files if files[0].is_file() else sorted(folder.glob("*.safetensors"))
-        if not files:
-            raise ModelError("MODEL", name, "a folder with .safetensors files, which are what inspect reads")
-        tensors = {}
-        for file in files:
-            with safe_open(file, framework="pt") as opened:
-                tensors.update({key: (file, key) for key in opened.keys()})  # noqa: SIM118 (it is no dict)
-    except (OSError, SafetensorError, ValueError, KeyError) as error:
-        if isinstance(error, ModelError):
-            raise
-        raise ModelError.sentence(f"The weights in {folder} cannot be read: {error}.") from error
-    return tensors
-
-
-def _read(file: Path, key: str) -> Tensor:
-    with safe_open(file, framework="pt") as opened:
-        tensor: Tensor = opened.get_tensor(key)
-    return tensor
+        stored = {name: tensor.meta() for name, tensor in self._tensors.items() if tensor.known}
+        return plan_conversion(self._model, stored, self._quantizer)

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rarefy.errors import InputError, OutputError
+from rarefy.errors import OutputError
+from rarefy.models.atomic import refusals, remove_partial, replace_file, replacing_folder
 from rarefy.runs.fingerprint import versions
-from rarefy.runs.folder import RunFolder, write_atomically
+from rarefy.runs.folder import RunFolder, check_new
 from rarefy.sweeps.results import summarise, to_csv, to_markdown
 
 #: What a difference between two commands is called.
@@ -40,9 +39,16 @@ class SweepFolder:
         return self.sweep.is_file()
 
     def check(self) -> None:
-        """Raise OutputError unless the folder is empty, can be made, or holds a sweep."""
+        """Raise OutputError unless the folder is empty, can be made, or holds a sound sweep, else InputError."""
         if not self.exists:
-            RunFolder(self.path).check()
+            check_new(self.path)
+            return
+        self.read_sweep()
+        self.finished()
+        self.read_cell("dense")
+        for folder in self.cells.iterdir() if self.cells.is_dir() else ():
+            if not folder.name.startswith(".") and not (folder / "run.json").is_file():
+                raise OutputError.sentence(f"{folder} is no cell of a sweep: it has no run.json.")
 
     def check_same(self, settings: Mapping[str, Any]) -> None:
         """Raise OutputError, naming the difference, where the folder's sweep measures something else."""
@@ -62,26 +68,27 @@ class SweepFolder:
                 )
 
     def begin(self, facts: Mapping[str, Any]) -> None:
-        """Make the folder and say in it what the sweep is; clear away what a killed command left."""
-        try:
+        """Make the folder and say in it what the sweep is; clear away what a killed command left.
+
+        Raises OutputError where the disk refuses.
+        """
+        with refusals(self.path):
             self.cells.mkdir(parents=True, exist_ok=True)
-            for left in self.cells.glob(".*"):
-                shutil.rmtree(left, ignore_errors=True)
-            write_atomically(self.sweep, json.dumps(facts, indent=2) + "\n")
-        except OSError as error:
-            raise OutputError("--output", str(self.path), f"a folder that can be written ({error})") from error
+            remove_partial(self.cells)
+            replace_file(self.sweep, json.dumps(facts, indent=2) + "\n")
 
     def read_sweep(self) -> dict[str, Any]:
         """What ``compare.json`` holds. Raises InputError where it is damaged or there is none."""
-        found = _read_object(self.sweep)
-        if not isinstance(found.get("settings"), dict):
-            raise InputError.sentence(f"{self.sweep} is damaged: it says nothing of a sweep.")
-        return found
+        from rarefy.runs.schema import SweepFacts, read_facts
+
+        return read_facts(self.sweep, SweepFacts)
 
     def read_cell(self, name: str) -> dict[str, Any] | None:
-        """The facts of a finished cell; None where it is not finished."""
+        """The facts of a finished cell; None where it is not finished. Raises InputError where they are damaged."""
+        from rarefy.runs.schema import CellFacts, read_facts
+
         file = self.cells / name / "run.json"
-        return _read_object(file) if file.is_file() else None
+        return read_facts(file, CellFacts) if file.is_file() else None
 
     def finished(self) -> list[dict[str, Any]]:
         """The facts of all finished cells except the dense one, each with its folder's name under ``cell``."""
@@ -90,17 +97,9 @@ class SweepFolder:
         return [{**(self.read_cell(name) or {}), "cell": name} for name in kept]
 
     def write_cell(self, name: str, fill: Callable[[RunFolder], None]) -> None:
-        """Let ``fill`` write into a folder, which becomes the cell once it has returned."""
-        partial = self.cells / f".{name}.{os.getpid()}"
-        shutil.rmtree(partial, ignore_errors=True)
-        try:
-            partial.mkdir()
+        """Let ``fill`` write into a folder, which becomes the cell once it has returned. Raises OutputError."""
+        with replacing_folder(self.cells / name) as partial:  # in place of a failed one that is tried again
             fill(RunFolder(partial))
-            shutil.rmtree(self.cells / name, ignore_errors=True)  # of a failed one that is tried again
-            partial.replace(self.cells / name)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
 
     def write_results(self, cells: Sequence[Mapping[str, Any]], command: str) -> None:
         """Write the three files of results anew."""
@@ -114,9 +113,9 @@ class SweepFolder:
             "summary": [vars(one) for one in summarise(cells)],
             "cells": list(cells),
         }
-        write_atomically(self.path / "results.csv", to_csv(cells))
-        write_atomically(self.path / "results.md", to_markdown(cells, dense, settings, command))
-        write_atomically(self.path / "results.json", json.dumps(content, indent=2) + "\n")
+        replace_file(self.path / "results.csv", to_csv(cells))
+        replace_file(self.path / "results.md", to_markdown(cells, dense, settings, command))
+        replace_file(self.path / "results.json", json.dumps(content, indent=2) + "\n")
 
 
 def _said(value: Any) -> str:
@@ -127,13 +126,3 @@ def _said(value: Any) -> str:
     if isinstance(value, list):
         return ",".join(map(str, value)) or "not given"
     return str(value)
-
-
-def _read_object(file: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError.sentence(f"{file} cannot be read: {error}.") from error
-    if not isinstance(found, dict):
-        raise InputError.sentence(f"{file} is damaged: it must hold one JSON object.")
-    return found

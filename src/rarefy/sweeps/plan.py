@@ -1,67 +1,34 @@
-"""What a sweep is to do: its cells and what is measured of them, with every mistake found that can be."""
+"""What a sweep is to do: its cells and what is measured of them, with every mistake found that can be.
+
+torch and transformers are imported once all that is plain has been checked.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
-from rarefy.calibration.sources import DRAW_FROM, SELF, Source, draw_windows, parse_source, token_stream
+from rarefy.calibration.documents import Source
+from rarefy.calibration.sources import SELF
 from rarefy.errors import InputError, ModelError
-from rarefy.evaluation.measure import Measures, corpora, parse_texts
-from rarefy.models.blocks import find_blocks, select_sites
-from rarefy.models.checkpoint import load_tokenizer, resolve_device
-from rarefy.models.source import ModelSource, resolve_model
-from rarefy.pruning.loop import check_pattern
 from rarefy.runs.fingerprint import file_digests
-from rarefy.runs.recipe import DEFAULT_CALIBRATION, DEFAULT_SPARSITY, Recipe
+from rarefy.runs.recipe import Recipe
 from rarefy.sweeps.folder import SweepFolder
+from rarefy.sweeps.options import Options, check_options
 
 if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
     from transformers import PreTrainedTokenizerBase
+
+    from rarefy.evaluation.measure import Measures
+    from rarefy.models.source import ModelSource
 
 #: The papers' context length in tokens, for evaluation.
 EVALUATION_LENGTH = 2048
-
-
-@dataclass(frozen=True)
-class Options:
-    """What the user asked for. Texts and numbers as they were written: ``plan`` checks them.
-
-    Lists are the axes of the sweep; ``seeds`` is their number. ``settings`` are METHOD.KEY: VALUE.
-    """
-
-    model: str
-    methods: Sequence[str]
-    sparsities: Sequence[str] = ()
-    patterns: Sequence[str] = ()
-    seeds: int = 1
-    scope: str | None = None
-    settings: Mapping[str, str] = field(default_factory=dict)
-    calibration: str | None = None
-    num_samples: str | int | None = None
-    sequence_length: str | int | None = None
-    batch_size: str | int | None = None
-    bos: bool = False
-    device: str = "auto"
-    dtype: str = "auto"
-    include: Sequence[str] = ()
-    exclude: Sequence[str] = ()
-    texts: Sequence[str] = ()
-    eval_length: int | None = None
-    max_windows: int | None = None
-    eval_batch_size: int = 1
-    tasks: Sequence[str] = ()
-    task_data: str | Path | None = None
-    limit: int | None = None
-    save: bool = False
-    retry: bool = False
 
 
 @dataclass(frozen=True)
@@ -73,11 +40,7 @@ class Cell:
     @property
     def sparsity(self) -> float:
         """The fraction of zeros that was asked for."""
-        if self.recipe.pattern is not None:
-            keep, of = map(int, self.recipe.pattern.split(":"))
-            return 1 - keep / of
-        assert self.recipe.sparsity is not None
-        return self.recipe.sparsity
+        return self.recipe.build_pattern().nominal_sparsity()
 
     @property
     def pattern(self) -> str:
@@ -99,6 +62,8 @@ class Cell:
             "method": recipe.method,
             "paper": recipe.build_method().paper,
             "pattern": self.pattern,
+            "pattern_spec": recipe.build_pattern().spec(),
+            "pattern_words": recipe.build_pattern().describe(),
             "asked_sparsity": self.sparsity,
             "seed": recipe.seed,
             "calibration": {
@@ -135,32 +100,61 @@ def plan_sweep(options: Options, folder: SweepFolder) -> Plan:
 
     Raises InputError, one sentence, also where ``folder`` holds another sweep; nothing is written.
     """
-    recipes = _recipes(options)
-    for argument, number in (
-        ("--max-windows", options.max_windows),
-        ("--eval-batch-size", options.eval_batch_size),
-        ("--limit", options.limit),
-    ):
-        if number is not None and number < 1:
-            raise InputError(argument, number, "a whole number of at least 1")
-    for argument, given in (("--task-data", options.task_data), ("--limit", options.limit)):
-        if given is not None and not options.tasks:
-            raise InputError.sentence(f"{argument} goes with --tasks, which is not given.")
-    device = resolve_device(options.device)
-    texts = parse_texts(options.texts)
-    calibration = parse_source(options.calibration or DEFAULT_CALIBRATION)
+    checked = check_options(options)
     folder.check()
+
+    from rarefy.calibration.windows import DRAW_FROM, check_token_ids, draw_windows, token_stream
+    from rarefy.models.blocks import find_blocks, select_sites
+    from rarefy.models.checkpoint import load_tokenizer, resolve_device
+    from rarefy.models.source import resolve_model
+    from rarefy.pruning.loop import check_patterns
+    from rarefy.pruning.settings import Uniform
+
+    device, calibration = resolve_device(options.device), checked.calibration
     source = resolve_model(options.model)
-    cells = [Cell(recipe.resolved(source.context)) for recipe in recipes]
+    cells = [Cell(recipe.resolved(source.context)) for recipe in checked.recipes]
     blocks = select_sites(find_blocks(source.skeleton()), options.include, options.exclude)
     for pattern in dict.fromkeys(cell.recipe.build_pattern() for cell in cells):
-        check_pattern(blocks, pattern)
-
+        check_patterns(blocks, Uniform(pattern))
     tokenizer = load_tokenizer(source)
     if tokenizer is None:
         raise ModelError.sentence(f"{source.name} has no tokenizer, so nothing can be measured of it.")
     if options.bos and tokenizer.bos_token_id is None:
         raise InputError.sentence(f"--bos asks for a start token, but the tokenizer of {source.name} has none.")
+    measures = _measures(options, checked.texts, source, tokenizer)
+    recipe = cells[0].recipe
+    tokens = None
+    if calibration is not SELF:
+        num, length = recipe.window_shape
+        tokens = token_stream(calibration, tokenizer, enough=DRAW_FROM * num * length)
+        check_token_ids(tokens, source.config, source.name, measures.bos_id)
+        # Drawn once for its errors; warnings come when the sweep runs.
+        if len(tokens) < length - options.bos:
+            draw_windows(tokens, num, length, 0, measures.bos_id, name=f"the text of {calibration.name}")
+    settings = _settings(options, source, recipe, measures, tokens)
+    folder.check_same(settings)
+    return Plan(
+        cells,
+        source,
+        device,
+        measures,
+        calibration,
+        tokens,
+        measures.bos_id,
+        tokenizer,
+        settings,
+        [(block.index, site.name) for block in blocks for site in block.sites],
+        options.save,
+        options.retry,
+    )
+
+
+def _measures(
+    options: Options, texts: dict[str, Source], source: ModelSource, tokenizer: PreTrainedTokenizerBase
+) -> Measures:
+    """What is measured of the dense model and of each cell."""
+    from rarefy.evaluation.measure import Measures, corpora
+
     length = _evaluation_length(options.eval_length, source)
     tasks = None
     if options.tasks:
@@ -168,9 +162,8 @@ def plan_sweep(options: Options, folder: SweepFolder) -> Plan:
 
         tasks = prepare(options.tasks, options.task_data)
     bos_id = tokenizer.bos_token_id if options.bos else None
-    recipe = cells[0].recipe
-    measures = Measures(
-        corpora(texts, tokenizer, length, options.bos),
+    return Measures(
+        corpora(texts, tokenizer, length, bos_id, source),
         length,
         options.max_windows,
         bos_id,
@@ -178,14 +171,13 @@ def plan_sweep(options: Options, folder: SweepFolder) -> Plan:
         tasks=tasks,
         limit=options.limit,
     )
-    tokens = None
-    if calibration is not SELF:
-        num, window = recipe.window_shape
-        tokens = token_stream(calibration, tokenizer, enough=DRAW_FROM * num * window)
-        # Drawn once for its errors; warnings come when the sweep runs.
-        if len(tokens) < window - options.bos:
-            draw_windows(tokens, num, window, 0, bos_id, name=f"the text of {calibration.name}")
-    settings = {
+
+
+def _settings(
+    options: Options, source: ModelSource, recipe: Recipe, measures: Measures, tokens: Tensor | None
+) -> dict[str, Any]:
+    """All that the cells of a sweep have in common; a folder goes on only with the same."""
+    return {
         "model": source.name,
         "weights": _fingerprint(source),
         "calibration": recipe.calibration,
@@ -199,93 +191,24 @@ def plan_sweep(options: Options, folder: SweepFolder) -> Plan:
         "settings": dict(options.settings),
         "texts": {corpus.label: corpus.source for corpus in measures.corpora},
         "text_contents": {corpus.label: corpus.digest for corpus in measures.corpora},
-        "eval_length": length,
+        "eval_length": measures.length,
         "max_windows": options.max_windows,
         "tasks": list(options.tasks),
-        "task_data": tasks.digest if tasks else "",
+        "task_data": measures.tasks.digest if measures.tasks else "",
         "limit": options.limit,
     }
-    folder.check_same(settings)
-    return Plan(
-        cells,
-        source,
-        device,
-        measures,
-        calibration,
-        tokens,
-        bos_id,
-        tokenizer,
-        settings,
-        [(block.index, site.name) for block in blocks for site in block.sites],
-        options.save,
-        options.retry,
-    )
-
-
-def _recipes(options: Options) -> list[Recipe]:
-    """One recipe per cell, those of a seed together."""
-    if not options.methods:
-        raise InputError.sentence("--methods is missing: name one or more, such as magnitude,wanda,sparsegpt.")
-    if options.seeds < 1:
-        raise InputError("--seeds", options.seeds, "a whole number of at least 1")
-    for argument, values in (
-        ("--methods", options.methods), ("--sparsity", options.sparsities), ("--pattern", options.patterns),
-    ):  # fmt: skip
-        if repeated := next((value for value in values if list(values).count(value) > 1), None):
-            raise InputError.sentence(f"{argument} names {repeated} twice.")
-    places: list[dict[str, Any]] = [{"sparsity": value, "scope": options.scope} for value in options.sparsities]
-    places += [{"pattern": value} for value in options.patterns]
-    if options.scope is not None and not options.sparsities and options.patterns:
-        raise InputError.sentence("--scope goes with --sparsity; an N:M pattern says by itself where it prunes.")
-    places = places or [{"sparsity": DEFAULT_SPARSITY, "scope": options.scope}]
-    common = {
-        "model": options.model,
-        "calibration": options.calibration,
-        "num_samples": options.num_samples,
-        "sequence_length": options.sequence_length,
-        "batch_size": options.batch_size,
-        "bos": options.bos,
-        "device": options.device,
-        "dtype": options.dtype,
-        "include": list(options.include),
-        "exclude": list(options.exclude),
-    }
-    used: set[str] = set()
-    recipes = []
-    for seed in range(options.seeds):
-        for method in options.methods:
-            mine = _settings_of(method, options.settings)
-            used |= mine.keys()
-            for place in places:
-                said = {**common, **place, "method": method, "settings": mine or None, "seed": seed}
-                try:
-                    recipes.append(Recipe.read({key: value for key, value in said.items() if value is not None}))
-                except InputError as error:
-                    if str(error).startswith("--method "):
-                        raise type(error).sentence("--methods" + str(error).removeprefix("--method")) from None
-                    raise
-    if unused := next((key for key in options.settings if key not in used), None):
-        raise InputError("--set", unused, "METHOD.KEY=VALUE with METHOD one of " + ", ".join(options.methods))
-    return recipes
-
-
-def _settings_of(method: str, settings: Mapping[str, str]) -> dict[str, str]:
-    """The settings that belong to a part of ``method``."""
-    return {key: value for key, value in settings.items() if key.rpartition(".")[0] in method.split("+")}
 
 
 def _evaluation_length(asked: int | None, source: ModelSource) -> int:
     if asked is None:
         return min(EVALUATION_LENGTH, source.context or EVALUATION_LENGTH)
-    if asked < 2:
-        raise InputError("--eval-length", asked, "a whole number of at least 2 (tokens)")
     if source.context is not None and asked > source.context:
         raise InputError("--eval-length", asked, f"at most {source.context}, the model's longest context")
     return asked
 
 
 def _fingerprint(source: ModelSource) -> str:
-    """Of the files of a local model; of one on the hub, its revision."""
+    """A digest of the files of a local model; the revision of one on the hub."""
     if source.kind == "hub":
         return source.path.name
     return hashlib.sha256(repr(file_digests(source.path)).encode()).hexdigest()[:16]

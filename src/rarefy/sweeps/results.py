@@ -28,6 +28,7 @@ class Summary:
     """One method with one pattern: ``mean`` and ``deviation`` of every measurement over the seeds that ended well.
 
     ``deviation`` is the sample standard deviation, absent where there is one seed. ``failed`` counts the others.
+    ``in_groups`` says that the pattern is N:M.
     """
 
     method: str
@@ -37,6 +38,7 @@ class Summary:
     failed: int
     mean: Mapping[str, float]
     deviation: Mapping[str, float]
+    in_groups: bool = False
 
 
 def row(facts: Facts) -> dict[str, Value]:
@@ -99,7 +101,9 @@ def summarise(cells: Sequence[Facts]) -> list[Summary]:
                 if len(numbers) > 1:
                     deviation[key] = statistics.stdev(numbers)
         sparsity = float(group[0]["asked_sparsity"])
-        found.append(Summary(method, pattern, sparsity, len(good), len(group) - len(good), mean, deviation))
+        in_groups = group[0].get("pattern_spec", {}).get("kind") == "n:m"
+        failed = len(group) - len(good)
+        found.append(Summary(method, pattern, sparsity, len(good), failed, mean, deviation, in_groups))
     return found
 
 
@@ -158,7 +162,7 @@ _ORDER = ("perplexity_", "kl_", "agreement_")
 def _protocol(settings: Facts, cells: Sequence[Facts]) -> str:
     seeds = len({facts["seed"] for facts in cells})
     spread = f" Mean ± standard deviation over {seeds} seeds, each with its own windows." if seeds > 1 else ""
-    limit = f", the first {settings['limit']:,} items of each" if settings.get("limit") else ""
+    limit = f", {_limit_words(settings['limit'])} of each" if settings.get("limit") else ""
     tasks = f" Tasks: zero-shot accuracy by lm-eval{limit}." if settings.get("tasks") else ""
     windows = f"the first {settings['max_windows']:,}" if settings.get("max_windows") else "all"
     return (
@@ -167,6 +171,10 @@ def _protocol(settings: Facts, cells: Sequence[Facts]) -> str:
         f"overlap; KL divergence from the dense model in nats per token.{tasks} Relative error: the geometric mean "
         f"of the layers' lost output energy. Seconds: the time of pruning.{spread}"
     )
+
+
+def _limit_words(limit: int | float) -> str:
+    return f"the first {limit:,} items" if limit >= 1 else f"the first {100 * limit:g}% of the items"
 
 
 def _shown(key: str) -> bool:

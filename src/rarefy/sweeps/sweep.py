@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from rarefy.calibration.sources import draw_windows
+from rarefy.calibration.windows import draw_windows
 from rarefy.models.blocks import Block, find_blocks
-from rarefy.models.checkpoint import load_model, save_model
+from rarefy.models.checkpoint import load_model
+from rarefy.models.saving import save_model
 from rarefy.pruning.loop import prune_model
 from rarefy.pruning.records import Report, three_digits
 from rarefy.runs.card import base_model, model_card

@@ -1,0 +1,36 @@
+"""Room for tensors that have a row for each window: in memory, the GPU's if they fit, or in a file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from rarefy.calibration.ahead import empty_states
+from rarefy.calibration.spill import MappedStates
+
+
+def _keep() -> None:
+    """Memory is not given back."""
+
+
+@dataclass
+class WindowRows:
+    """A tensor with a row for each window; ``release`` gives back the memory of one in a file for now."""
+
+    tensor: Tensor
+    release: Callable[[], None] = _keep
+
+
+def allocate(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, offload: Path | None) -> WindowRows:
+    """A tensor with any content, for a model that computes on ``device``; in a file of ``offload`` if that is given.
+
+    Raises OutputError where the folder cannot take it.
+    """
+    if offload is None:
+        return WindowRows(empty_states(shape, dtype, device))
+    states = MappedStates(offload, shape, dtype)
+    return WindowRows(states.tensor, states.release)

@@ -1,0 +1,231 @@
+"""Matching: a pruned block is trained so that, on the pruned path, it gives the states of the dense path.
+
+The layer problem sees one linear at a time. Matching sees the block. With masks fixed, its kept weights W, norms
+and biases minimise, over all windows,
+
+    L(W) = ||f_W(X) - Y||^2 / ||Y||^2          (1)
+
+where X are the states that enter the block on the pruned path, Y those that leave it on the dense path, and f_W is
+the block. So errors of the blocks before are corrected as far as this block can.
+
+    G <- gradient of (1) on one batch, times the mask          (2)
+    W <- AdamW(W, G), then times the mask                      (3)
+
+A part of the windows is held out. The state of the pass with the least held-out loss is kept, which may be the
+start: a block is never left worse than it was, on windows that it was not trained on.
+
+Sources: Rethinking Pruning (EMNLP 2024) for inputs of the pruned path and targets of the dense one, EBFT
+(arXiv 2402.12419) for AdamW at 2e-4, falling linearly. Differences: held-out windows choose the pass; masters are
+in float32; weight decay is 0.
+Cost: per pass, a forward and a backward pass of the block over all windows. Memory: the block four times in float32
+(weights, gradients, two moments), the activations of one batch, and the states of both paths.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from rarefy.calibration.stream import HiddenStates
+from rarefy.errors import InputError
+from rarefy.models.blocks import Block
+from rarefy.parallel.world import World
+from rarefy.pruning.steps import PrunedBlock
+
+
+@dataclass(frozen=True)
+class Matching:
+    """Trains the kept weights, norms and biases of each pruned block to match the dense model.
+
+    ``passes`` over the windows; ``learning_rate`` of AdamW, which falls linearly to 0; ``batch_size`` windows per
+    step, rounded up to whole calibration batches; ``held_out`` is the share of the batches that choose the best
+    pass, at least one; ``seed`` orders the batches. Raises InputError where one of them is out of range.
+    """
+
+    passes: int = 5
+    learning_rate: float = 2e-4
+    batch_size: int = 4
+    held_out: float = 0.1
+    seed: int = 0
+
+    needs_dense_path = True
+
+    def __post_init__(self) -> None:
+        for name, value, allowed in (
+            ("passes", self.passes >= 1, "a whole number of at least 1"),
+            ("learning_rate", 0 < self.learning_rate < 1, "a number between 0 and 1"),
+            ("batch_size", self.batch_size >= 1, "a whole number of at least 1 (windows)"),
+            ("held_out", 0 <= self.held_out < 1, "a share in [0, 1)"),
+        ):
+            if not value:
+                raise InputError(f"matching.{name}", getattr(self, name), allowed)
+
+    def num_parts(self, block: Block, num_batches: int) -> int:
+        """Training batches of all passes, and held-out batches before and after each."""
+        if not block.sites:
+            return 0
+        held_out = self._num_held_out(num_batches)
+        return self.passes * (num_batches - held_out) + (self.passes + 1) * held_out
+
+    def __call__(self, pruned: PrunedBlock, on_part: Callable[[], None]) -> None:
+        """Train the block in place. All processes of the world end with the same bits."""
+        if not pruned.block.sites:
+            return
+        with pruned.world.together():
+            if pruned.leaving_dense is None:
+                raise ValueError("Matching needs the dense path.")
+        trainer = _Trainer(pruned, self, on_part)
+        with trainer.float32_masters():
+            trainer.train(self)
+
+    def _num_held_out(self, num_batches: int) -> int:
+        """How many batches are held out: none of a single one, for which the last pass is kept."""
+        return min(num_batches - 1, max(1, round(self.held_out * num_batches))) if self.held_out else 0
+
+
+class _Trainer:
+    """One block in training: its parameters, their masks, and the two paths."""
+
+    def __init__(self, pruned: PrunedBlock, settings: Matching, on_part: Callable[[], None]) -> None:
+        assert pruned.leaving_dense is not None
+        self.module: nn.Module = pruned.block.module
+        self.index = pruned.block.index
+        self.world: World = pruned.world
+        self.entering: HiddenStates = pruned.entering
+        self.target: HiddenStates = pruned.leaving_dense
+        self.sites = pruned.block.sites
+        self.masks = pruned.masks
+        self.on_part = on_part
+        self.parameters = [each for each in self.module.parameters() if each.is_floating_point()]
+        # The states are held in the dtype of the model; products are in that of computation.
+        self.autocast = pruned.entering.compute_dtype in (torch.bfloat16, torch.float16)
+        batches = list(self.entering.slices())
+        num_held_out = settings._num_held_out(len(batches))
+        generator = torch.Generator().manual_seed(settings.seed + self.index)
+        order = torch.randperm(len(batches), generator=generator).tolist()
+        self.held_out = [batches[i] for i in sorted(order[:num_held_out])]
+        self.batches = [batches[i] for i in order[num_held_out:]]
+        self.generator = generator
+
+    @contextmanager
+    def float32_masters(self) -> Iterator[None]:
+        """Within the scope, parameters are in float32 and have gradients; afterwards as before, and masked."""
+        stored = [(each, each.dtype, each.requires_grad) for each in self.parameters]
+        try:
+            for parameter in self.parameters:
+                parameter.data = parameter.data.float()
+                parameter.requires_grad_(True)
+            yield
+        finally:
+            for parameter, dtype, requires_grad in stored:
+                parameter.requires_grad_(requires_grad)
+                parameter.grad = None
+                parameter.data = parameter.data.to(dtype)
+            self._apply_masks()
+
+    def train(self, settings: Matching) -> None:
+        """All passes; the parameters of the best one are kept."""
+        step_batches = max(1, math.ceil(settings.batch_size / self.entering.batch_size))
+        most_batches = max(self.world.gather(len(self.batches)))  # all processes take as many steps
+        steps = settings.passes * math.ceil(most_batches / step_batches)
+        optimizer = torch.optim.AdamW(
+            self.parameters, lr=settings.learning_rate, betas=(0.9, 0.95), weight_decay=0.0, foreach=False
+        )
+        schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=steps)
+        best = self._held_out_loss()
+        start = kept = self._copy()
+        for _ in range(settings.passes):
+            order = torch.randperm(len(self.batches), generator=self.generator).tolist()
+            for first in range(0, most_batches, step_batches):
+                self._step(optimizer, [self.batches[i] for i in order[first : first + step_batches]])
+                schedule.step()
+            loss = self._held_out_loss()
+            if loss < best or math.isinf(loss):  # without held-out windows, the last pass is kept
+                best, kept = loss, self._copy()
+        self._restore(kept)
+        # What counts is the block as it is stored: rounding must not have undone what was won.
+        if kept is not start and math.isfinite(best) and not self._better_as_stored(start, kept):
+            self._restore(start)
+
+    def _step(self, optimizer: torch.optim.Optimizer, batches: list[tuple[int, slice]]) -> None:
+        optimizer.zero_grad(set_to_none=False)
+        for parameter in self.parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        size = torch.tensor(float(sum(self.entering.states[windows].shape[0] for _, windows in batches)))
+        with self.world.together():
+            for batch, windows in batches:
+                (self._loss(batch, windows) * self.entering.states[windows].shape[0]).backward()
+                self.on_part()
+        self.world.sum_([size, *(each.grad for each in self.parameters if each.grad is not None)])
+        for parameter in self.parameters:
+            assert parameter.grad is not None
+            parameter.grad.div_(max(1.0, float(size)))
+        self._mask_gradients()
+        optimizer.step()
+        self._apply_masks()
+
+    def _loss(self, batch: int, windows: slice) -> Float[Tensor, ""]:
+        """(1) on one batch: the mean over its windows of the squared error by the energy of the target."""
+        device = self.entering.device.type
+        with torch.enable_grad(), torch.autocast(device, torch.bfloat16, enabled=self.autocast):
+            output = self.entering.run(self.module, self.index, batch, windows)
+        target = self.target.states[windows].to(output.device, torch.float32)
+        return (output.float() - target).square().sum() / target.square().sum().clamp_min(1e-30)
+
+    def _held_out_loss(self, seen: bool = True) -> float:
+        """The loss over the held-out windows of all processes; infinity where there are none.
+
+        Progress counts it where it is ``seen``.
+        """
+        total = torch.zeros(2, dtype=torch.float64)
+        with self.world.together(), torch.no_grad():
+            for batch, windows in self.held_out:
+                num = self.entering.states[windows].shape[0]
+                total += torch.tensor([float(self._loss(batch, windows)) * num, num], dtype=torch.float64)
+                if seen:
+                    self.on_part()
+        self.world.sum_([total])
+        return float(total[0] / total[1]) if total[1] else math.inf
+
+    def _better_as_stored(self, start: list[Tensor], kept: list[Tensor]) -> bool:
+        """Whether ``kept`` has less held-out loss than ``start`` when both are rounded to the stored dtype."""
+        dtype = self.entering.states.dtype
+        if dtype == torch.float32:
+            return True
+        losses = []
+        for state in (start, kept):
+            self._restore([tensor.to(dtype).float() for tensor in state])
+            losses.append(self._held_out_loss(seen=False))
+        self._restore(kept)
+        return losses[1] < losses[0]
+
+    def _copy(self) -> list[Tensor]:
+        return [parameter.detach().clone() for parameter in self.parameters]
+
+    def _restore(self, state: list[Tensor]) -> None:
+        with torch.no_grad():
+            for parameter, kept in zip(self.parameters, state):
+                parameter.copy_(kept)
+
+    def _mask_gradients(self) -> None:
+        for site in self.sites:
+            gradient = site.parameter.grad
+            if gradient is not None:
+                _mask_(site.view(gradient), self.masks[site.name])
+
+    def _apply_masks(self) -> None:
+        with torch.no_grad():
+            for site in self.sites:
+                _mask_(site.view(site.parameter.detach()), self.masks[site.name])
+
+
+def _mask_(tensor: Float[Tensor, "out inputs"], mask: Bool[Tensor, "out inputs"]) -> None:
+    """Set ``tensor`` to +0 where ``mask`` is False, in place."""
+    tensor.copy_(torch.where(mask, tensor, 0))

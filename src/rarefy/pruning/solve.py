@@ -1,0 +1,72 @@
+"""Step 2 of a block: solve its layers, or this process's pieces of them, and write each as soon as it is solved."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from rarefy.errors import NumericalError
+from rarefy.layer.gram import Gram
+from rarefy.layer.pattern import Pattern
+from rarefy.layer.problem import LayerProblem, error_ratio
+from rarefy.layer.solution import Solution
+from rarefy.methods.base import Method, run
+from rarefy.models.sites import Site
+from rarefy.parallel.sharing import Piece
+from rarefy.pruning.parts import Energies, Part
+from rarefy.pruning.precision import full_float32
+from rarefy.pruning.records import LayerRecord
+from rarefy.pruning.settings import PruneSettings
+from rarefy.pruning.write import write_rows
+
+
+@full_float32()
+def solve(
+    weight: Tensor, gram: Tensor | Gram, pattern: Pattern, method: Method, *, name: str = "the layer"
+) -> Solution:
+    """Prune one layer: ``weight`` (out, in) float, ``gram`` (in, in) tensor X^T X or ``Gram``.
+
+    Returns a Solution with ``weight`` (out, in), ``mask``, ``relative_error`` and ``status``; works in
+    float64 if either input does, else in float32. ``name`` is what errors call the layer. Raises
+    PatternError, MethodError, NumericalError (NaN or infinity), InputError (shapes).
+    """
+    gram = gram if isinstance(gram, Gram) else Gram.from_matrix(gram)
+    with torch.no_grad():
+        return run(method, LayerProblem(weight, gram), pattern, name=name)
+
+
+def solve_piece(
+    site: Site, piece: Piece, block: int, gram: Gram, settings: PruneSettings
+) -> tuple[Part, Bool[Tensor, "rows inputs"]]:
+    """Solve a layer, or some rows of it, and write it; its record, graded from what was written, and its mask."""
+    whole = pattern = settings.pattern_of(site)
+    if piece.stop - piece.start < site.shape[0]:
+        pattern = whole.rows(piece.start, piece.stop, site.shape)
+    with torch.no_grad():
+        problem = LayerProblem(site.read(piece.rows), gram)
+        solution = run(settings.method, problem, pattern, name=site.name, graded=False)  # as it is written, below
+        if settings.strict and solution.status.failed:
+            reason = solution.details.get("failure", solution.status.value)
+            raise NumericalError(f"{site.name}: {reason} (strict)")
+        write_rows(site, piece.rows, solution)
+        written = site.read(piece.rows)
+        lost = Energies(problem.objective(written), problem.balanced_objective(written))
+        dense = Energies(problem.dense_energy, problem.balanced_energy)
+    record = LayerRecord(
+        name=site.name,
+        block=block,
+        shape=list(problem.shape),
+        pattern=str(whole),
+        pattern_spec=whole.spec(),
+        kept=int(solution.mask.sum()),
+        relative_error=error_ratio(lost.plain, dense.plain),
+        balanced_error=error_ratio(lost.balanced, dense.balanced),
+        status=solution.status.value,
+        failed=solution.status.failed,
+        details=solution.details,
+        steps=solution.steps,
+        seconds=solution.seconds,
+        trace=solution.trace,
+    )
+    return Part(record, lost, dense), solution.mask

@@ -1,0 +1,149 @@
+"""What the user asks of a sweep, checked as far as that goes without a model: torch is not imported."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rarefy.calibration.documents import Source
+from rarefy.calibration.sources import has_columns, parse_source
+from rarefy.errors import InputError
+from rarefy.evaluation.texts import parse_texts
+from rarefy.models.locate import locate
+from rarefy.runs.arguments import check_goes_with_tasks
+from rarefy.runs.recipe import DEFAULT_CALIBRATION, DEFAULT_SPARSITY, Recipe
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the user asked for. Texts and numbers as they were written: ``plan`` checks them.
+
+    Lists are the axes of the sweep; ``seeds`` is their number. ``settings`` are METHOD.KEY: VALUE.
+    """
+
+    model: str
+    methods: Sequence[str]
+    sparsities: Sequence[str] = ()
+    patterns: Sequence[str] = ()
+    seeds: int = 1
+    scope: str | None = None
+    settings: Mapping[str, str] = field(default_factory=dict)
+    calibration: str | None = None
+    text_column: str | None = None
+    num_samples: str | int | None = None
+    sequence_length: str | int | None = None
+    batch_size: str | int | None = None
+    bos: bool = False
+    device: str = "auto"
+    dtype: str = "auto"
+    include: Sequence[str] = ()
+    exclude: Sequence[str] = ()
+    texts: Sequence[str] = ()
+    eval_length: int | None = None
+    max_windows: int | None = None
+    eval_batch_size: int = 1
+    tasks: Sequence[str] = ()
+    task_data: str | Path | None = None
+    limit: int | float | None = None
+    save: bool = False
+    retry: bool = False
+
+
+@dataclass(frozen=True)
+class Checked:
+    """Options that are none of the mistakes that can be found without a model.
+
+    ``recipes`` has one recipe for each cell, those of a seed together; ``texts`` are to be measured on.
+    """
+
+    options: Options
+    recipes: Sequence[Recipe]
+    texts: dict[str, Source]
+    calibration: Source
+
+
+def check_options(options: Options) -> Checked:
+    """Find every mistake in the options that can be found without a model. Raises InputError."""
+    recipes = _recipes(options)
+    _check_numbers(options)
+    locate(options.model)
+    column = _calibration_column(options)
+    texts = parse_texts(options.texts, options.text_column, must_apply=column is None)
+    calibration = parse_source(options.calibration or DEFAULT_CALIBRATION, text_column=column)
+    return Checked(options, recipes, texts, calibration)
+
+
+def _check_numbers(options: Options) -> None:
+    """Raise InputError for numbers out of range, and for options that go with --tasks alone."""
+    for argument, number in (
+        ("--max-windows", options.max_windows),
+        ("--eval-batch-size", options.eval_batch_size),
+    ):
+        if number is not None and number < 1:
+            raise InputError(argument, number, "a whole number of at least 1")
+    if options.eval_length is not None and options.eval_length < 2:
+        raise InputError("--eval-length", options.eval_length, "a whole number of at least 2 (tokens)")
+    limit = options.limit
+    if limit is not None and not (0 < limit < 1 or (isinstance(limit, int) and limit >= 1)):
+        raise InputError("--limit", limit, "a whole number of at least 1, or a fraction between 0 and 1")
+    check_goes_with_tasks(options.tasks, task_data=options.task_data, limit=limit)
+
+
+def _recipes(options: Options) -> list[Recipe]:
+    """One recipe per cell, those of a seed together."""
+    if not options.methods:
+        raise InputError.sentence("--methods is missing: name one or more, such as magnitude,wanda,sparsegpt.")
+    if options.seeds < 1:
+        raise InputError("--seeds", options.seeds, "a whole number of at least 1")
+    for argument, values in (
+        ("--methods", options.methods), ("--sparsity", options.sparsities), ("--pattern", options.patterns),
+    ):  # fmt: skip
+        if repeated := next((value for value in values if list(values).count(value) > 1), None):
+            raise InputError.sentence(f"{argument} names {repeated} twice.")
+    places: list[dict[str, Any]] = [{"sparsity": value, "scope": options.scope} for value in options.sparsities]
+    places += [{"pattern": value} for value in options.patterns]
+    if options.scope is not None and not options.sparsities and options.patterns:
+        raise InputError.sentence("--scope goes with --sparsity; an N:M pattern says by itself where it prunes.")
+    places = places or [{"sparsity": DEFAULT_SPARSITY, "scope": options.scope}]
+    common = {
+        "model": options.model,
+        "calibration": options.calibration,
+        "text_column": _calibration_column(options),
+        "num_samples": options.num_samples,
+        "sequence_length": options.sequence_length,
+        "batch_size": options.batch_size,
+        "bos": options.bos,
+        "device": options.device,
+        "dtype": options.dtype,
+        "include": list(options.include),
+        "exclude": list(options.exclude),
+    }
+    used: set[str] = set()
+    recipes = []
+    for seed in range(options.seeds):
+        for method in options.methods:
+            mine = _settings_of(method, options.settings)
+            used |= mine.keys()
+            for place in places:
+                said = {**common, **place, "method": method, "settings": mine or None, "seed": seed}
+                try:
+                    recipes.append(Recipe.read({key: value for key, value in said.items() if value is not None}))
+                except InputError as error:
+                    if str(error).startswith("--method "):
+                        raise type(error).sentence("--methods" + str(error).removeprefix("--method")) from None
+                    raise
+    if unused := next((key for key in options.settings if key not in used), None):
+        raise InputError("--set", unused, "METHOD.KEY=VALUE with METHOD one of " + ", ".join(options.methods))
+    return recipes
+
+
+def _calibration_column(options: Options) -> str | None:
+    """The column that the user named, which belongs to all that has columns, if the calibration has some."""
+    return options.text_column if has_columns(options.calibration or DEFAULT_CALIBRATION) else None
+
+
+def _settings_of(method: str, settings: Mapping[str, str]) -> dict[str, str]:
+    """The settings that belong to a part of ``method``."""
+    return {key: value for key, value in settings.items() if key.rpartition(".")[0] in method.split("+")}
