@@ -161,7 +161,7 @@ class ALPS(IterativeMethod[_State]):
 
     def cost(self, shape: Shape, pattern: Pattern) -> Cost:
         levels = min(self.levels, self.steps)
-        return Cost(self.steps + self.pcg_steps + 1 + inversions(levels, shape), weights=5, grams=2)
+        return Cost(self.steps + self.pcg_steps + 1 + inversions(levels, shape), weights=4, grams=2)
 
 
 @dataclass
@@ -228,7 +228,7 @@ class ALPSPaper(IterativeMethod[_Watched]):
 
     def cost(self, shape: Shape, pattern: Pattern) -> Cost:
         levels = -(-self.steps // _LOOK_EVERY)
-        return Cost(self.steps + self.pcg_steps + 1 + inversions(levels, shape), weights=5, grams=2)
+        return Cost(self.steps + self.pcg_steps + 1 + inversions(levels, shape), weights=4, grams=2)
 
 
 def _changes(mask: Tensor, before: Tensor) -> int:
