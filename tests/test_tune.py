@@ -331,7 +331,7 @@ MISTAKES: dict[str, tuple[str, str]] = {
     "share of nothing": ("{place}/run --calibration {place}/text.txt=0 -o {out}", "SOURCE or SOURCE=SHARE"),
     "share too small": (
         "{place}/run --calibration {place}/text.txt=99 --calibration {place}/other.txt=1 -o {out}",
-        "is less than one of 8 windows",
+        "of 8 windows is less than one",
     ),
     "full folder": ("{place}/run -o {wrong}/full", "a new or empty folder; this one is not empty"),
     "window too long": ("{place}/run --sequence-length 4096 -o {out}", "--sequence-length is 4096, but must be"),
@@ -375,7 +375,7 @@ def test_a_mistake_is_one_sentence_before_a_model_is_loaded(
 
 
 def test_windows_to_hold_out_share_no_token_with_the_others(place: Path) -> None:
-    from rarefy.calibration.sources import draw_windows, parse_source
+    from rarefy.calibration.windows import draw_windows, parse_source
     from rarefy.runs.tune_windows import Text, draw
 
     source = parse_source(str(place / "text.txt"))
