@@ -375,7 +375,8 @@ def test_a_mistake_is_one_sentence_before_a_model_is_loaded(
 
 
 def test_windows_to_hold_out_share_no_token_with_the_others(place: Path) -> None:
-    from rarefy.calibration.windows import draw_windows, parse_source
+    from rarefy.calibration.sources import parse_source
+    from rarefy.calibration.windows import draw_windows
     from rarefy.runs.tune_windows import Text, draw
 
     source = parse_source(str(place / "text.txt"))
