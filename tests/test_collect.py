@@ -169,3 +169,11 @@ def test_inputs_that_leave_the_range_of_float16_are_one_sentence() -> None:
         NumericalError, match=r"^What 1 reads leaves the range of float16 \(65,504\): .*\(--dtype\)\.$"
     ):
         grams_of(Reading((0, same), (1, large)).half(), states(2, 3, 4).half(), compute_dtype=torch.float16)
+
+
+def test_weights_that_are_no_numbers_are_not_taken_for_the_range_of_float16() -> None:
+    module = Reading((0, same), (1, lambda hidden: hidden * float("nan"))).half()
+    with torch.no_grad():
+        module.linears[0].weight[0, 0] = float("nan")
+    grams = grams_of(module, states(2, 3, 4).half(), compute_dtype=torch.float16)
+    assert not grams["1"].H.isfinite().any()

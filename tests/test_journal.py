@@ -443,6 +443,44 @@ def test_a_run_that_is_killed_at_any_moment_ends_with_the_same_bits(
     assert counts == {0, 1, 2, 3}
 
 
+def test_what_the_journal_speaks_of_is_on_the_disk_before_the_journal(
+    streamed: StreamedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shards, records, states, and the names of all new files: synced after they were last written."""
+    waiting: dict[int, str] = {}  # by number of the file or folder, what of it may not be on the disk yet
+    finished, synced = [], set()
+    fsync, write, replace, rename = os.fsync, ShardCopies.write, Path.replace, Path.rename
+
+    def sync(descriptor: int) -> None:
+        fsync(descriptor)
+        synced.add(os.fstat(descriptor).st_ino)
+        waiting.pop(os.fstat(descriptor).st_ino, None)
+
+    def written(self: ShardCopies, name: str, tensor: Tensor) -> None:
+        write(self, name, tensor)
+        file = self.stored(name).file
+        waiting[file.stat().st_ino] = f"{name} in {file.name}"
+
+    def named(function: Callable[..., Path]) -> Callable[..., Path]:
+        def call(self: Path, target: Path) -> Path:
+            if target.name == "journal.json":
+                finished.append(dict(waiting))
+            if self.is_file():
+                assert self.stat().st_ino in synced, f"{target} has its name before its bytes are on the disk"
+            found = function(self, target)
+            waiting[target.parent.stat().st_ino] = f"the name of {target}"
+            return found
+
+        return call
+
+    monkeypatch.setattr(os, "fsync", sync)
+    monkeypatch.setattr(ShardCopies, "write", written)
+    monkeypatch.setattr(Path, "replace", named(replace))
+    monkeypatch.setattr(Path, "rename", named(rename))
+    assert _run(streamed, tmp_path / "out") == 3
+    assert finished == [{}] * 4  # the first journal, and one for each block
+
+
 def test_a_lost_file_of_the_model_so_far_is_one_sentence(streamed: StreamedModel, tmp_path: Path) -> None:
     fingerprint = Fingerprint.of({"rule": "mean"}, streamed.shards.folder, _WINDOWS)
     with Journal(tmp_path).open(fingerprint) as journal:
