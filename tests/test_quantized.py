@@ -106,6 +106,15 @@ def test_an_fp8_checkpoint_is_had_in_parts_as_ordinary_weights(architecture: str
     assert "mtp.fc.weight" in lost_tensors(source, Shards.open(tmp_path / "plain"))
 
 
+def test_what_is_not_quantised_keeps_its_dtype(tmp_path: Path) -> None:
+    _fp8_folder("llama", tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    norm = torch.randn(32)
+    save_file(load_file(file) | {"model.norm.weight": norm}, file, metadata={"format": "pt"})
+    StreamedModel(resolve_model(str(tmp_path / "model"))).copies(tmp_path / "copy").make()
+    _assert_same({"": load_file(tmp_path / "copy" / "model.safetensors")["model.norm.weight"]}, {"": norm})
+
+
 @pytest.mark.filterwarnings("ignore:.* weights of experts were solved with all tokens")
 @pytest.mark.parametrize("architecture", ["llama", "qwen3_moe"])
 def test_an_fp8_checkpoint_is_pruned_like_the_weights_that_it_stands_for(

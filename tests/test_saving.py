@@ -77,6 +77,18 @@ _WAYS: dict[str, tuple[Callable[[Path], object], str]] = {
 }
 
 
+def test_a_model_and_the_model_within_it_share_the_dtype_that_either_says(tmp_path: Path, composite: Path) -> None:
+    folder = Path(shutil.copytree(composite, tmp_path / "model"))
+    settings = _settings(folder)
+    both = (settings, settings["text_config"])
+    for says, is_silent in (both, both[::-1]):
+        says["dtype"], is_silent["dtype"] = "bfloat16", None
+        (folder / "config.json").write_text(json.dumps(settings))
+        source = resolve_model(str(folder))
+        assert source.config.dtype == source.config.get_text_config().dtype == torch.bfloat16
+        assert next(source.skeleton().parameters()).dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize("way", _WAYS)
 def test_a_run_keeps_what_it_does_not_prune(way: str, composite: Path, rarefy_: Rarefy) -> None:
     folder = Path(shutil.copytree(composite, "model"))

@@ -155,6 +155,14 @@ def test_every_part_is_what_from_pretrained_makes_and_can_be_freed(
     assert streamed.surplus == []
 
 
+def test_weights_that_a_model_draws_when_it_is_built_are_read_all_the_same(tmp_path: Path) -> None:
+    build(transformers.DiffLlamaConfig(**_GROUPED)).to(torch.bfloat16).save_pretrained(tmp_path)
+    streamed = _open(tmp_path)
+    assert _all_on_meta(streamed.model)
+    with streamed.loaded() as module:
+        _assert_same(module, _whole(tmp_path))
+
+
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3", "mixtral"])
 def test_hidden_states_pass_through_the_parts_as_through_the_whole(
     name: str, folder_of: Callable[[str], Path]
