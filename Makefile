@@ -2,6 +2,7 @@
 #   make demo        prune SmolLM2-135M to 60 % and print dense and pruned perplexity
 #   make test        lint, types and the quick tests        make test-slow   the ones that take minutes
 #   make test-gpu    the ones that need CUDA                make bench       the benchmarks of README.md
+#   make architectures  every decoder of transformers, built small: graded, or refused with the reason (20 minutes)
 #   make mutants     breaks the code token by token, and counts what the tests notice (hours)
 #   make methods     write what is known of methods before torch is imported, after one was added or changed
 #   make docs        check the links and file names in the documentation
@@ -18,11 +19,11 @@ DEMO_SPARSITY ?= 0.6
 DEMO_OPTIONS ?= --num-samples 24 --sequence-length 256
 DEMO_WINDOWS ?= 3
 
-.PHONY: demo test test-slow test-gpu bench mutants methods docs lint install clean
+.PHONY: demo test test-slow test-gpu bench architectures mutants methods docs lint install clean
 
 # torch comes first and alone: with its version fixed, pip takes the build that this machine offers
 # (often a CPU-only one) before another package can ask for a larger one.
-$(VENV)/.installed: pyproject.toml constraints.txt
+$(VENV)/.installed: pyproject.toml constraints.txt hatch_build.py src/rarefy/packing/kernel.c
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet -c constraints.txt torch
 	$(PIP) install --quiet -c constraints.txt -e '.[dev]'
@@ -63,6 +64,9 @@ test-gpu: $(VENV)/.installed
 
 mutants: $(VENV)/.tasks
 	$(BIN)/python benchmarks/mutants.py
+
+architectures: $(VENV)/.installed
+	$(BIN)/python tests/test_architectures.py
 
 methods: $(VENV)/.installed
 	$(BIN)/python -m rarefy.methods.table > described.json

@@ -31,14 +31,17 @@ GROUPS = {
     "layer": (["src/rarefy/layer/*.py"], f"{_MATHS} test_against_reference test_masks test_methods"),
     "methods": (
         ["src/rarefy/methods/*.py"],
-        "test_reference test_against_reference test_brute_force test_masks test_methods",
+        "test_light test_reference test_against_reference test_brute_force test_masks test_methods",
     ),
     "loop": (
         ["src/rarefy/pruning/*.py", "src/rarefy/parallel/sharing.py", "src/rarefy/parallel/reduce.py"],
         "test_pruning test_stores test_matching test_experts test_distributed",
     ),
     "journal": (["src/rarefy/runs/journal.py", "src/rarefy/runs/fingerprint.py"], "test_journal test_resume"),
-    "shards": (["src/rarefy/models/shards.py", "src/rarefy/models/atomic.py"], "test_shards test_streaming"),
+    "shards": (
+        ["src/rarefy/models/shards.py", "src/rarefy/models/atomic.py"],
+        "test_atomic test_shards test_streaming",
+    ),
 }
 _COMPARISONS = {"<": "<=", "<=": "<", ">": ">=", ">=": ">", "==": "!=", "!=": "==", "is": "is not", "is not": "is"}
 _OPERATORS = {"+": "-", "-": "+", "*": "/", "/": "*", "//": "*", "**": "*", "%": "+", "&": "|", "|": "&", "@": "*"}

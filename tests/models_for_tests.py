@@ -144,8 +144,11 @@ def save_folder(model: PreTrainedModel, folder: Path) -> Path:
     return folder
 
 
-def write_gguf(path: Path, model: PreTrainedModel) -> Path:
-    """Writes a small Llama as llama.cpp does, matrices as blocks of 8-bit numbers, and returns ``path``."""
+def write_gguf(path: Path, model: PreTrainedModel, extra: str | None = None) -> Path:
+    """Writes a small Llama as llama.cpp does, matrices as blocks of 8-bit numbers, and returns ``path``.
+
+    ``extra`` is the name of one more tensor, which is no part of the model.
+    """
     config = model.config
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_context_length(config.max_position_embeddings)
@@ -176,6 +179,8 @@ def write_gguf(path: Path, model: PreTrainedModel) -> Path:
         kind = gguf.GGMLQuantizationType.Q8_0 if weight.ndim == 2 else gguf.GGMLQuantizationType.F32
         short_name = names.get_name(name, try_suffixes=(".weight",))
         writer.add_tensor(short_name, gguf.quantize(weight.numpy(), kind), raw_dtype=kind)
+    if extra is not None:
+        writer.add_tensor(extra, torch.ones(32).numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -18,9 +18,9 @@ from rarefy.methods.base import Method
 
 README = Path(__file__).parents[1] / "README.md"
 
-FUNCTIONS = {"solve", "prune", "run", "forecast", "inspect_folder"}
+FUNCTIONS = {"solve", "prune", "run", "forecast", "inspect_folder", "keep_zeros", "merge", "tune"}
 LAYER = {"Gram", "LayerProblem", "Solution", "Status", "Unstructured", "PerRow", "NM", "Fixed"}
-RUN = {"Report", "Recipe", "RunResult", "Matching"}
+RUN = {"Report", "Recipe", "RunResult", "Matching", "TuneRecipe", "TuneResult"}
 METHOD = {"Method", "IterativeMethod", "Magnitude", "Wanda", "RIA", "SparseGPT", "Then", "BestOf"}
 ERRORS = {
     name

@@ -61,7 +61,7 @@ METHODS: dict[str, Distance] = {
     "admm-reselect": Distance(ADMM(schedule="reselect"), 4.05),
     "admm": Distance(ADMM(), 4.05),
     "admm+backsolve": Distance(Then(ADMM(), Backsolve()), 2.3),
-    "alps": Distance(ALPS(), 2.8),
+    "alps": Distance(ALPS(), 3.1),  # its damping is a bias, which pays only where there is noise (docs/log.md)
     "alps-paper": Distance(ALPSPaper(), 2.8),
     "best of": Distance(BestOf(Then(SparseGPT(), Backsolve()), ALPS()), 2.5),
 }

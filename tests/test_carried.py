@@ -21,7 +21,9 @@ from rarefy.calibration import carried
 from rarefy.calibration.carried import Carried, FromBlock, SharedMapping
 from rarefy.calibration.record import record
 from rarefy.calibration.saved import load_stream, save_stream
-from rarefy.calibration.stream import BlockCall, HiddenStates
+from rarefy.calibration.spill import MappedStates
+from rarefy.calibration.storage import WindowRows
+from rarefy.calibration.stream import BlockCall, HiddenStates, convert_calls
 from rarefy.calibration.trees import at, mapped, tensors_in
 from rarefy.errors import ModelError, OutputError
 from rarefy.pruning.records import LayerRecord
@@ -73,8 +75,7 @@ def _interrupt_in(block: int) -> Callable[[LayerRecord], None]:
 # --- Runs
 
 
-@each_way
-@pytest.mark.parametrize("offload", [False, True])
+@pytest.mark.parametrize(("way", "offload"), [(_kept, False), (_streamed, True)])
 def test_an_interrupted_run_has_what_earlier_blocks_handed_on(
     folder: Path, tmp_path: Path, way: Way, offload: bool
 ) -> None:
@@ -119,16 +120,15 @@ def _windows_of_stores() -> Tensor:
     return test_stores._WINDOWS
 
 
-@each_way
-def test_what_was_carried_and_is_lost_is_computed_again(folder: Path, tmp_path: Path, way: Way) -> None:
+def test_what_was_carried_and_is_lost_is_computed_again(folder: Path, tmp_path: Path) -> None:
     model = _in_memory(folder)
     expected = _prune(BlockStore(model)), model.state_dict()
     with pytest.raises(KeyboardInterrupt):
-        way(folder, tmp_path / "out", on_layer=_interrupt_in(2))
+        _streamed(folder, tmp_path / "out", on_layer=_interrupt_in(2))
     for file in (tmp_path / "out" / "unfinished").glob("states-*-*-*.bin"):
         file.unlink()
     with pytest.warns(UserWarning, match=r"They are computed again from the finished blocks\.$"):
-        _assert_equal(way(folder, tmp_path / "out"), expected)
+        _assert_equal(_streamed(folder, tmp_path / "out"), expected)
 
 
 # --- Parts
@@ -143,6 +143,69 @@ def test_what_crosses_is_found_in_the_calls() -> None:
     shared = [stream.calls[block][batch].kwargs["shared_kv_states"] for block in range(3) for batch in range(3)]
     assert all(isinstance(mapping, SharedMapping) and mapping.content == {} for mapping in shared)
     assert len({mapping.number for mapping in shared}) == 1
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_large_arguments_of_one_batch_are_put_away_and_come_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, offload: bool
+) -> None:
+    model = build(_gemma4())
+    layers = list(model.model.layers)
+    expected = record(model, layers, _WINDOWS, 2)
+    monkeypatch.setattr("rarefy.calibration.record._LARGE", 1)
+    released: list[int] = []
+    release = MappedStates.release
+    monkeypatch.setattr(MappedStates, "release", lambda self: (released.append(id(self)), release(self))[1])
+    stream = record(model, layers, _WINDOWS, 2, tmp_path if offload else None)
+    kinds = [[type(call.args[0]) for call in calls] for calls in stream.calls]
+    assert kinds == [[Tensor, *[WindowRows if offload else Tensor] * 2]] * 3  # the first batch shows what is shared
+    assert not list(tmp_path.iterdir())
+    for block in range(3):
+        for batch, windows in stream.slices():
+            opened, plain = (
+                each.carried.open(each.calls[block][batch].args, each.calls[block][batch].kwargs, windows)
+                for each in (stream, expected)
+            )
+            assert torch.equal(opened.args[0], plain.args[0])
+            assert opened.kwargs.keys() == plain.kwargs.keys()
+            assert (len(opened.files) == 1) == (offload and batch > 0)
+    for each in (stream, expected):
+        released.clear()
+        for block, layer in enumerate(layers):
+            each.advance(layer, block)
+        assert (len(set(released)) > 2) == (offload and each is stream)
+    assert torch.equal(stream.states, expected.states)
+
+
+def test_half_precision_arguments_follow_the_weights_and_others_do_not(tmp_path: Path) -> None:
+    half, full, whole = (torch.ones(2, dtype=dtype) for dtype in (torch.bfloat16, torch.float32, torch.int64))
+    call = BlockCall((half, full, whole, WindowRows(half)), {"again": half})
+    stream = HiddenStates(torch.zeros(2, 1, 1), 2, torch.device("cpu"), [[call]])
+    for dtype in (torch.float32, torch.bfloat16):
+        convert_calls(stream, dtype)
+        opened = stream.carried.open(call.args, call.kwargs, slice(0, 2), dtype)
+        assert [tensor.dtype for tensor in opened.args] == [torch.float32, torch.float32, torch.int64, dtype]
+        assert opened.kwargs["again"] is opened.args[0]
+
+
+class _Grows(nn.Module):
+    """A block that writes into a container within the mapping."""
+
+    def forward(self, hidden: Tensor, _: Any, shared: Any) -> tuple[Tensor, Tensor]:
+        if "deep" not in shared:
+            shared["deep"] = {}
+        shared["deep"][len(shared["deep"])] = hidden[:, 0]
+        return hidden + 1, hidden[:, 0]
+
+
+def test_what_grows_within_a_mapping_is_carried() -> None:
+    stream = _stream()
+    before = stream.states.clone()
+    for block in (0, 1):
+        stream.advance(_Grows(), block)
+    deep = stream.carried.open(stream.calls[2][0].args, {}, slice(0, 2)).args[1]["deep"]
+    assert list(deep) == [0, 1]
+    assert torch.equal(deep[1], before[:2, 0] + 1)
 
 
 class _Two(nn.Module):

@@ -193,6 +193,33 @@ def test_a_block_that_puts_out_something_else_is_refused() -> None:
     assert "layers.1 puts out something else than the blocks before it" in said_of(model)
 
 
+def test_blocks_that_are_not_called_with_hidden_states_are_refused() -> None:
+    class Other(Toy):
+        def forward(self, input_ids: Tensor, use_cache: bool = False) -> Tensor:
+            hidden = self.embed(input_ids)
+            for layer in self.layers:
+                hidden = layer(hidden=hidden)
+            return hidden
+
+    model = Other()
+    words = "Other does not call block 0 with the hidden states of every window, which Rarefy needs."
+    assert said_of(model) == words
+    with pytest.raises(ModelError, match=re.escape(words)):
+        record(model, list(model.layers), WINDOWS, 2)
+
+
+def test_what_is_written_into_a_mapping_is_not_made_between_blocks() -> None:
+    shared: dict[str, Tensor] = {}
+
+    def writes(layer: Layer, hidden: Tensor, given: Any) -> Tensor:
+        if given is not None:
+            given["sum"] = given.get("sum", 0) + hidden
+        return plain(layer, hidden, given)
+
+    model = Toy(writes, lambda output: (output, shared))
+    check_blocks(model, find_blocks(model))
+
+
 def test_more_than_token_ids() -> None:
     words = "Gemma4UnifiedAssistantForCausalLM cannot be run on token ids alone: inputs_embeds and shared_kv_states"
     model = skeleton("gemma4_unified_assistant")

@@ -290,6 +290,14 @@ def test_quick_reading_changes_nothing_but_the_time(tmp_path: Path) -> None:
     assert config == plain_config
 
 
+def test_layers_for_speculation_in_a_gguf_file_are_named(tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "small.gguf", _tied_llama(), extra="blk.2.nextn.eh_proj.weight")
+    with pytest.warns(
+        UserWarning, match=r"has 1 tensors .*, blk\.2\.nextn\.eh_proj\.weight for instance; they are left out"
+    ):
+        load_model(resolve_model(str(path)), "cpu")
+
+
 def test_quick_reading_ends_with_its_scope() -> None:
     before = gguf.GGUFReader, gguf.get_tensor_name_map, sys.stderr
     with pytest.raises(KeyError), quick_reading():
@@ -364,6 +372,26 @@ def test_a_model_of_the_hub_loads_from_the_cache(hub_cache: Path, model_folder: 
     (repository / "snapshots" / "0123" / "model.safetensors").unlink()
     with pytest.raises(ModelError, match="someone/small has no weights"):
         load_model(source, "cpu")
+
+
+def test_pickled_weights_of_the_hub_are_fetched_by_their_index(hub_cache: Path, model_folder: Folders) -> None:
+    repository = hub_cache / "models--someone--small"
+    snapshot = Path(shutil.copytree(model_folder("llama"), repository / "snapshots" / "0123"))
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0123")
+    tensors = load_file(snapshot / "model.safetensors")
+    (snapshot / "model.safetensors").unlink()
+    names = ("weights-1.bin", "weights-2.bin")
+    for number, name in enumerate(names):
+        torch.save(dict([*tensors.items()][number::2]), snapshot / name)
+    weight_map = {key: names[number % 2] for number, key in enumerate(tensors)}
+    index = {"metadata": {}, "weight_map": weight_map}
+    (snapshot / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    source = resolve_model("someone/small")
+    assert _same_weights(load_model(source, "cpu")[0], make_model("llama"))
+    (snapshot / names[1]).unlink()
+    with pytest.raises(ModelError, match=r"weights-2\.bin is missing, although the index of weights names it"):
+        source.fetch()
 
 
 @pytest.mark.parametrize("name", ["someone/nothing", "nothing"])

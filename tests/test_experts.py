@@ -304,7 +304,7 @@ def test_what_is_pruned_is_what_is_loaded_again(architecture: str, pattern: Patt
     with out.writing():
         out.write_layers(report.layers)
         out.write_model(lambda path: save_folder(model, path))
-        out.write_run({})
+        out.write_run({"method": "m", "pattern": "p"})
     sites = {site.name: site for block in find_blocks(model) for site in block.sites}
     assert [layer.name for layer in report.layers] == list(sites)
     for layer in report.layers:
@@ -344,7 +344,7 @@ def test_a_broken_promise_of_an_expert_is_found_in_the_files(architecture: str, 
     with out.writing():
         out.write_layers(report.layers)
         out.write_model(lambda path: save_folder(model, path))
-        out.write_run({})
+        out.write_run({"method": "m", "pattern": "p"})
     file = out.model / "model.safetensors"
     tensors = load_file(file)
     matrix = tensors[tensor][2].T[1::2] if architecture == "gpt_oss" else tensors[tensor]

@@ -128,6 +128,9 @@ def test_a_small_variance_beside_a_large_mean_is_not_lost() -> None:
     given = Gram.from_matrix(H.float(), 5000, sum_x, X.double().square().sum(dim=0))
     torch.testing.assert_close(given.variance, expected, rtol=1e-6, atol=1e-9)
     assert bool((Gram.from_matrix(H.float(), 5000, sum_x).variance >= 0).all())
+    whole.merge(Gram.from_matrix(H.float(), 5000, sum_x))  # which does not know its squares
+    assert len(whole.sums_()) == 2
+    torch.testing.assert_close(whole.variance, (whole.H.diagonal().double() / 1e4 - whole.mean.square()).clamp_min(0))
 
 
 def test_a_missing_statistic_raises() -> None:

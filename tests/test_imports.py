@@ -57,8 +57,8 @@ FORBIDDEN = {
 ONLY_IN = {
     "typer": {"rarefy.cli"},
     "rich": {"rarefy.cli"},
-    "pydantic": {"rarefy.runs.recipe", "rarefy.runs.schema"},
-    "filelock": {"rarefy.runs.journal"},
+    "pydantic": {"rarefy.runs.recipe", "rarefy.runs.schema", "rarefy.runs.tune_recipe"},
+    "filelock": {"rarefy.runs.journal", "rarefy.runs.tune_journal"},
     "jinja2": {"rarefy.runs.card", "rarefy.report.page"},
     "matplotlib": {"rarefy.report.plots"},
     "gguf": {"rarefy.models.gguf"},

@@ -222,7 +222,9 @@ def test_a_run_of_another_recipe_model_or_text_is_refused_and_left_alone(
 def test_a_fingerprint_depends_on_all_that_the_result_depends_on(tmp_path: Path) -> None:
     folder = tmp_path / "model"
     folder.mkdir()
-    for name in ("a.safetensors", "config.json", "model.safetensors.index.json", "tokenizer.json", "README.md"):
+    (folder / "config.json").write_text("{}")
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "a.safetensors"}}')
+    for name in ("a.safetensors", "other.safetensors", "tokenizer.json", "README.md"):
         (folder / name).write_bytes(name.encode() * 300_000)
 
     def fingerprint(windows: Tensor = _WINDOWS, **recipe: object) -> Fingerprint:
@@ -238,7 +240,13 @@ def test_a_fingerprint_depends_on_all_that_the_result_depends_on(tmp_path: Path)
         assert original.difference(fingerprint(windows)) == "on another calibration text"
     weights = folder / "a.safetensors"
     content = weights.read_bytes()
-    for other in (content + b"x", b"x" + content[1:], content[:-1] + b"x"):
+    middle = len(content) // 2  # where a merged checkpoint differs, although it begins and ends alike
+    for other in (
+        content + b"x",
+        b"x" + content[1:],
+        content[:-1] + b"x",
+        content[:middle] + b"X" + content[middle + 1 :],
+    ):
         weights.write_bytes(other)
         assert original.difference(fingerprint()) == "of another model: a.safetensors is not the same file"
     weights.write_bytes(content)
@@ -433,6 +441,44 @@ def test_a_run_that_is_killed_at_any_moment_ends_with_the_same_bits(
         counts.add(_run(streamed, moment))
         assert _result(moment) == expected, moment
     assert counts == {0, 1, 2, 3}
+
+
+def test_what_the_journal_speaks_of_is_on_the_disk_before_the_journal(
+    streamed: StreamedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shards, records, states, and the names of all new files: synced after they were last written."""
+    waiting: dict[int, str] = {}  # by number of the file or folder, what of it may not be on the disk yet
+    finished, synced = [], set()
+    fsync, write, replace, rename = os.fsync, ShardCopies.write, Path.replace, Path.rename
+
+    def sync(descriptor: int) -> None:
+        fsync(descriptor)
+        synced.add(os.fstat(descriptor).st_ino)
+        waiting.pop(os.fstat(descriptor).st_ino, None)
+
+    def written(self: ShardCopies, name: str, tensor: Tensor) -> None:
+        write(self, name, tensor)
+        file = self.stored(name).file
+        waiting[file.stat().st_ino] = f"{name} in {file.name}"
+
+    def named(function: Callable[..., Path]) -> Callable[..., Path]:
+        def call(self: Path, target: Path) -> Path:
+            if target.name == "journal.json":
+                finished.append(dict(waiting))
+            if self.is_file():
+                assert self.stat().st_ino in synced, f"{target} has its name before its bytes are on the disk"
+            found = function(self, target)
+            waiting[target.parent.stat().st_ino] = f"the name of {target}"
+            return found
+
+        return call
+
+    monkeypatch.setattr(os, "fsync", sync)
+    monkeypatch.setattr(ShardCopies, "write", written)
+    monkeypatch.setattr(Path, "replace", named(replace))
+    monkeypatch.setattr(Path, "rename", named(rename))
+    assert _run(streamed, tmp_path / "out") == 3
+    assert finished == [{}] * 4  # the first journal, and one for each block
 
 
 def test_a_lost_file_of_the_model_so_far_is_one_sentence(streamed: StreamedModel, tmp_path: Path) -> None:

@@ -41,6 +41,10 @@ prune m -o out --method wanda+nothing
 prune m -o out --method pcg
 prune m -o out --method wanda+wanda
 prune m -o out --method no.such:Class
+prune m -o out --method ..:Class
+prune m -o out --method FOLDER:Class
+prune m -o LONG
+prune LONG -o out
 prune m -o out --method sparsegpt --set blok_size=64
 prune m -o out --method sparsegpt --set block_size=many
 prune m -o out --method sparsegpt --set block_size=0
@@ -82,6 +86,9 @@ eval m --against ./missing
 inspect m --pattern 4:2
 inspect ./missing
 inspect FOLDER/run
+inspect LONG
+report LONG
+report ~nobody-has-this-name
 report
 report FOLDER/missing
 report FOLDER/run
@@ -109,7 +116,7 @@ def test_refusals_come_before_torch_is_imported(tmp_path: Path) -> None:
     (folder / "run" / "model").mkdir(parents=True)
     (folder / "run" / "layers.jsonl").write_text("{}\n")
     (folder / "run" / "run.json").write_text("{}")
-    lines = _REFUSED.strip().replace("FOLDER", str(folder)).splitlines()
+    lines = _REFUSED.strip().replace("FOLDER", str(folder)).replace("LONG", "long" * 100).splitlines()
     environment = {**os.environ, "PYTHONPATH": str(Path(rarefy.__file__).parents[1])}
     done = subprocess.run(
         [sys.executable, "-c", _ANSWER, json.dumps(sorted(_HEAVY))],

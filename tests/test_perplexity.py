@@ -14,6 +14,7 @@ from models_for_tests import ARCHITECTURES, VOCABULARY, build, make_model
 from rarefy.errors import CalibrationError, InputError
 from rarefy.evaluation import logits
 from rarefy.evaluation.perplexity import perplexity
+from rarefy.models import head
 
 # float32 sums of 160 logits, in another order: some units in the last place.
 RELATIVE = 1e-6
@@ -65,7 +66,7 @@ def test_it_equals_the_plain_loop_where_the_model_changes_its_heads_output(confi
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_the_head_runs_in_slices_where_its_output_is_left_alone(architecture: str) -> None:
     model = make_model(architecture)
-    assert logits.head_alone(model, some_tokens(8)[None])
+    assert head.head_alone(model, some_tokens(8)[None])
 
 
 def test_slices_and_batches_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -429,3 +429,22 @@ def test_training_mode_is_kept() -> None:
     model.eval()
     prune(model, PerRow(0.5), rarefy.Magnitude())
     assert not model.training
+
+
+def test_weights_beyond_float16_are_clipped_and_said() -> None:
+    class Doubling(rarefy.Magnitude):
+        """A method that leaves float16's range."""
+
+        def solve(self, problem: Any, pattern: Any, start: Any = None) -> Any:
+            solution = super().solve(problem, pattern, start)
+            solution.weight.mul_(1e6)
+            return solution
+
+    model = make_model("llama").half()
+    windows = torch.randint(3, VOCABULARY, (4, 16), generator=torch.Generator().manual_seed(0))
+    with pytest.warns(UserWarning, match=r"weights beyond the range .* clipped: model\.layers\.0"):
+        report = rarefy.prune(
+            model, windows, pattern=rarefy.NM(2, 4), method=Doubling(), include=["model.layers.0.*.o_proj"]
+        )
+    assert report.layers[0].details["overflowed"] > 0
+    assert bool(torch.isfinite(model.get_submodule("model.layers.0.self_attn.o_proj").weight).all())

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -18,11 +19,13 @@ from cli_for_tests import Rarefy
 from models_for_tests import build, make_model, save_composite, save_folder
 from rarefy.models import streaming
 from rarefy.models.checkpoint import load_model
+from rarefy.models.copies import ShardCopies
 from rarefy.models.losses import lost_tensors
 from rarefy.models.saving import save_model
 from rarefy.models.shards import Shards
 from rarefy.models.source import resolve_model
 from rarefy.models.streaming import StreamedModel
+from rarefy.runs.run import run
 
 _PRUNED = "model.language_model.layers.1.mlp.up_proj.weight"
 
@@ -118,6 +121,61 @@ def test_a_run_keeps_what_it_does_not_prune(way: str, composite: Path, rarefy_: 
     assert again.status == 1
     assert "the files hold 0 tensors of this name, promised were 1" in again.err
     assert "every promise is kept" not in again.out
+
+
+@pytest.mark.parametrize(("way", "dtype"), [("pickled", "auto"), ("safetensors", "float32")])
+def test_a_run_that_is_broken_off_goes_on_with_a_copy_that_is_written_anew(
+    way: str, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = save_folder(make_model("llama").bfloat16(), tmp_path / "model")
+    if way == "pickled":
+        _pickle(folder, _files(folder), 3)
+    (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog; " * 50)
+    recipe = {"model": str(folder), "calibration": str(tmp_path / "text.txt"), "num_samples": 4, "dtype": dtype}
+    recipe |= {"sequence_length": 16, "method": "sparsegpt"}
+    run(recipe, tmp_path / "whole", texts=False)
+    write, written = ShardCopies.write, []
+
+    def torn(copies: ShardCopies, name: str, tensor: Tensor) -> None:
+        written.append(name)
+        if len(written) == 10:  # in the second block
+            write(copies, name, torch.zeros_like(tensor))
+            raise KeyboardInterrupt
+        write(copies, name, tensor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ShardCopies, "write", torn)
+        with pytest.raises(KeyboardInterrupt):
+            run(recipe, tmp_path / "out", texts=False)
+    run(recipe, tmp_path / "out", texts=False)
+    whole, broken_off = (_files(tmp_path / name / "model") for name in ("whole", "out"))
+    assert all(torch.equal(tensor, broken_off[name]) for name, tensor in whole.items())
+    assert whole.keys() == broken_off.keys() == _names_in(folder)
+
+
+def _names_in(folder: Path) -> set[str]:
+    return {*Shards.open(folder).tensors}
+
+
+def test_files_of_weights_that_are_no_part_of_the_model_are_named(rarefy_: Rarefy) -> None:
+    folder = save_folder(make_model("llama"), Path("model"))
+    save_file({"a": torch.zeros(1)}, folder / "consolidated.safetensors")
+    Path("text.txt").write_text("the quick brown fox jumps over the lazy dog; " * 50)
+    arguments = ["--calibration", "text.txt", "--num-samples", 4, "--sequence-length", 16, "--no-texts"]
+    result = rarefy_("prune", folder, "-o", "out", *arguments, "--method", "wanda")
+    assert result.status == 0, result.err
+    assert "files of weights that are no part of its model, consolidated.safetensors for instance" in result.err
+    assert not Path("out/model/consolidated.safetensors").exists()
+
+
+def test_what_a_file_says_beside_its_tensors_is_kept(tmp_path: Path) -> None:
+    folder = save_folder(make_model("llama").bfloat16(), tmp_path / "model")
+    save_file(_files(folder), folder / "model.safetensors", metadata={"format": "pt", "made by": "hand"})
+    for dtype in (torch.bfloat16, torch.float32):
+        copies = StreamedModel(resolve_model(str(folder)), dtype).copies(tmp_path / str(dtype))
+        copies.make()
+        with safe_open(tmp_path / str(dtype) / "model.safetensors", framework="pt") as opened:
+            assert opened.metadata() == {"format": "pt", "made by": "hand"}
 
 
 @pytest.mark.parametrize(("num_files", "zipped"), [(1, True), (1, False), (3, True)])

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from models_for_tests import make_model
 from rarefy.errors import ModelError, OutputError
-from rarefy.models import atomic, stored
+from rarefy.models import stored
 from rarefy.models.copies import ShardCopies
 from rarefy.models.shards import Shards
 
@@ -246,6 +246,32 @@ def test_copies_that_are_there_are_kept_and_the_others_made(folder: Path, tmp_pa
     assert not list((tmp_path / "copy").glob(".*"))
 
 
+def test_what_was_written_is_on_the_disk_after_sync(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[int] = []
+    fsync = os.fsync
+
+    def sync(descriptor: int) -> None:
+        synced.append(os.fstat(descriptor).st_ino)
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", sync)
+    opened = Shards.open(folder)
+    copy = ShardCopies(opened, tmp_path / "copy")
+    copy.make()
+    made = {path.stat().st_ino for path in (tmp_path / "copy", *(tmp_path / "copy").iterdir())}
+    assert made <= {*synced}
+    synced.clear()
+    name = sorted(opened.tensors)[0]
+    copy.write(name, torch.ones(opened.tensors[name].shape, dtype=torch.bfloat16))
+    assert synced == []
+    copy.sync()
+    assert synced == [copy.stored(name).file.stat().st_ino]
+    copy.sync()
+    assert len(synced) == 1
+
+
 def test_a_copy_that_is_none_is_noticed(folder: Path, tmp_path: Path) -> None:
     copy = ShardCopies(Shards.open(folder), tmp_path / "copy")
     copy.make()
@@ -290,35 +316,3 @@ def test_a_disk_that_fills_up_while_copying(
         assert list((tmp_path / "copy").iterdir()) == []
     copy.make()
     assert copy.missing == []
-
-
-def test_without_the_kernels_help_files_are_copied_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    content = os.urandom(1000)
-    (tmp_path / "file").write_bytes(content)
-    monkeypatch.setattr(atomic, "CHUNK", 300)
-
-    def half(source: int, target: int, count: int, at: int, to: int) -> int:
-        if at:
-            raise OSError(errno.EXDEV, "another file system")
-        return os.pwrite(target, os.pread(source, 450, 0), 0)
-
-    for name, function in (("half", half), ("nothing", lambda *_: 0)):
-        monkeypatch.setattr(os, "copy_file_range", function, raising=False)
-        atomic.copy_file(tmp_path / "file", tmp_path / name)
-        assert (tmp_path / name).read_bytes() == content
-
-
-def test_a_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
-    path = tmp_path / "file"
-    path.write_text("old")
-    with pytest.raises(KeyError), atomic.replacing(path) as file:
-        file.write(b"new")
-        raise KeyError
-    assert path.read_text() == "old"
-    with atomic.replacing(path) as file:
-        file.write(b"new")
-        assert path.read_text() == "old"
-    assert path.read_text() == "new"
-    with pytest.raises(OutputError, match=r"none/file cannot be written: No such file or directory\."):
-        atomic.replace_file(tmp_path / "none" / "file", b"")
-    assert [file.name for file in tmp_path.iterdir()] == ["file"]

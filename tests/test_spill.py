@@ -13,6 +13,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from models_for_tests import make_model
+from rarefy.calibration.record import record
+from rarefy.calibration.saved import load_stream, save_stream
 from rarefy.calibration.spill import MappedStates, StatesPart, load_states, save_states, states_nbytes
 from rarefy.calibration.stream import BlockCall, HiddenStates
 from rarefy.errors import OutputError
@@ -75,6 +78,68 @@ def test_released_pages_are_no_memory_of_the_process(tmp_path: Path) -> None:
     mapped.release()
     assert _resident() - before < 0.1 * mapped.nbytes
     assert mapped.tensor.eq(1.5).all()
+
+
+class _Plus(nn.Module):
+    def forward(self, hidden: Tensor) -> Tensor:
+        return hidden + 1
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux")
+@pytest.mark.parametrize("how", ["advance", "run"])
+def test_a_pass_over_mapped_states_holds_little_more_than_a_batch_of_them(tmp_path: Path, how: str) -> None:
+    mapped = MappedStates(tmp_path, (32, 1, 2**19), torch.float32)  # of 64 MiB, 2 are a batch
+    calls = [[BlockCall((), {})] * 32]
+    stream = HiddenStates(mapped.tensor, 1, torch.device("cpu"), calls, release=mapped.release)
+    block, most = _Plus(), [0]
+    block(torch.zeros(2**19))  # what the first call takes for good
+    before = _resident()
+
+    def measure() -> None:
+        most[0] = max(most[0], _resident() - before)
+
+    if how == "advance":
+        stream.advance(block, 0, on_batch=measure)
+    else:
+        for batch, windows in stream.slices():
+            stream.run(block, 0, batch, windows)
+            measure()
+    assert most[0] < 0.4 * mapped.nbytes
+    assert mapped.tensor[::5, 0, ::9999].eq(how == "advance").all()
+
+
+@pytest.mark.parametrize("how", ["advance", "run"])
+def test_a_pass_ends_with_nothing_held(how: str) -> None:
+    log: list[str] = []
+
+    class Logs(nn.Module):
+        def forward(self, hidden: Tensor) -> Tensor:
+            log.append("block")
+            return hidden + 1
+
+    calls = [[BlockCall((), {})] * 3]
+    stream = HiddenStates(torch.zeros(5, 2, 2), 2, torch.device("cpu"), calls, release=lambda: log.append("release"))
+    if how == "advance":
+        stream.advance(Logs(), 0)
+        assert log == ["block", "release"] * 3 + ["release"]
+    else:
+        stream.run(Logs(), 0, 2, slice(4, 6))
+        assert log == ["block", "release"]
+
+
+def test_memory_is_released_after_every_batch_of_recording_saving_and_loading(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    released: list[int] = []
+    monkeypatch.setattr(MappedStates, "release", lambda _: released.append(1))
+    model = make_model("llama")
+    windows = torch.randint(3, 100, (5, 8), generator=torch.Generator().manual_seed(0))
+    stream = record(model, list(model.model.layers), windows, 2, tmp_path)
+    assert len(released) == 3  # batches
+    parts = save_stream(tmp_path, 1, stream)
+    assert len(released) == 3 + 5  # windows
+    load_stream(tmp_path, parts, stream)
+    assert len(released) == 3 + 5 + 5
 
 
 def test_a_full_or_impossible_folder_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 """The verifier believes the bytes on disk: it finds every promise that was broken behind its back."""
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -180,3 +181,19 @@ def test_the_inspection_is_plain_data(tmp_path: Path) -> None:
         "problems": [],
         "sparsity": 0.5,
     }
+
+
+def test_stacks_are_counted_in_the_dtype_of_the_files(tmp_path: Path) -> None:
+    """A number that the model's own dtype would round to zero is none in the file."""
+    folder = save_folder(make_model("mixtral"), tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "dtype": "float16"}))
+    tensors = load_file(folder / "model.safetensors")
+    names = [name for name in tensors if ".experts.2.w1." in name]
+    assert names
+    for name in names:
+        tensors[name][0, :3] = 1e-20
+        tensors[name][0, 3] = 0
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    zeros = {layer.name: layer.zeros for layer in inspect_folder(folder).layers}
+    assert [zeros[f"model.layers.{block}.mlp.experts.2.gate_proj"] for block in range(2)] == [1, 1]

@@ -150,6 +150,13 @@ def test_links_within_the_folder_and_into_the_cache_of_the_hub_are_followed(fold
         resolve_model(str(snapshot))
 
 
+def test_settings_that_are_links_out_of_the_folder_are_refused(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("{}")
+    (folder / "notes.json").symlink_to(tmp_path / "secret")
+    with pytest.raises(ModelError, match=r"notes\.json is a link to .*secret, outside of the model's folder"):
+        resolve_model(str(folder))
+
+
 def test_a_folder_that_is_itself_a_link_is_a_folder(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(folder)
     assert resolve_model(str(tmp_path / "link")).path == tmp_path / "link"

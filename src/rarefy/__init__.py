@@ -3,6 +3,8 @@
 import importlib
 from typing import TYPE_CHECKING
 
+from rarefy.packing.registration import register
+
 if TYPE_CHECKING:
     from rarefy.errors import (
         CalibrationError,
@@ -39,7 +41,11 @@ if TYPE_CHECKING:
     from rarefy.pruning.solve import solve
     from rarefy.runs.recipe import Recipe
     from rarefy.runs.run import RunResult, forecast, run
+    from rarefy.runs.tune import TuneResult, tune
+    from rarefy.runs.tune_recipe import TuneRecipe
     from rarefy.runs.verify import inspect_folder
+    from rarefy.tuning.adapters import merge
+    from rarefy.tuning.masks import keep_zeros
 
 __version__ = "0.1.0"
 
@@ -80,14 +86,19 @@ __all__ = [
     "Status",
     "Swaps",
     "Then",
+    "TuneRecipe",
+    "TuneResult",
     "Unstructured",
     "VerificationError",
     "Wanda",
     "forecast",
     "inspect_folder",
+    "keep_zeros",
+    "merge",
     "prune",
     "run",
     "solve",
+    "tune",
 ]
 
 # Names are imported when first used, so that the command line answers before torch is loaded.
@@ -127,7 +138,11 @@ _HOME = {
     "rarefy.pruning.solve": ("solve",),
     "rarefy.runs.recipe": ("Recipe",),
     "rarefy.runs.run": ("RunResult", "forecast", "run"),
+    "rarefy.runs.tune": ("TuneResult", "tune"),
+    "rarefy.runs.tune_recipe": ("TuneRecipe",),
     "rarefy.runs.verify": ("inspect_folder",),
+    "rarefy.tuning.adapters": ("merge",),
+    "rarefy.tuning.masks": ("keep_zeros",),
 }
 
 
@@ -140,3 +155,7 @@ def __getattr__(name: str) -> object:
 
 def __dir__() -> list[str]:
     return sorted(__all__)
+
+
+# The one thing that importing does: from then on transformers' from_pretrained reads packed checkpoints.
+register()

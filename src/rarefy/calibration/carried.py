@@ -43,6 +43,12 @@ class SharedMapping(Leaf):
     content: dict[Any, Any]
 
 
+def in_compute_dtype(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """A half-precision tensor in the dtype that blocks are computed in; any other as it is."""
+    half = tensor.dtype in (torch.bfloat16, torch.float16)
+    return tensor.to(dtype) if half and dtype is not None else tensor
+
+
 @dataclass
 class Opened:
     """The arguments of one call with all that was carried filled in, and the mappings as they were before it."""
@@ -50,7 +56,13 @@ class Opened:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     mappings: dict[int, MutableMapping[Any, Any]] = field(default_factory=dict)
-    before: dict[int, dict[Any, Any]] = field(default_factory=dict)
+    before: dict[int, dict[Any, list[Any]]] = field(default_factory=dict)  # by number and key, what was there
+    files: list[WindowRows] = field(default_factory=list)
+
+    def release(self) -> None:
+        """Give back the memory of arguments that are in files; the block has run."""
+        for rows in self.files:
+            rows.release()
 
 
 @dataclass
@@ -65,12 +77,21 @@ class Carried:
     offload: Path | None = None
     last_reader: dict[FromBlock, int] = field(default_factory=dict)
     values: dict[str, WindowRows] = field(default_factory=dict)
+    _coming: dict[str, WindowRows] = field(default_factory=dict)  # of the block that runs, for those behind it
 
-    def open(self, args: tuple[Any, ...], kwargs: dict[str, Any], windows: slice) -> Opened:
-        """The arguments of a recorded call for some windows, with the carried values on the device."""
+    def open(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], windows: slice, dtype: torch.dtype | None = None
+    ) -> Opened:
+        """The arguments of a recorded call for some windows, with all that is kept elsewhere on the device.
+
+        Half-precision arguments that are kept elsewhere come in ``dtype``.
+        """
         opened = Opened((), {})
 
         def fill(_: Place, leaf: Any) -> Any:
+            if isinstance(leaf, WindowRows):
+                opened.files.append(leaf)
+                return in_compute_dtype(leaf.tensor.to(self.device), dtype)
             if isinstance(leaf, FromBlock):
                 return self._rows(_name_of(leaf), windows)
             if isinstance(leaf, SharedMapping):
@@ -78,7 +99,8 @@ class Carried:
                     mapping = copy.copy(leaf.kind)
                     mapping.update(mapped(leaf.content, fill))
                     mapping.update(self._written(leaf.number, windows))
-                    opened.mappings[leaf.number], opened.before[leaf.number] = mapping, dict(mapping)
+                    opened.mappings[leaf.number] = mapping
+                    opened.before[leaf.number] = {key: _held(value) for key, value in mapping.items()}
                 return opened.mappings[leaf.number]
             return leaf
 
@@ -95,12 +117,14 @@ class Carried:
                 self._put(_name_of(source), _part(output, source), windows, num, block)
         for number, mapping in opened.mappings.items():
             for key, value in mapping.items():
-                if value is not opened.before[number].get(key, self):
+                if not _are(_held(value), opened.before[number].get(key)):
                     for steps, leaf in _leaves(value, (("dict", key),)):
                         self._put(_name_of_entry(number, steps), leaf, windows, num, block)
 
-    def drop_read(self, block: int) -> None:
-        """Forget what no block behind ``block`` reads."""
+    def finish(self, block: int) -> None:
+        """All windows have passed ``block``: show what it has handed on, and forget what no later block reads."""
+        self.values |= self._coming
+        self._coming.clear()
         for source, last in self.last_reader.items():
             if last <= block:
                 self.values.pop(_name_of(source), None)
@@ -120,7 +144,7 @@ class Carried:
 
     def release(self) -> None:
         """Give the memory of values in files back; it may be called whenever none is being read."""
-        for rows in self.values.values():
+        for rows in [*self.values.values(), *self._coming.values()]:
             rows.release()
 
     def _rows(self, name: str, windows: slice) -> Tensor:
@@ -135,9 +159,11 @@ class Carried:
                 "but Rarefy carries only tensors with a row for each window."
             )
         rows = self.values.get(name)
-        if rows is None or rows.tensor.shape[1:] != value.shape[1:] or rows.tensor.dtype != value.dtype:
-            self.add(name, (num, *value.shape[1:]), value.dtype)
-        self.values[name].tensor[windows] = value.to(self.values[name].tensor.device)
+        if rows is None or (rows.tensor.shape[1:], rows.tensor.dtype) != (value.shape[1:], value.dtype):
+            if name not in self._coming:
+                self._coming[name] = allocate((num, *value.shape[1:]), value.dtype, self.device, self.offload)
+            rows = self._coming[name]
+        rows.tensor[windows] = value.to(rows.tensor.device)
 
     def _written(self, number: int, windows: slice) -> dict[Any, Any]:
         """What blocks have written into a mapping."""
@@ -183,6 +209,15 @@ def _leaves(value: Any, steps: _Steps) -> Iterator[tuple[_Steps, Any]]:
             yield from _leaves(child, (*steps, (kind, key)))
     else:
         yield steps, value
+
+
+def _held(value: Any) -> list[Any]:
+    return [leaf for _, leaf in _leaves(value, ())]
+
+
+def _are(some: list[Any], others: list[Any] | None) -> bool:
+    """Whether two lists hold the very same objects."""
+    return others is not None and len(some) == len(others) and all(one is two for one, two in zip(some, others))
 
 
 def _built(leaves: list[tuple[_Steps, Tensor]]) -> Any:

@@ -18,7 +18,15 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from rarefy.calibration.meta_pass import MetaPass
-from rarefy.calibration.record import blocks_out_of_order, cannot_run, changed_between, same_part, stored_at, version
+from rarefy.calibration.record import (
+    blocks_out_of_order,
+    called_without_states,
+    cannot_run,
+    changed_between,
+    same_part,
+    stored_at,
+    version,
+)
 from rarefy.calibration.stream import hidden_place
 from rarefy.calibration.trees import Place, at, tensors_in
 from rarefy.errors import ModelError
@@ -108,9 +116,7 @@ class _Watch:
             self.order.append(block.index)
             hidden = args[0] if args else kwargs.get("hidden_states")
             if not isinstance(hidden, Tensor) or _WINDOWS not in hidden.shape:
-                raise ModelError.sentence(
-                    f"{block.name} is not called with hidden states of every window, which Rarefy needs."
-                )
+                raise ModelError.sentence(called_without_states(self._model, block.index))
             if self._hidden is not None:
                 before, its_version = self._hidden
                 if not same_part(hidden, before) or version(hidden) != its_version:
@@ -142,7 +148,7 @@ class _Watch:
             self._form = form
             hidden = at(output, hidden_place(output))
             self._hidden = hidden, version(hidden)
-            written = [value for value in kwargs.values() if isinstance(value, MutableMapping)]
+            written = [value for value in [*args, *kwargs.values()] if isinstance(value, MutableMapping)]
             self._outputs.append((block.index, [output, written]))
 
         return hook

@@ -27,7 +27,7 @@ from rarefy.calibration.experts import (
 )
 from rarefy.calibration.linears import Group, Reads, watching
 from rarefy.calibration.stream import HiddenStates
-from rarefy.errors import ModelError, NumericalError
+from rarefy.errors import ModelError
 from rarefy.layer.gram import Gram
 from rarefy.layer.passes import finite
 from rarefy.models.experts import Call, FusedExperts
@@ -124,7 +124,7 @@ def collect(
                 stream.run(module, block, batch, windows)
             if on_batch:
                 on_batch()
-    _check_range(stream, grams)
+    _check_range(stream, module, grams)
     return grams
 
 
@@ -208,12 +208,9 @@ def _new_gram(stream: HiddenStates, means: bool, site: Site) -> Gram:
     return Gram(site.shape[1], device=stream.device, means=means)
 
 
-def _check_range(stream: HiddenStates, grams: Grams) -> None:
-    """Raise NumericalError where what a layer reads has left the range of float16; others are checked when solved."""
+def _check_range(stream: HiddenStates, module: nn.Module, grams: Grams) -> None:
+    """Raise NumericalError where what a layer reads has left the range of float16."""
     if stream.states.dtype == torch.float16:
         for name, gram in grams.items():
             if not finite(gram.H):
-                raise NumericalError(
-                    f"What {name} reads leaves the range of float16 (65,504): prune the model in bfloat16 or float32 "
-                    "(--dtype)."
-                )
+                stream.refuse_range(module, f"What {name} reads leaves")

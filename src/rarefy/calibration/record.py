@@ -18,10 +18,12 @@ from jaxtyping import Int64
 from torch import Tensor, nn
 
 from rarefy.calibration.carried import Carried, FromBlock, SharedMapping
-from rarefy.calibration.storage import allocate
+from rarefy.calibration.storage import allocate, put_away
 from rarefy.calibration.stream import BlockCall, HiddenStates, hidden_place
 from rarefy.calibration.trees import Place, children, mapped
 from rarefy.errors import CalibrationError, InputError, ModelError
+
+_LARGE = 2**20  # bytes of an argument of one call from which on it is put away with the hidden states
 
 
 def record(
@@ -60,7 +62,7 @@ def record(
             rows.release()
             for block, call in enumerate(batch_calls):
                 calls[block].append(call)
-            _share_equal(calls)
+            _share_equal(calls, len(batch), offload)
     carried = Carried(device, offload, _last_readers(calls))
     return HiddenStates(rows.tensor, batch_size, device, calls, entry.dtype, rows.release, window_dim, carried)
 
@@ -130,7 +132,9 @@ class _Recorder:
             if self._output is None:
                 self._output = forward(*args, **kwargs)
             keyword = "" if args else "hidden_states"
-            hidden = args[0] if args else kwargs.pop(keyword)
+            hidden = args[0] if args else kwargs.pop(keyword, None)
+            if not isinstance(hidden, Tensor):
+                raise ModelError.sentence(called_without_states(self._model, index))
             self._check_unchanged(index, hidden)
             self._order.append(index)
             marked = {key: self._marked(value) for key, value in kwargs.items()}
@@ -203,6 +207,11 @@ def cannot_run(model: str, error: Exception) -> str:
     return f"{model} cannot be run on token ids alone: {' '.join(str(error).split()).rstrip('.')}."
 
 
+def called_without_states(model: str, index: int) -> str:
+    """The sentence about a block whose first argument, or ``hidden_states``, is no tensor with the windows in it."""
+    return f"{model} does not call block {index} with the hidden states of every window, which Rarefy needs."
+
+
 def changed_between(model: str, index: int) -> str:
     """The sentence about a model that does something to hidden states between two blocks."""
     return (
@@ -251,19 +260,35 @@ def _last_readers(calls: Sequence[Sequence[BlockCall]]) -> dict[FromBlock, int]:
     return readers
 
 
-def _share_equal(calls: list[list[BlockCall]]) -> None:
-    """Let the newest batch's tensors be those of the first block or first batch where they are equal."""
+def _share_equal(calls: list[list[BlockCall]], num_windows: int, offload: Path | None) -> None:
+    """Let the newest batch's tensors be those of the first block or first batch where they are equal.
+
+    Large ones that this batch has for itself, such as inputs of each layer, are put away where states are.
+    """
     seen: list[Tensor] = []
+    own: dict[int, Any] = {}  # of this batch, by identity, where they are now
+
+    def known(tensor: Tensor) -> Any:
+        for other in seen:
+            if _equal(other, tensor):
+                return own.get(id(other), other)
+        seen.append(tensor)
+        if len(calls[0]) > 1 and tensor.shape[:1] == (num_windows,) and tensor.nbytes >= _LARGE:
+            own[id(tensor)] = put_away(tensor, offload)
+        return own.get(id(tensor), tensor)
+
+    def note(tensor: Tensor) -> Tensor:
+        if not any(other is tensor for other in seen):
+            seen.append(tensor)
+        return tensor
+
     for block_calls in calls:
-        for call in (block_calls[0], block_calls[-1]):
-            call.map_(lambda tensor: _known(tensor, seen))
+        if len(block_calls) > 1:
+            block_calls[0].map_(note)
+        block_calls[-1].map_(known)
 
 
-def _known(tensor: Tensor, seen: list[Tensor]) -> Tensor:
-    for other in seen:
-        if other is tensor or (
-            other.shape == tensor.shape and other.dtype == tensor.dtype and torch.equal(other, tensor)
-        ):
-            return other
-    seen.append(tensor)
-    return tensor
+def _equal(tensor: Tensor, other: Tensor) -> bool:
+    return other is tensor or (
+        other.shape == tensor.shape and other.dtype == tensor.dtype and torch.equal(other, tensor)
+    )

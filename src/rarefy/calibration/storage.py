@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rarefy.calibration.ahead import empty_states
 from rarefy.calibration.spill import MappedStates
+from rarefy.calibration.trees import Leaf
 
 
 def _keep() -> None:
@@ -18,7 +19,7 @@ def _keep() -> None:
 
 
 @dataclass
-class WindowRows:
+class WindowRows(Leaf):
     """A tensor with a row for each window; ``release`` gives back the memory of one in a file for now."""
 
     tensor: Tensor
@@ -34,3 +35,16 @@ def allocate(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, o
         return WindowRows(empty_states(shape, dtype, device))
     states = MappedStates(offload, shape, dtype)
     return WindowRows(states.tensor, states.release)
+
+
+def put_away(tensor: Tensor, offload: Path | None) -> Tensor | WindowRows:
+    """A tensor where it takes none of the memory that blocks need: off the GPU, or in a file of ``offload``.
+
+    Raises OutputError where the folder cannot take it.
+    """
+    if offload is not None:
+        states = MappedStates(offload, tensor.shape, tensor.dtype)
+        states.tensor.copy_(tensor)
+        states.release()
+        return WindowRows(states.tensor, states.release)
+    return WindowRows(tensor.cpu().pin_memory()) if tensor.is_cuda else tensor

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from rarefy.calibration.ahead import Ahead
-from rarefy.calibration.carried import Carried, Opened, SharedMapping
+from rarefy.calibration.carried import Carried, Opened, SharedMapping, in_compute_dtype
 from rarefy.calibration.storage import allocate
 from rarefy.calibration.trees import Place, at, children, mapped
 from rarefy.errors import NumericalError
@@ -38,7 +38,7 @@ class BlockCall:
     kwargs: dict[str, Any]
     keyword: str = ""
 
-    def map_(self, change: Callable[[Tensor], Tensor]) -> None:
+    def map_(self, change: Callable[[Tensor], Any]) -> None:
         """Replace every tensor by what ``change`` makes of it."""
 
         def changed(_: Place, leaf: Any) -> Any:
@@ -107,19 +107,30 @@ class HiddenStates:
                 # first, because it may be a view of what the block has read
                 self.carried.keep(block, output, opened, windows, len(self.states))
                 self.states[windows] = hidden.to(self.states)
-                self._check_range(block, windows)
+                if self.states.dtype == torch.float16 and not bool(self.states[windows].isfinite().all()):
+                    self.refuse_range(module, f"The hidden states behind block {block} leave")
                 if on_batch:
                     on_batch()
                 self.carried.release()
-            self.carried.drop_read(block)
+            self.carried.finish(block)
             self.release()
+
+    def refuse_range(self, module: nn.Module, what: str) -> None:
+        """Raise NumericalError: numbers are too large for float16; not where the block's own weights are no numbers.
+
+        Other dtypes have range enough, and what is not finite in them is found when a layer is solved.
+        """
+        if all(bool(parameter.isfinite().all()) for parameter in module.parameters()):
+            raise NumericalError(
+                f"{what} the range of float16 (65,504): prune the model in bfloat16 or float32 (--dtype)."
+            )
 
     def _run(self, module: nn.Module, block: int, batch: int, windows: slice) -> tuple[Tensor, Any, Opened]:
         """The hidden states of the output, the output itself, and what the block was called with."""
         call = self.calls[block][batch]
         hidden = self._ahead.take(windows).to(self.compute_dtype).movedim(0, self.window_dim).contiguous()
         self._ahead.fetch(slice(windows.stop, windows.stop + self.batch_size))  # as ``slices`` has it
-        opened = self.carried.open(call.args, call.kwargs, windows)
+        opened = self.carried.open(call.args, call.kwargs, windows, self.compute_dtype)
         try:
             if call.keyword:
                 output = module(*opened.args, **opened.kwargs, **{call.keyword: hidden})
@@ -127,15 +138,8 @@ class HiddenStates:
                 output = module(hidden, *opened.args, **opened.kwargs)
         finally:
             self.release()
+            opened.release()
         return at(output, hidden_place(output)).movedim(self.window_dim, 0), output, opened
-
-    def _check_range(self, block: int, windows: slice) -> None:
-        """Other dtypes have range enough, and what is not finite in them is found in the next Gram."""
-        if self.states.dtype == torch.float16 and not bool(self.states[windows].isfinite().all()):
-            raise NumericalError(
-                f"The hidden states behind block {block} leave the range of float16 (65,504): "
-                "prune the model in bfloat16 or float32 (--dtype)."
-            )
 
 
 def hidden_place(output: Any) -> Place:
@@ -148,13 +152,13 @@ def hidden_place(output: Any) -> Place:
 
 
 def convert_calls(stream: HiddenStates, dtype: torch.dtype) -> None:
-    """Compute in ``dtype`` from now on: floating-point arguments of the blocks follow."""
+    """Compute in ``dtype`` from now on: half-precision arguments of the blocks follow, as their weights do."""
     converted: dict[int, Tensor] = {}
 
     def change(tensor: Tensor) -> Tensor:
-        if not tensor.is_floating_point() or tensor.dtype == dtype:
-            return tensor
-        return converted.setdefault(id(tensor), tensor.to(dtype))
+        if id(tensor) not in converted:
+            converted[id(tensor)] = in_compute_dtype(tensor, dtype)
+        return converted[id(tensor)]
 
     for block_calls in stream.calls:
         for call in block_calls:

@@ -19,7 +19,7 @@ from typing import Annotated, cast
 import typer
 
 from rarefy import __version__
-from rarefy.cli import compare, evaluate, inspect, methods, prune, report
+from rarefy.cli import compare, evaluate, inspect, methods, prune, report, tune
 from rarefy.cli.terminal import complain, plain_warnings
 from rarefy.errors import InputError, RankError, RarefyError
 
@@ -31,7 +31,7 @@ app = typer.Typer(
 )
 
 #: The commands that several processes can do together.
-_IN_SEVERAL_PROCESSES = ("prune",)
+_IN_SEVERAL_PROCESSES = ("prune", "tune")
 
 #: What typer raises for every mistake in the use of options and arguments.
 _UsageError = cast("type[Exception]", typer.BadParameter.__base__)
@@ -140,6 +140,7 @@ def _options(
 
 
 app.command("prune", cls=prune.PruneCommand)(prune.prune)
+app.command("tune")(tune.tune)
 app.command("compare")(compare.compare)
 app.command("eval")(evaluate.evaluate)
 app.command("report")(report.report)

@@ -24,16 +24,13 @@ from torch import Tensor, nn
 from rarefy.errors import InputError
 from rarefy.evaluation.logits import (
     Rows,
-    base_output,
     cut_windows,
     evaluating,
-    head_alone,
-    predicting,
     rows_of,
     slices,
-    vocabulary_size,
 )
 from rarefy.evaluation.perplexity import Perplexity, mean_perplexity
+from rarefy.models.head import base_output, head_alone, predicting, vocabulary_size
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

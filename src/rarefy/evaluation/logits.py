@@ -19,6 +19,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from rarefy.errors import CalibrationError, InputError
+from rarefy.models.head import base_output, predicting, vocabulary_size
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -26,9 +27,6 @@ if TYPE_CHECKING:
 #: Logits of this many bytes exist at once in float32: beyond that nothing gets faster, and the whole window
 #: would take 2 GB at 2,048 positions and a vocabulary of 256,000.
 LOGIT_BYTES = 64 * 2**20
-
-#: Positions of the first window on which the shortcut to the logits is compared with the model itself.
-PROBE = 8
 
 
 def cut_windows(
@@ -55,24 +53,6 @@ def cut_windows(
     return ids if bos_id is None else torch.cat([ids.new_full((windows, 1), bos_id), ids], dim=1)
 
 
-def head_alone(model: PreTrainedModel, ids: Int64[Tensor, "windows length"]) -> bool:
-    """Whether the model's logits are just its head's output, found out on the beginning of the first window."""
-    head, base = model.get_output_embeddings(), model.base_model
-    if head is None or base is model:
-        return False
-    ids = ids[:1, :PROBE].to(model.device)
-    hidden = base_output(model, ids)
-    if hidden.shape[-1] != head.weight.shape[-1]:
-        return False
-    return torch.equal(model(input_ids=ids, use_cache=False).logits.float(), head(hidden).float())
-
-
-def base_output(model: PreTrainedModel, ids: Int64[Tensor, "batch length"]) -> Float[Tensor, "batch length hidden"]:
-    """The hidden states that enter the head of a model whose head stands alone."""
-    hidden: Tensor = model.base_model(input_ids=ids, use_cache=False)[0]
-    return hidden
-
-
 @dataclass(frozen=True)
 class Rows:
     """One row per predicted position, and what makes logits of rows."""
@@ -95,21 +75,11 @@ def rows_of(model: PreTrainedModel, ids: Int64[Tensor, "batch length"], alone: b
     return Rows(predicting(model(input_ids=ids, use_cache=False).logits), lambda rows: rows)
 
 
-def predicting(values: Float[Tensor, "batch length _"]) -> Float[Tensor, "rows _"]:
-    """All positions but each window's last, in one row after the other."""
-    return values[:, :-1].flatten(0, 1)
-
-
 def slices(num: int, model: PreTrainedModel) -> Iterator[slice]:
     """Slices of ``num`` rows whose logits take no more than LOGIT_BYTES each."""
     size = max(1, LOGIT_BYTES // (4 * vocabulary_size(model)))
     for first in range(0, num, size):
         yield slice(first, min(first + size, num))
-
-
-def vocabulary_size(model: PreTrainedModel) -> int:
-    """How many tokens the model gives a logit for."""
-    return int(model.config.get_text_config(decoder=True).vocab_size)
 
 
 @contextmanager

@@ -15,7 +15,8 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor, nn
 
-from rarefy.evaluation.logits import cut_windows, evaluating, head_alone, rows_of, slices
+from rarefy.evaluation.logits import cut_windows, evaluating, rows_of, slices
+from rarefy.models.head import head_alone
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

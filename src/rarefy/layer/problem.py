@@ -140,10 +140,10 @@ class LayerProblem:
         """The Frobenius norm of H / (s s^T), without a matrix of it; ``factors`` are 1 / s."""
 
         def build() -> float:
-            squares, total = factors.square(), 0.0
-            for a in range(0, len(factors), _STRIP):
-                strip = self.H[a : a + _STRIP].square().double() @ squares
-                total += float(strip @ squares[a : a + _STRIP])
+            total, f = 0.0, factors.to(self.dtype)
+            for a in range(0, len(f), _STRIP):
+                strip = (self.H[a : a + _STRIP] * f).mul_(f[a : a + _STRIP, None])
+                total += float(torch.linalg.vector_norm(strip)) ** 2
             return math.sqrt(total)
 
         return self.gram.cached(("balanced norm", self.dtype, self.W0.device), build)
@@ -185,11 +185,11 @@ def _quadratic(
     """
     total = size = 0.0
     for a in range(0, W.shape[0], _STRIP):
-        D = W[a : a + _STRIP].to(H.device, dtype)
+        D = W[a : a + _STRIP].to(H.device, dtype, copy=True)
         if W0 is not None:
-            D = D - W0[a : a + _STRIP].to(dtype)
+            D -= W0[a : a + _STRIP]
         if factors is not None:
-            D = D * factors.to(dtype)
+            D *= factors
         size += float(row_dots(D, D).sum(dtype=torch.float64))
         for b in range(0, D.shape[1], _STRIP):
             # H is symmetric: what is left of the strip counts twice, what is right of it not at all

@@ -43,14 +43,22 @@ def _inverse_factor(A: Float[Tensor, "in in"], damping: float) -> InverseFactor:
         # and the inverse is R^-T R^-1: U = R^-1. One factorisation instead of three.
         reversed_ = A.flip(0, 1)
         reversed_.diagonal().add_(damping)
-        L, info = torch.linalg.cholesky_ex(reversed_)
-        if int(info) == 0:
+        L = _cholesky_(reversed_)
+        if L is not None:
             eye = torch.eye(A.shape[0], dtype=A.dtype, device=A.device)
-            U = torch.linalg.solve_triangular(L, eye, upper=False).flip(0, 1)
+            U = torch.linalg.solve_triangular(L, eye, upper=False, out=eye).flip(0, 1)
             if _inverts(U, A, damping):
-                return InverseFactor(U.contiguous(), damping)
+                return InverseFactor(U, damping)
         damping = max(10 * damping, 1e-6)
     raise NumericalError("The Gram matrix is not positive definite, even with heavy damping.")
+
+
+def _cholesky_(A: Float[Tensor, "in in"]) -> Float[Tensor, "in in"] | None:
+    """The lower Cholesky factor of A in its own memory; None where A is not positive definite."""
+    # A symmetric matrix is its transpose, which LAPACK takes by columns as it is: one buffer for all of it.
+    factor, info = A.mT, torch.empty((), dtype=torch.int32, device=A.device)
+    torch.linalg.cholesky_ex(factor, out=(factor, info))
+    return factor if int(info) == 0 else None
 
 
 def _inverts(U: Float[Tensor, "in in"], A: Float[Tensor, "in in"], damping: float) -> bool:
@@ -76,10 +84,8 @@ def shifted_inverse(
     """
     inverse = A.clone() if out is None else out.copy_(A)
     inverse.diagonal().add_(shift)
-    # A symmetric matrix is its transpose, which LAPACK takes by columns as it is: one buffer for all of it.
-    factor, info = inverse.mT, torch.empty((), dtype=torch.int32, device=A.device)
-    torch.linalg.cholesky_ex(factor, out=(factor, info))
-    if int(info) != 0:
+    factor = _cholesky_(inverse)
+    if factor is None:
         raise NumericalError("The damped Gram matrix is not positive definite.")
     torch.cholesky_inverse(factor, out=factor)
     return inverse

@@ -124,4 +124,7 @@ class ADMM(IterativeMethod[_State]):
         return pattern.rows_independent
 
     def cost(self, shape: Shape, pattern: Pattern) -> Cost:
-        return Cost(self.steps + inversions(1, shape), weights=6, grams=3)
+        gradual = (
+            self.schedule == "cubic" and pattern.group > 1
+        )  # whose scores relative to their group are passes more
+        return Cost(self.steps + inversions(1, shape), weights=7 if gradual else 5, grams=2)

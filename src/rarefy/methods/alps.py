@@ -126,12 +126,12 @@ class ALPS(IterativeMethod[_State]):
     summary: ClassVar[str] = "ADMM with a growing penalty, then conjugate gradients on the support it finds"
     paper: ClassVar[str] = "arXiv 2406.07831"
 
-    steps: int = hyper(48, "ADMM steps", low=1)
-    levels: int = hyper(8, "distinct values of the penalty", low=1)
+    steps: int = hyper(24, "ADMM steps", low=1)
+    levels: int = hyper(6, "distinct values of the penalty", low=1)
     rho_first: float = hyper(0.1, "first penalty", low=1e-6)
     rho_last: float = hyper(1.0, "last penalty", low=1e-6)
-    damping: float = hyper(0.01, "added to the diagonal of H, as a share of each input's own energy", low=0)
-    refit_damping: float = hyper(0.01, "the same in the conjugate gradients", low=0)
+    damping: float = hyper(0.03, "added to the diagonal of H, as a share of each input's own energy", low=0)
+    refit_damping: float = hyper(0.03, "the same in the conjugate gradients", low=0)
     pcg_steps: int = hyper(10, "conjugate-gradient steps at the end", low=0)
     rtol: float = hyper(1e-4, "conjugate gradients stop where residuals have fallen by this factor", low=0)
 
@@ -161,7 +161,7 @@ class ALPS(IterativeMethod[_State]):
 
     def cost(self, shape: Shape, pattern: Pattern) -> Cost:
         levels = min(self.levels, self.steps)
-        return Cost(self.steps + self.pcg_steps + 1 + inversions(levels, shape), weights=5, grams=2)
+        return Cost(self.steps + self.pcg_steps + 1 + inversions(levels, shape), weights=4, grams=2)
 
 
 @dataclass
@@ -228,7 +228,7 @@ class ALPSPaper(IterativeMethod[_Watched]):
 
     def cost(self, shape: Shape, pattern: Pattern) -> Cost:
         levels = -(-self.steps // _LOOK_EVERY)
-        return Cost(self.steps + self.pcg_steps + 1 + inversions(levels, shape), weights=5, grams=2)
+        return Cost(self.steps + self.pcg_steps + 1 + inversions(levels, shape), weights=4, grams=2)
 
 
 def _changes(mask: Tensor, before: Tensor) -> int:

@@ -105,7 +105,7 @@ class DSnoT(Method):
         return pattern.rows_independent
 
     def cost(self, shape: Shape, pattern: Pattern) -> Cost:
-        return Cost(1, weights=10, grams=0)  # and two sorts
+        return Cost(1, weights=12, grams=0)  # and two sorts
 
     def _enough(self, problem: LayerProblem) -> Float[Tensor, " out"]:
         """The residual of each row that is small enough, in units of its output."""

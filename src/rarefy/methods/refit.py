@@ -77,7 +77,7 @@ class PCG(Method):
         return True
 
     def cost(self, shape: Shape, pattern: Pattern) -> Cost:
-        return Cost(self.steps + 1, weights=min(6, 2 + 4 * _STRIP / (shape[0] * shape[1])), grams=1)
+        return Cost(self.steps + 1, weights=1 + 4 * min(1, _STRIP / (shape[0] * shape[1])), grams=1)
 
 
 def conjugate_gradients_(
@@ -162,7 +162,7 @@ class Backsolve(Method):
     def cost(self, shape: Shape, pattern: Pattern) -> Cost:
         out, inputs = shape
         kept = pattern.count(shape) / out  # of a row
-        batch = _BATCH_BYTES / (4 * out * inputs)  # in (out, in) matrices of float32
+        batch = min(_BATCH_BYTES, 8 * out * kept**2) / (4 * out * inputs)  # in (out, in) matrices of float32
         return Cost(kept**3 / (6 * inputs**2), weights=7 + batch, grams=3)
 
 

@@ -37,7 +37,7 @@ class RIA(Method):
         return masked(problem.W0, pattern.project(ria_scores(problem, self.exponent)))  # (3)
 
     def cost(self, shape: Shape, pattern: Pattern) -> Cost:
-        return Cost(weights=3, grams=0)
+        return Cost(weights=4, grams=0)
 
 
 def ria_scores(problem: LayerProblem, exponent: float) -> Float[Tensor, "out inputs"]:

@@ -182,7 +182,7 @@ def _import(path: str) -> Any:
     module_name, _, class_name = path.partition(":")
     try:
         cls = getattr(importlib.import_module(module_name), class_name)
-    except (ImportError, AttributeError, ValueError) as error:
+    except Exception as error:  # whatever its author's code raises
         raise MethodError.sentence(f"method is {path!r}, but it cannot be imported: {error}.") from error
     method = importlib.import_module("rarefy.methods.base").Method
     if not (isinstance(cls, type) and issubclass(cls, method)):

@@ -153,7 +153,7 @@ class SparseFW(IterativeMethod[_State]):
         return ria_scores(problem, _RIA_EXPONENT) if self.warm_start == "ria" else problem.W0.abs()
 
     def cost(self, shape: Shape, pattern: Pattern) -> Cost:
-        return Cost(self.steps + 1 + self.steps // self.round_every, weights=7)
+        return Cost(self.steps + 1 + self.steps // self.round_every, weights=6, grams=0)
 
 
 def _dot(A: Tensor, B: Tensor) -> float:

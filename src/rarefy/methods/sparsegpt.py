@@ -89,4 +89,4 @@ class SparseGPT(Method):
 
     def cost(self, shape: Shape, pattern: Pattern) -> Cost:
         # half a product, in thin pieces; a Cholesky factorisation and a triangular inverse
-        return Cost(0.5 + inversions(2 / 3, shape), weights=4, grams=4)
+        return Cost(0.5 + inversions(2 / 3, shape), weights=3, grams=3)

@@ -116,7 +116,8 @@ class Swaps(Method):
     def cost(self, shape: Shape, pattern: Pattern) -> Cost:
         # Passes over rows, of which a batch is small: about as long as this many products (docs/log.md).
         batch = min(1.0, _ELEMENTS / (shape[0] * shape[1]))
-        return Cost(90 if pattern.group > 1 else 250, weights=2 + 16 * batch, grams=1)
+        grouped = pattern.group > 1
+        return Cost(90 if grouped else 250, weights=1 + 16 * batch, grams=1 if grouped else 0)
 
 
 @dataclass(frozen=True, eq=False)

@@ -215,7 +215,7 @@ def _laid_out(source: Path, copy: Path, content: Mapping[str, CopiedTensor]) -> 
     """A file that holds ``content``: tensors of wide dtypes first, so that each begins at a multiple of its width."""
     widths = {name: tensor.size // max(1, torch.Size(tensor.shape).numel()) for name, tensor in content.items()}
     order = sorted(content, key=lambda name: -widths[name])
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, object] = {"__metadata__": _metadata(source) | {"format": "pt"}}
     offsets, offset = {}, 0
     for name in order:
         tensor = content[name]
@@ -235,6 +235,17 @@ def _laid_out(source: Path, copy: Path, content: Mapping[str, CopiedTensor]) -> 
         for name in order
     }
     return _NewFile(source, tensors, text, start + offset)
+
+
+def _metadata(source: Path) -> dict[str, str]:
+    """What a safetensors file says beside its tensors; a pickled one says nothing."""
+    if source.suffix == ".bin" or not source.is_file():
+        return {}
+    try:
+        said = json.loads(read_header(source)[0]).get("__metadata__")
+    except (OSError, ValueError) as error:
+        raise ModelError.sentence(f"{source} cannot be read; it could when the run began.") from error
+    return {str(key): str(value) for key, value in said.items()} if isinstance(said, dict) else {}
 
 
 def _header(file: _NewFile) -> bytes:

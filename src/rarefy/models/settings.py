@@ -37,19 +37,23 @@ def read_json(file: Path) -> dict[str, Any]:
     return content
 
 
+def settings_files(folder: Path) -> list[Path]:
+    """All files of a model's folder that belong to it, but its weights and what says where they are."""
+    found = [file for kind in (*SETTINGS, _TEMPLATES) for file in sorted(folder.glob(kind))]
+    return [file for file in dict.fromkeys(found) if file.is_file() and not file.name.endswith(_WEIGHTS_INDEX)]
+
+
 def copy_settings(source: Path, folder: Path, dtype: str | None = None, sections: Sequence[str] = ()) -> None:
     """Copy them into ``folder``, replacing what is there, without a word of quantisation, sparsity or places.
 
     ``dtype``: the config says this one from now on, for the model and in its ``sections``. Raises
     OutputError where the disk refuses.
     """
-    for kind in (*SETTINGS, _TEMPLATES):
-        for file in sorted(source.glob(kind)):
-            if file.is_file() and not file.name.endswith(_WEIGHTS_INDEX):
-                target = folder / file.relative_to(source)
-                with refusals(target):
-                    target.parent.mkdir(parents=True, exist_ok=True)
-                copy_file(file, target)
+    for file in settings_files(source):
+        target = folder / file.relative_to(source)
+        with refusals(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+        copy_file(file, target)
     with refusals(folder):
         forget_origin(folder)
         if dtype is not None:

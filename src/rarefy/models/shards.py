@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from rarefy.errors import ModelError
 from rarefy.models.stored import StoredTensor, tensors_in
-from rarefy.models.weight_files import find_weight_files
+from rarefy.models.weight_files import find_weight_files, unnamed_files
 
 
 @dataclass(frozen=True)
 class Shards:
-    """The files of a checkpoint, in the order in which they are read, their index, and all tensors by name."""
+    """The files of a checkpoint, in the order in which they are read, their index, and all tensors by name.
+
+    ``unnamed`` are files of weights beside them, of which nothing is loaded.
+    """
 
     folder: Path
     files: list[Path]
     index: Path | None
     tensors: dict[str, StoredTensor]
+    unnamed: list[Path] = field(default_factory=list)
 
     @classmethod
     def open(cls, folder: Path) -> Shards:
@@ -36,7 +40,7 @@ class Shards:
                     both = f"{tensors[tensor.name].file.name} and {file.name}"
                     raise ModelError.sentence(f"{tensor.name} is in two files of {folder}: {both}.")
                 tensors[tensor.name] = tensor
-        return cls(folder, list(found.files), found.index, tensors)
+        return cls(folder, list(found.files), found.index, tensors, unnamed_files(found))
 
     @property
     def size(self) -> int:

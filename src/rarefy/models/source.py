@@ -29,10 +29,11 @@ from transformers.quantizers.base import HfQuantizer
 from rarefy.errors import ModelError
 from rarefy.models.config import read_config, read_gguf_config
 from rarefy.models.gguf import check_gguf
+from rarefy.models.links import refuse_outside
 from rarefy.models.locate import SMOLLM2, Kind, locate
 from rarefy.models.quantized import make_dequantizer, quantization_of
 from rarefy.models.quiet import cannot, first_line, quiet
-from rarefy.models.settings import SETTINGS, read_json
+from rarefy.models.settings import SETTINGS, read_json, settings_files
 from rarefy.models.weight_files import SAFETENSORS, find_weight_files, possible_files
 
 
@@ -153,6 +154,8 @@ def _check_settings(name: str, folder: Path) -> dict[str, Any] | None:
             f"{name} is a model with an adapter beside it ({adapter.name}): merge the adapter into the model first, "
             "or move its files out of the folder."
         )
+    for file in settings_files(folder):
+        refuse_outside(folder, file)
     quantization = quantization_of(read_json(folder / "config.json"))
     if quantization is not None:
         make_dequantizer(name, quantization)

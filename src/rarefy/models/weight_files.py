@@ -15,6 +15,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from rarefy.errors import ModelError
+from rarefy.models.links import refuse_outside
 from rarefy.models.quiet import first_line
 from rarefy.models.settings import read_json
 
@@ -51,11 +52,18 @@ def find_weight_files(folder: Path) -> WeightFiles | None:
     for files in possible_files(folder):
         if files.index is not None or files.files[0].is_file():
             for file in files.files:
-                _refuse_outside(folder, file)
+                refuse_outside(folder, file)
             return files
     if (named := _named(folder)) is not None:
         raise ModelError.sentence(f"{named} is missing, although config.json names it.")
     return None
+
+
+def unnamed_files(files: WeightFiles) -> list[Path]:
+    """Files of weights beside those of a model, of which nothing is loaded: another format of it, or more."""
+    if files.files[0].suffix == ".bin":
+        return []
+    return sorted({*files.folder.glob("*.safetensors")} - {*files.files})
 
 
 def possible_files(folder: Path) -> Iterator[WeightFiles]:
@@ -100,25 +108,6 @@ def _checked_name(file: Path, name: object) -> str:
     if Path(name).name != name or name == ".." or "\\" in name or "\0" in name:
         raise ModelError.sentence(f"{file} names {name}, which is not in its own folder.")
     return name
-
-
-def _refuse_outside(folder: Path, file: Path) -> None:
-    """Raise ModelError where a file of weights is a link that leads out of the model's folder.
-
-    In the cache of the hub's client, a snapshot's files are links to what was downloaded; these may be used.
-    """
-    if not file.is_symlink():
-        return
-    try:
-        target = file.resolve(strict=True)
-    except (OSError, RuntimeError) as error:
-        raise ModelError.sentence(f"{file} is a link to nothing.") from error
-    snapshots = [each.parent for each in (folder.absolute(), folder.resolve()) if each.parent.name == "snapshots"]
-    allowed = [folder.resolve(), *((each.parent / "blobs").resolve() for each in snapshots)]
-    if not any(target.is_relative_to(place) for place in allowed):
-        raise ModelError.sentence(
-            f"{file} is a link to {target}, outside of the model's folder: copy or move the file into the folder."
-        )
 
 
 def _check_file(path: Path, expected: frozenset[str]) -> None:

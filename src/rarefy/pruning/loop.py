@@ -153,8 +153,7 @@ def prune_blocks(
             store.finish(block, done, entering, dense)
         records += done
     if world.leads:
-        _warn_of_starved(records)
-        _warn_of_overflow(records)
+        _warn_of(records)
     seconds = time.perf_counter() - started
     return Report(records, seconds=seconds, method=str(settings.method), pattern=settings.pattern_name)
 
@@ -216,23 +215,18 @@ def _check_alike(world: World, model: nn.Module, windows: Tensor, settings: Prun
                 )
 
 
-def _warn_of_starved(records: Sequence[LayerRecord]) -> None:
-    names = [record.name for record in records if STARVED in record.details]
-    if names:
-        more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-        warnings.warn(
-            f"{len(names)} weights of experts were solved with all tokens of their block, because the router sent "
-            f"fewer tokens to them than they have inputs: {', '.join(names[:_NAMED])}{more}. Their records say so.",
-            stacklevel=5,
-        )
+#: What is warned of where a record's details have the key: {number} and {names} of layers.
+_WARNINGS = {
+    STARVED: "{number} weights of experts were solved with all tokens of their block, because the router sent fewer "
+    "tokens to them than they have inputs: {names}. Their records say so.",
+    OVERFLOWED: "{number} layers have weights beyond the range of the dtype in which they are stored, which were "
+    "clipped: {names}. Another --dtype, bfloat16 for instance, has the range.",
+}
 
 
-def _warn_of_overflow(records: Sequence[LayerRecord]) -> None:
-    names = [record.name for record in records if OVERFLOWED in record.details]
-    if names:
-        more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-        warnings.warn(
-            f"{len(names)} layers have weights beyond the range of the dtype in which they are stored, which were "
-            f"clipped: {', '.join(names[:_NAMED])}{more}. Another --dtype, bfloat16 for instance, has the range.",
-            stacklevel=3,
-        )
+def _warn_of(records: Sequence[LayerRecord]) -> None:
+    for key, sentence in _WARNINGS.items():
+        names = [record.name for record in records if key in record.details]
+        if names:
+            more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+            warnings.warn(sentence.format(number=len(names), names=", ".join(names[:_NAMED]) + more), stacklevel=5)

@@ -55,7 +55,14 @@ def write_report(
 
 def _folder(path: str | Path) -> RunFolder | SweepFolder:
     """The run or sweep in ``path``. Raises InputError where there is none."""
-    path = Path(path).expanduser()
+    try:
+        return _found(Path(path).expanduser())
+    except (OSError, RuntimeError) as error:  # a name that no file can have, a home that nobody has
+        reason = getattr(error, "strerror", None) or error
+        raise InputError.sentence(f"RUN is {str(path)!r}, which cannot be read: {reason}.") from error
+
+
+def _found(path: Path) -> RunFolder | SweepFolder:
     sweep = SweepFolder(path)
     if sweep.exists:
         sweep.read_sweep()
@@ -141,7 +148,8 @@ class _Writer:
 
     def both(self, folder: RunFolder) -> tuple[Texts, Texts]:
         """What the dense and the pruned model write. Raises RarefyError where they cannot."""
-        name = read_yaml(folder.recipe).get("model")
+        settings = read_yaml(folder.recipe)
+        name = settings.get("against") or settings.get("model")  # of a tuning, the dense model is the former
         if not isinstance(name, str):
             raise InputError.sentence(f"{folder.recipe} names no model.")
         self.note(f"loading {name}, which {folder.recipe} names, and {folder.model}")

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from rarefy.report import sections
+from rarefy.report.tuning import tuning
 from rarefy.report.views import Part, RunView, Section, SweepView
 
 
@@ -30,6 +31,7 @@ def render(runs: Sequence[RunView], sweeps: Sequence[SweepView] = ()) -> str:
         Section("errors", "Error of each layer", sections.errors(runs, first_seeds)),
         Section("proof", "Sparsity and pattern", proofs),
         Section("iterations", "Iterations", sections.iterations(views)),
+        Section("tuning", "Tuning", tuning(runs)),
         Section("time", "Time", sections.time(runs, sweeps)),
         Section("texts", "What the models write", sections.texts(runs, sweeps)),
         Section("recipe", "Command, recipe and versions", sections.recipes(runs, sweeps)),

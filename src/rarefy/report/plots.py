@@ -123,6 +123,19 @@ def error_curves(layers: Sequence[LayerRecord], title: str) -> Picture:
     return _lines(lines, title, alt, "block", "relative error")
 
 
+def learning_curve(
+    steps: Sequence[Mapping[str, float]], held_out: Sequence[Mapping[str, float]], title: str
+) -> Picture:
+    """The KL divergence of a tuning over its steps: of the batches, and of the held-out windows."""
+    lines = {"batches": _curve((one["step"], one["kl"]) for one in steps)}
+    if held_out:
+        lines["held out"] = _curve((one["step"], one["kl"]) for one in held_out)
+    words = "; ".join(f"{name} from {y[0]:.3g} to {y[-1]:.3g}" for name, (_, y) in lines.items() if y)
+    return _lines(
+        lines, title, f"KL divergence from the dense model over the steps, {title}: {words}.", "step", "KL, nats"
+    )
+
+
 def block_curves(runs: Mapping[str, Sequence[LayerRecord]], title: str) -> Picture:
     """The geometric mean of the linears' relative errors over the blocks, a line for each run."""
     lines = {}

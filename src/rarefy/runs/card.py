@@ -56,6 +56,7 @@ def _card(run: Mapping[str, Any]) -> str:
     return _ENVIRONMENT.get_template("card.md.jinja").render(
         {
             "divergence": [],
+            "tuning": None,
             "tasks": {},
             **run,
             "front_matter": f"{front.to_yaml()}\n",

@@ -13,7 +13,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -40,9 +40,10 @@ class RunFolder:
     def find(cls, path: str | Path) -> Self | None:
         """The run folder that ``path`` is, or whose ``model`` it is; None where it is neither."""
         path = Path(path)
-        for candidate in (path, path.absolute().parent if path.absolute().name == "model" else None):
-            if candidate is not None and (folder := cls(candidate)).layers.is_file() and folder.model.is_dir():
-                return folder
+        with suppress(OSError):  # of a name that no file can have
+            for candidate in (path, path.absolute().parent if path.absolute().name == "model" else None):
+                if candidate is not None and (folder := cls(candidate)).layers.is_file() and folder.model.is_dir():
+                    return folder
         return None
 
     def check(self) -> None:

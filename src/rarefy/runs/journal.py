@@ -115,7 +115,7 @@ class Journal:
             self.check(fingerprint)
             if not self.folder.exists():
                 self._begin()
-            self._take_lock()
+            self._lock = take_lock(self.folder)
             try:
                 self.check(fingerprint)  # nobody else changes it from now on
                 self._remove_stale_files()
@@ -265,18 +265,6 @@ class Journal:
             if not is_unfinished_run(self.folder):  # else another process was quicker
                 raise
 
-    def _take_lock(self) -> None:
-        self._lock = FileLock(self.folder / "lock", thread_local=False)
-        try:
-            self._lock.acquire(timeout=0)
-        except Timeout:
-            self._lock = None
-            raise OutputError.sentence(f"{self.folder.parent} is being written by another process.") from None
-        except (OSError, NotImplementedError) as error:
-            self._lock = None
-            if isinstance(error, OSError) and error.errno not in _NO_LOCKS:
-                raise
-
     def _write_journal(self, folder: Path | None = None) -> None:
         assert self._fingerprint is not None
         content = {
@@ -318,6 +306,23 @@ class Journal:
                 for file in self.folder.glob(pattern):
                     if file.name not in known:
                         file.unlink()
+
+
+def take_lock(folder: Path) -> FileLock | None:
+    """The lock of a journal's folder, held; None where the file system has no locks.
+
+    Raises OutputError where another process holds it.
+    """
+    lock = FileLock(folder / "lock", thread_local=False)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise OutputError.sentence(f"{folder.parent} is being written by another process.") from None
+    except (OSError, NotImplementedError) as error:
+        if isinstance(error, OSError) and error.errno not in _NO_LOCKS:
+            raise
+        return None
+    return lock
 
 
 def finished_blocks(number: int) -> str:

@@ -142,6 +142,11 @@ class OnDiskModel(RunModel):
                 f"{plan.source.name} has {len(streamed.surplus)} tensors that its model has no place for, "
                 f"{min(streamed.surplus)} for instance; they are kept as they are."
             )
+        if unnamed := streamed.shards.unnamed:
+            events.warn(
+                f"{plan.source.name} has files of weights that are no part of its model, {unnamed[0].name} for "
+                "instance; they are left out."
+            )
 
     def write_dense_texts(self) -> None:
         """Nothing yet: the dense model is still there at the end."""

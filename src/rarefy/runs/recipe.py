@@ -32,6 +32,8 @@ DEFAULT_CALIBRATION = "self"
 #: Windows x tokens per window: without ``--calibration`` what a laptop does in minutes, with it the papers'.
 QUICK_WINDOWS = (32, 1024)
 FULL_WINDOWS = (128, 2048)
+#: A thousand times what papers calibrate on, and 2 GiB of token ids.
+_MOST_TOKENS = 2**28
 
 
 def _no_bool(value: object) -> object:
@@ -225,6 +227,11 @@ class Recipe(BaseModel):
                 "--sequence-length",
                 filled["sequence_length"],
                 f"at most {context}, the model's longest context",
+            )
+        if (tokens := filled["num_samples"] * filled["sequence_length"]) > _MOST_TOKENS:
+            raise InputError.sentence(
+                f"--num-samples and --sequence-length make {tokens:,} tokens, but at most {_MOST_TOKENS:,} can be "
+                "calibrated on."
             )
         if self.pattern is None:
             filled["sparsity"] = DEFAULT_SPARSITY if self.sparsity is None else self.sparsity

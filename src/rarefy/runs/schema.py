@@ -57,6 +57,28 @@ class _Task(_Content):
     samples: Count = 0
 
 
+class _Step(_Content):
+    step: float
+    kl: float
+
+
+class _Held(_Content):
+    step: Count
+    kl: float
+    text_loss: float
+
+
+class _Tuning(_Content):
+    parametrisation: str
+    against: str
+    trained: Count
+    steps: Count
+    curve: list[_Step]
+    measurements: list[_Held]
+    best_step: Count | None
+    written: _Held | None
+
+
 class RunFacts(_Content):
     """``run.json``, as far as the report reads it."""
 
@@ -70,6 +92,7 @@ class RunFacts(_Content):
     perplexity: list[_Perplexity] = []
     divergence: list[_Divergence] = []
     tasks: dict[str, _Task] = {}
+    tuning: _Tuning | None = None
     dense_texts: list[_Text] = []
     texts: list[_Text] = []
 
