@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import CONFIG_MAPPING, PreTrainedModel
 
-from architectures_for_tests import CAUSAL_TYPES, LARGEST, small_config
 from models_for_tests import ARCHITECTURES, VOCABULARY, build, make_model
 from rarefy.calibration import generation, self_text
 from rarefy.calibration.documents import CalibrationWarning
@@ -25,7 +26,8 @@ from rarefy.calibration.generation import (
 )
 from rarefy.calibration.self_text import draw_tokens, write_text
 from rarefy.errors import CalibrationError, InputError, NumericalError
-from rarefy.models.source import ModelSource, _refuse_unless_causal
+from small_architectures import ALL, small_config
+from test_architectures import NOT_BUILT
 
 BOS = 1
 
@@ -223,6 +225,9 @@ def test_no_window_is_an_error() -> None:
 
 # --- Models that keep something else than keys and values ----------------------------------------------------
 
+#: What cannot be called with token ids alone, or not as it is built small.
+NOT_RUN = ("blt", "gemma4_unified_assistant")
+
 #: What each of these keeps of the tokens before.
 KEPT = {
     "bamba": OWN_STATE,  # both; without their positions it would count every token as the first
@@ -238,40 +243,68 @@ KEPT = {
 }
 
 
-def written_slowly(model: PreTrainedModel, num: int, length: int, seed: int) -> Tensor:
-    """The text that a model writes if it reads all that is there for each token."""
-    draws = torch.rand(num, length, generator=torch.Generator().manual_seed(seed))
-    texts = torch.full((num, 1), BOS)
-    with torch.no_grad():
-        for position in range(1, length):
-            logits = model(input_ids=texts, use_cache=False).logits[:, -1]
-            texts = torch.cat([texts, draw_tokens(logits, draws[:, position])[:, None]], dim=1)
-    return texts
+#: What shows every kind of state in a small model, and what does not depend on ties (scores of an index that are
+#: all equal) or on a fault of transformers (Moshi's window, which it keeps to with a cache only).
+GIVEN: dict[str, dict[str, Any]] = {
+    "bamba": {"attn_layer_indices": [1, 3]},
+    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"] * 2},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "moshi": {"sliding_window": 128},
+    "gemma4_text": {"head_dim": 8},  # and 16 in some layers
+    "xlstm": {"hidden_size": 128, "embedding_dim": 128},  # its widths are rounded up to multiples of 64
+}
 
 
-def sharpened(model: PreTrainedModel) -> PreTrainedModel:
-    """The model with larger logits, so that what was written before matters."""
+def model_with_states(model_type: str) -> PreTrainedModel:
+    """A small model with larger logits, so that what was written before matters."""
+    kind = CONFIG_MAPPING[model_type]
+    given = dict(GIVEN.get(model_type, {}))
+    if "index_topk" in inspect.signature(kind.__init__).parameters:
+        given["index_topk"] = 64
+    model = build(small_config(kind, **given))
     if not getattr(model.config.get_text_config(), "tie_word_embeddings", False):
         with torch.no_grad():
             model.get_output_embeddings().weight.mul_(4)
     return model
 
 
+# A draw may be on the other side of a boundary that is as near as rounding of float32 moves it.
+BOUNDARY = 1e-4
+
+
+def assert_drawn_from_whole_passes(model: PreTrainedModel, texts: Tensor, seed: int) -> None:
+    """Every token but the first is the one that its draw takes from the distribution after all tokens before it."""
+    draws = torch.rand(texts.shape, generator=torch.Generator().manual_seed(seed))[:, 1:]
+    with torch.no_grad():
+        logits = model(input_ids=texts, use_cache=False).logits[:, :-1]
+    cumulated = torch.nn.functional.pad(logits.double().softmax(-1).cumsum(-1), (1, 0))
+    lower, upper = (cumulated.gather(2, texts[:, 1:, None] + end)[..., 0] for end in (0, 1))
+    assert ((draws > lower - BOUNDARY) & (draws < upper + BOUNDARY)).all()
+
+
 @pytest.mark.parametrize("model_type", KEPT)
 def test_models_with_states_write_what_they_write_without(model_type: str) -> None:
-    model = sharpened(build(small_config(model_type)))
+    model = model_with_states(model_type)
     assert way_of_writing(model) is KEPT[model_type]
     before, settings = state(model), model.generation_config
     texts = write(model, 4, 20, seed=7, bos_id=BOS)
-    assert torch.equal(texts, written_slowly(model, 4, 20, seed=7))
-    assert torch.equal(write(model, 4, 20, seed=7, bos_id=BOS, batch_size=1), texts)
+    assert_drawn_from_whole_passes(model, texts, seed=7)
+    one_by_one = write(model, 4, 20, seed=7, bos_id=BOS, batch_size=1)
+    assert_drawn_from_whole_passes(model, one_by_one, seed=7)
     assert len(texts.unique()) > 15
     assert state(model) == before
     assert model.generation_config is settings
 
 
+def test_a_state_that_is_left_in_the_model_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_with_states("recurrent_gemma")
+    monkeypatch.setattr(type(model), "_is_stateful", False)  # so that it does not begin anew
+    with pytest.warns(CalibrationWarning, match="keeps nothing"):
+        assert way_of_writing(model) is NO_STATE
+
+
 def test_a_model_that_keeps_nothing_is_given_the_whole_text(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = sharpened(make_model("llama"))
+    model = model_with_states("llama")
     expected = write(model, 4, 20, seed=7, bos_id=BOS)
     real = model.forward
 
@@ -310,33 +343,27 @@ def test_no_memory_is_not_taken_for_a_cache_that_does_not_fit(monkeypatch: pytes
 
 
 def test_settings_that_differ_between_layers_are_no_number() -> None:
-    model = build(small_config("gemma4_text"))
+    model = model_with_states("gemma4_text")
     assert self_text._whole_number(model.config, "head_dim") is None
     assert self_text._fitting_batch(model, 8, ALLOCATED_CACHE) == 128
     assert write(model).shape == (3, 12)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model_type", CAUSAL_TYPES)
+@pytest.mark.parametrize("model_type", ALL)
 def test_every_decoder_writes_what_it_writes_without_a_cache(model_type: str) -> None:
-    try:
-        config = small_config(model_type)
-        source = ModelSource(model_type, "folder", Path(), config)
-        with torch.device("meta"):
-            size = sum(parameter.numel() for parameter in source.skeleton().parameters())
-    except Exception as error:  # noqa: BLE001
-        pytest.skip(f"no small model can be made: {error}")
-    if size > LARGEST:
-        pytest.skip(f"{size:,} parameters are no small model")
-    try:
-        _refuse_unless_causal(source)
-        model = sharpened(build(config))
-        expected = written_slowly(model, 4, 20, seed=7)
-    except Exception as error:  # noqa: BLE001
-        pytest.skip(f"not to be pruned, or it does not run: {error}")
+    if model_type in NOT_BUILT or model_type in NOT_RUN:
+        pytest.skip("it cannot be built small, or not be run on token ids alone")
+    model = model_with_states(model_type)
+    ids = torch.arange(40).view(2, 20) * 3 + 3
+    with torch.no_grad():
+        whole, part = (model(input_ids=one, use_cache=False).logits[:, :10] for one in (ids, ids[:, :10]))
+    if not torch.allclose(whole, part, rtol=0, atol=1e-3 * float(whole.abs().max())):
+        pytest.skip("its attention looks ahead")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", CalibrationWarning)
-        assert torch.equal(write(model, 4, 20, seed=7, bos_id=BOS), expected)
+        texts = write(model, 4, 20, seed=7, bos_id=BOS)
+    assert_drawn_from_whole_passes(model, texts, seed=7)
 
 
 # --- The model is left as it was ----------------------------------------------------------------------------
