@@ -10,6 +10,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from operator import gt
 from typing import Any
 
@@ -31,6 +32,8 @@ class Pattern(ABC):
 
     #: True where the choice in one row never depends on another row.
     rows_independent: bool = True
+    #: True where all rows have the same mask, so that no weight can be moved within a row alone.
+    rows_alike: bool = False
     #: Length of the groups of inputs that belong together; blockwise methods cut at its multiples.
     group: int = 1
     #: Whether there is more than one allowed mask, so that a method has something to choose.
@@ -421,11 +424,18 @@ def pattern_from_spec(spec: Mapping[str, Any]) -> Pattern:
             return NM(spec["keep"], spec["of"])
         if kind in ("unstructured", "row"):
             return (Unstructured if kind == "unstructured" else PerRow)(spec["sparsity"])
+        if kind == "columns":
+            # The module imports this one, so it is imported when it is needed.
+            columns: Pattern = import_module("rarefy.layer.columns").Columns(spec["keep"], spec["group"])
+            return columns
     except (KeyError, TypeError) as error:
         raise PatternError(
-            "pattern", dict(spec), "of kind n:m with keep and of, or of kind unstructured or row with sparsity"
+            "pattern",
+            dict(spec),
+            "of kind n:m with keep and of, of kind unstructured or row with sparsity, or of kind columns with keep "
+            "and group",
         ) from error
-    raise PatternError("pattern", dict(spec), "of kind n:m, unstructured or row")
+    raise PatternError("pattern", dict(spec), "of kind n:m, unstructured, row or columns")
 
 
 def check_sparsity(sparsity: object, argument: str = "sparsity") -> None:

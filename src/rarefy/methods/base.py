@@ -31,6 +31,7 @@ __all__ = [
     "IterativeMethod",
     "Method",
     "cannot_come_first",
+    "check_rows_apart",
     "fallback",
     "hyper",
     "inversions",
@@ -192,6 +193,14 @@ def run(
         solution.relative_error = problem.relative_error(solution.weight)
         solution.balanced_error = problem.balanced_error(solution.weight)
     return solution
+
+
+def check_rows_apart(method: Method, pattern: Pattern) -> None:
+    """Raise PatternError for a method that moves weights within each row, where all rows must be alike."""
+    if pattern.rows_alike:
+        raise PatternError.sentence(
+            f"{method} changes the mask of each row by itself, but {pattern} has one mask for all rows."
+        )
 
 
 def fallback(problem: LayerProblem, pattern: Pattern) -> Solution:

@@ -45,7 +45,7 @@ from torch import Tensor
 from rarefy.layer.pattern import Pattern, Shape
 from rarefy.layer.problem import LayerProblem
 from rarefy.layer.solution import Solution, Status
-from rarefy.methods.base import Cost, Method, hyper, masked, wanda_scores
+from rarefy.methods.base import Cost, Method, check_rows_apart, hyper, masked, wanda_scores
 
 _SMALLEST_VARIANCE = 1e-12  # of the mean square of all inputs: constant inputs must not divide by 0
 
@@ -65,6 +65,7 @@ class DSnoT(Method):
     threshold: float = hyper(0.1, "residual that is small enough, as a share of the row's output", low=0)
 
     def solve(self, problem: LayerProblem, pattern: Pattern, start: Solution | None = None) -> Solution:
+        check_rows_apart(self, pattern)
         W, scores = problem.W0, wanda_scores(problem)
         mask = pattern.project(scores) if start is None else start.mask
         if not pattern.has_choice:

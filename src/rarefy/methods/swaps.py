@@ -55,7 +55,7 @@ from rarefy.layer.pattern import Pattern, Shape
 from rarefy.layer.problem import LayerProblem
 from rarefy.layer.select import positions_first
 from rarefy.layer.solution import Solution, Status
-from rarefy.methods.base import Cost, Method, hyper, masked, wanda_scores
+from rarefy.methods.base import Cost, Method, check_rows_apart, hyper, masked, wanda_scores
 
 _ELEMENTS = 2**18  # of a batch of rows: its matrices stay in a CPU's cache
 _STALE = 64  # swaps after which C2 is computed afresh
@@ -84,6 +84,7 @@ class Swaps(Method):
     max_swaps: int = hyper(10_000, "swaps per row at most", low=0)
 
     def solve(self, problem: LayerProblem, pattern: Pattern, start: Solution | None = None) -> Solution:
+        check_rows_apart(self, pattern)
         mask = pattern.project(wanda_scores(problem)) if start is None else start.mask
         if not pattern.has_choice:
             return Solution(apply_mask(problem.W0, mask), mask, Status.TRIVIAL)
