@@ -1,0 +1,1 @@
+"""Smaller models: what can be removed from one, which of it to remove, and the model without it."""
