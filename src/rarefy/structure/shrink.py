@@ -128,26 +128,25 @@ def _difference(old: nn.Module, index: int, new: nn.Module, place: int, removal:
     modules = dict(new.named_modules())
     if modules.keys() != dict(old.named_modules()).keys():
         return "it has other modules"
-    lowered = {
-        value for parts, _ in removal.parts for value in (*parts.config_entries(parts.number).values(), parts.number)
-    } | {parts.number * parts.width for parts, _ in removal.parts}
+    shares = {(parts.number, int(kept[index].sum())) for parts, kept in removal.parts if index in kept}
     for path, module in old.named_modules():
         other = modules[path]
         if type(other) is not type(module):
             return f"{type(other).__name__} in place of {type(module).__name__}"
         theirs = vars(other)
         for key, value in vars(module).items():
-            if key == "training" or not isinstance(value, (int, float, str, bool, type(None))):
+            if key == "training" or key.startswith("_") or not isinstance(value, (int, float, str, type(None))):
                 continue
-            by_place = value == index and theirs.get(key) == place and type(value) is int
-            if theirs.get(key) != value and not by_place and not (removal.parts and _scales(value, lowered)):
-                return f"{f'{path}.' if path else ''}{key} is {theirs.get(key)!r} in place of {value!r}"
+            their = theirs.get(key)
+            if their == value or (type(value) is type(their) is int and _follows(value, their, index, place, shares)):
+                continue
+            return f"{f'{path}.' if path else ''}{key} is {their!r} in place of {value!r}"
     return ""
 
 
-def _scales(value: Any, lowered: set[Any]) -> bool:
-    """Whether a number may be lower because there are fewer parts: it counts them, or what they hold."""
-    return type(value) is int and any(type(one) is int and one > 0 and value % one == 0 for one in lowered)
+def _follows(value: int, other: int, index: int, place: int, shares: set[tuple[int, int]]) -> bool:
+    """Whether a number is another because the block has another place, or has fewer parts."""
+    return (value, other) == (index, place) or any(value * left == other * number for number, left in shares)
 
 
 # --- Comparing --------------------------------------------------------------------------------------------
