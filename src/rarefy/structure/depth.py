@@ -1,0 +1,185 @@
+"""How far a model without some of its blocks is from the dense one: KL divergence and loss over calibration windows.
+
+A block that is off hands its input on. Hidden states are shared: where each block in turn is left out, what enters it
+is known from one pass, so that L blocks take L + L (L - 1) / 2 block passes instead of L (L - 1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from rarefy.calibration.stream import hidden_place
+from rarefy.calibration.trees import mapped
+from rarefy.errors import ModelError
+from rarefy.models.blocks import find_blocks
+from rarefy.models.head import base_output, head_alone, predicting, vocabulary_size
+
+#: Logits of this many bytes exist at once in float32.
+LOGIT_BYTES = 64 * 2**20
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Distance:
+    """Means over all predicted tokens, in nats: ``kl`` to the dense model, and ``loss`` of the text itself."""
+
+    kl: float
+    loss: float
+
+
+class BlockSets:
+    """Measures sets of kept blocks of one model on some windows, token ids (num, length).
+
+    What enters the dense model's head (or its logits, where the head does not stand alone) is kept of all windows.
+    ``block_tokens`` counts tokens times the blocks that they went through, the measure of what a search costs.
+    Raises ModelError where the model does not run its blocks one after the other.
+    """
+
+    def __init__(self, model: PreTrainedModel, windows: Int64[Tensor, "num length"], batch_size: int = 4) -> None:
+        self.model, self.windows, self.batch_size = model, windows, batch_size
+        self.blocks = [block.module for block in find_blocks(model)]
+        self.block_tokens = 0
+        self._run: _Run | None = None
+        self._forwards = [block.forward for block in self.blocks]
+        with torch.no_grad():
+            self._alone = head_alone(model, windows)
+            self._dense = [self._rows(ids, _Run(range(len(self.blocks)))) for ids in self._batches(len(windows))]
+        self._known: dict[tuple[int, frozenset[int]], Distance] = {}
+
+    @property
+    def number(self) -> int:
+        """How many blocks the dense model has."""
+        return len(self.blocks)
+
+    def measure(self, kept: Collection[int], num_windows: int | None = None) -> Distance:
+        """The distance of the model with these blocks only, on the first ``num_windows`` windows (None: all)."""
+        num = num_windows or len(self.windows)
+        key = num, frozenset(kept)
+        if key not in self._known:
+            with torch.no_grad():
+                sums = [
+                    self._compare([self._rows(ids, _Run(kept))], dense, ids)[0]
+                    for ids, dense in zip(self._batches(num), self._dense)
+                ]
+            self._known[key] = self._mean(sums)
+        return self._known[key]
+
+    def without_each(self, kept: Sequence[int], progress: Progress | None = None) -> dict[int, Distance]:
+        """The distance with each one of the ``kept`` blocks left out, by its index."""
+        sums: dict[int, list[tuple[float, float, int]]] = {index: [] for index in kept}
+        batches = list(self._batches(len(self.windows)))
+        with torch.no_grad():
+            for done, (ids, dense) in enumerate(zip(batches, self._dense)):
+                whole = _Run(kept, keeps_entries=True)
+                self._rows(ids, whole)
+                found = []
+                for index in kept:
+                    left = [other for other in kept if other != index]
+                    found.append(self._rows(ids, _Run(left, first=index, entry=whole.entries.pop(index))))
+                for index, one in zip(kept, self._compare(found, dense, ids)):
+                    sums[index].append(one)
+                if progress:
+                    progress(done + 1, len(batches))
+        distances = {index: self._mean(of) for index, of in sums.items()}
+        for index, distance in distances.items():
+            self._known[len(self.windows), frozenset(kept) - {index}] = distance
+        return distances
+
+    def _batches(self, num: int) -> Iterator[Tensor]:
+        # Batches are always the same, as the dense model's rows are kept of each.
+        for start in range(0, num, self.batch_size):
+            yield self.windows[start : start + self.batch_size].to(self.model.device)
+
+    def _rows(self, ids: Tensor, run: _Run) -> Float[Tensor, "rows _"]:
+        """What enters the head at the predicted positions, or the logits, of a model of which a part runs."""
+        with self._standing_in(run):
+            hidden = (
+                base_output(self.model, ids) if self._alone else self.model(input_ids=ids, use_cache=False).logits
+            )
+        if run.called != list(range(len(self.blocks))):
+            raise ModelError.sentence(f"{type(self.model).__name__} does not run its blocks one after the other.")
+        self.block_tokens += ids.numel() * sum(index >= run.first for index in run.kept)
+        return predicting(hidden)
+
+    def _compare(
+        self, found: Sequence[Tensor], dense: Tensor, ids: Tensor
+    ) -> list[tuple[float, float, int]]:
+        """For the rows of each of several models the sums of KL and loss, and the number of rows."""
+        head = self.model.get_output_embeddings() if self._alone else nn.Identity()
+        targets = ids[:, 1:].flatten()
+        size = max(1, LOGIT_BYTES // (4 * vocabulary_size(self.model)))
+        sums = [[0.0, 0.0] for _ in found]
+        for start in range(0, len(dense), size):
+            part = slice(start, start + size)
+            log_p = head(dense[part]).float().log_softmax(-1)
+            for rows, total in zip(found, sums):
+                log_q = head(rows[part]).float().log_softmax(-1)
+                loss = nn.functional.nll_loss(log_q, targets[part], reduction="sum")
+                kl = nn.functional.kl_div(log_q, log_p, reduction="none", log_target=True)
+                kl.masked_fill_(torch.isneginf(log_p), 0.0)
+                total[0] += float(kl.sum(dtype=torch.float64))
+                total[1] += float(loss)
+        return [(kl, loss, len(dense)) for kl, loss in sums]
+
+    @staticmethod
+    def _mean(sums: Sequence[tuple[float, float, int]]) -> Distance:
+        kl, loss, rows = (sum(values) for values in zip(*sums))
+        return Distance(kl / rows, loss / rows)
+
+    @contextmanager
+    def _standing_in(self, run: _Run) -> Iterator[None]:
+        """Within the scope, only the blocks of ``run`` compute."""
+        own = [block.__dict__.get("forward") for block in self.blocks]
+        try:
+            for index, block in enumerate(self.blocks):
+                block.forward = self._stand_in(index, self._forwards[index], run)
+            yield
+        finally:
+            for block, forward in zip(self.blocks, own):
+                block.__dict__.pop("forward", None)  # the class's own forward shows again
+                if forward is not None:
+                    block.forward = forward
+
+    def _stand_in(self, index: int, forward: Callable[..., Any], run: _Run) -> Callable[..., Any]:
+        def called(*args: Any, **kwargs: Any) -> Any:
+            run.called.append(index)
+            hidden = args[0] if args else kwargs["hidden_states"]
+            if index == run.first and run.entry is not None:
+                hidden = run.entry
+            if index in run.kept and index >= run.first:
+                if run.keeps_entries:
+                    run.entries[index] = hidden
+                output = forward(hidden, *args[1:], **kwargs) if args else forward(**{**kwargs, "hidden_states": hidden})
+                self._output = output
+                return output
+            if not hasattr(self, "_output"):
+                return hidden
+            place = hidden_place(self._output)
+            return mapped(self._output, lambda where, leaf: hidden if where == place else leaf)
+
+        return called
+
+
+class _Run:
+    """One pass: the blocks that compute, from ``first`` on, what enters that one, and what is seen on the way."""
+
+    def __init__(
+        self, kept: Collection[int], first: int = 0, entry: Tensor | None = None, keeps_entries: bool = False
+    ) -> None:
+        self.kept, self.first, self.entry, self.keeps_entries = frozenset(kept), first, entry, keeps_entries
+        self.entries: dict[int, Tensor] = {}
+        self.called: list[int] = []
+
+
+def lowest(scores: Mapping[int, float], num: int) -> list[int]:
+    """The indices of the ``num`` lowest scores, in order of the blocks; of equal ones the later is taken first."""
+    return sorted(sorted(scores, key=lambda index: (scores[index], -index))[:num])

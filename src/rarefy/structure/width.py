@@ -1,0 +1,106 @@
+"""Which neurons and heads to remove from each block, and the repair of what is left, by the layer problem.
+
+Removing parts of a block is pruning columns of its exit (``down_proj``, ``o_proj``), the same in all rows. Blocks are
+taken in order, with hidden states that come from the blocks before as they are after their removals, heads before
+neurons. What is written into an exit has zeros in the removed columns: the model is the smaller one already, but for
+its shapes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Int64
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from rarefy.calibration.collect import collect
+from rarefy.calibration.record import record
+from rarefy.layer.columns import Columns
+from rarefy.layer.passes import apply_mask
+from rarefy.layer.problem import LayerProblem
+from rarefy.layer.removal import DAMPING, choose_columns, refit_columns, removal_costs
+from rarefy.methods.base import wanda_scores
+from rarefy.models.blocks import find_blocks
+from rarefy.structure.parts import Parts
+
+#: How columns are chosen: with their interactions, by what each costs alone, or by the sum of their Wanda scores.
+Choice = Literal["interactions", "single", "wanda"]
+CHOICES: tuple[Choice, ...] = ("interactions", "single", "wanda")
+
+Masks = dict[int, Bool[Tensor, " parts"]]
+
+
+@dataclass(frozen=True)
+class ExitRecord:
+    """What became of one exit: its name, parts kept, and the output error with kept weights as they were, and repaired.
+
+    Errors are relative, as those of layers (``LayerProblem.relative_error``), of the weight before rounding.
+    """
+
+    name: str
+    block: int
+    kind: str
+    number: int
+    kept: int
+    masked_error: float
+    error: float
+
+
+def remove_parts(
+    model: PreTrainedModel,
+    windows: Int64[Tensor, "num length"],
+    wanted: Sequence[tuple[Parts, int]],
+    *,
+    batch_size: int = 4,
+    repair: bool = True,
+    choice: Choice = "interactions",
+    damping: float = DAMPING,
+    offload: Path | None = None,
+    watch: Callable[[int, int, str], None] | None = None,
+) -> tuple[list[tuple[Parts, Mapping[int, Tensor]]], list[ExitRecord]]:
+    """Write zeros into the exits' columns of removed parts, and repaired weights into the others, in place.
+
+    ``wanted`` says of each kind how many parts every block keeps. Returns what is kept, as ``Removal`` takes it, and
+    a record of each exit. Raises NumericalError where a Gram matrix cannot be factored.
+    """
+    blocks = find_blocks(model)
+    stream = record(model, [block.module for block in blocks], windows, batch_size, offload)
+    kept: list[tuple[Parts, Masks]] = [(parts, {}) for parts, _ in wanted]
+    records = []
+    last = max((index for parts, _ in wanted for index in parts.exits), default=-1)
+    for block in blocks[: last + 1]:
+        for (parts, number), (_, masks) in zip(wanted, kept):
+            site = parts.exits.get(block.index)
+            if site is None:
+                continue
+            gram = collect(stream, block.module, block.index, [site])[site.name]
+            problem = LayerProblem(site.read(), gram)
+            problem.check(site.name)
+            columns = _chosen(problem, Columns(number * parts.width, parts.width), choice, damping)
+            masked = apply_mask(problem.W0, columns.expand(problem.shape).contiguous())
+            weight = refit_columns(problem, columns, damping)[0] if repair else masked
+            errors = [problem.relative_error(one) for one in (masked, weight)]
+            site.write(weight)
+            masks[block.index] = columns.view(parts.number, parts.width)[:, 0].cpu()
+            records.append(ExitRecord(site.name, block.index, parts.kind, parts.number, number, *errors))
+        if block.index < last:
+            stream.advance(block.module, block.index)
+        if watch:
+            watch(block.index + 1, last + 1, f"error {records[-1].error:.3g}" if records else "")
+    return [(parts, masks) for parts, masks in kept], records
+
+
+def _chosen(problem: LayerProblem, pattern: Columns, choice: Choice, damping: float) -> Bool[Tensor, " inputs"]:
+    """The columns to keep."""
+    if choice == "interactions":
+        return choose_columns(problem, pattern, damping)
+    if choice == "wanda":
+        return pattern.project(wanda_scores(problem))[0]
+    costs = removal_costs(problem, pattern.group, damping)
+    spread = (costs / pattern.group).repeat_interleave(pattern.group).unsqueeze(0)
+    return pattern.project(spread.expand(problem.shape))[0]
