@@ -88,9 +88,7 @@ def test_damping_is_that_of_the_damped_problem() -> None:
     A = scaled.A + 0.3 * torch.eye(INPUTS)
     damped = LayerProblem(problem.W0, Gram.from_matrix(A * scaled.s.outer(scaled.s)))
     kept = all_choices(INPUTS, 5, 1)[11]
-    torch.testing.assert_close(
-        refit_columns(problem, kept, 0.3)[0], refit_columns(damped, kept, 0.0)[0], **SAME
-    )
+    torch.testing.assert_close(refit_columns(problem, kept, 0.3)[0], refit_columns(damped, kept, 0.0)[0], **SAME)
     torch.testing.assert_close(removal_costs(problem, 2, 0.3), removal_costs(damped, 2, 0.0), **SAME)
 
 

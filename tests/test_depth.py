@@ -87,9 +87,7 @@ def test_the_rules(sets: BlockSets) -> None:
 
 
 def test_a_long_search_finds_the_best_of_all_pairs(sets: BlockSets) -> None:
-    best = min(
-        sets.measure([i for i in range(6) if i not in (a, b)]).kl for a in range(6) for b in range(a + 1, 6)
-    )
+    best = min(sets.measure([i for i in range(6) if i not in (a, b)]).kl for a in range(6) for b in range(a + 1, 6))
     found = choose_blocks(sets, 2, "search", generations=20, offspring=12)
     assert found.distance.kl == pytest.approx(best)
 
@@ -118,7 +116,10 @@ def test_parts_are_removed_and_what_is_left_is_repaired(choice: str) -> None:
     found: dict[bool, float] = {}
     for repair in (True, False):
         model = deep("qwen3", 2)
-        wanted = [(with_order(model, find_parts(model, kind), WINDOWS), num) for kind, num in (("heads", 1), ("neurons", 48))]  # type: ignore[arg-type]
+        wanted = [
+            (with_order(model, find_parts(model, kind), WINDOWS), num)
+            for kind, num in (("heads", 1), ("neurons", 48))
+        ]  # type: ignore[arg-type]
         parts, records = remove_parts(model, calibration, wanted, repair=repair, choice=choice)  # type: ignore[arg-type]
         small = shrink(model, Removal((0, 1), tuple(parts)))
         assert (small.config.num_key_value_heads, small.config.intermediate_size) == (1, 48)

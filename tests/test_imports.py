@@ -57,7 +57,7 @@ FORBIDDEN = {
 ONLY_IN = {
     "typer": {"rarefy.cli"},
     "rich": {"rarefy.cli"},
-    "pydantic": {"rarefy.runs.recipe", "rarefy.runs.schema", "rarefy.runs.tune_recipe"},
+    "pydantic": {"rarefy.runs.recipe", "rarefy.runs.schema", "rarefy.runs.shrink_recipe", "rarefy.runs.tune_recipe"},
     "filelock": {"rarefy.runs.unfinished"},
     "jinja2": {"rarefy.runs.card", "rarefy.report.page"},
     "matplotlib": {"rarefy.report.plots"},

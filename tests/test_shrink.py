@@ -72,9 +72,9 @@ def zeroed(model: PreTrainedModel, kinds: tuple[Kind, ...], blocks: tuple[int, .
         kept = {}
         for index, site in off.exits.items():
             mask = torch.ones(found.number, dtype=torch.bool)
-            mask[torch.randperm(found.number, generator=torch.Generator().manual_seed(index))[: found.number // 2]] = (
-                False
-            )
+            mask[
+                torch.randperm(found.number, generator=torch.Generator().manual_seed(index))[: found.number // 2]
+            ] = False
             site.write(site.read() * mask.repeat_interleave(found.width))
             kept[index] = mask
         parts.append((found, kept))

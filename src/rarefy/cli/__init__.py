@@ -19,7 +19,7 @@ from typing import Annotated, cast
 import typer
 
 from rarefy import __version__
-from rarefy.cli import compare, evaluate, inspect, methods, prune, report, tune
+from rarefy.cli import compare, evaluate, inspect, methods, prune, report, shrink, tune
 from rarefy.cli.terminal import complain, plain_warnings
 from rarefy.errors import InputError, RankError, RarefyError
 
@@ -140,6 +140,7 @@ def _options(
 
 
 app.command("prune", cls=prune.PruneCommand)(prune.prune)
+app.command("shrink")(shrink.shrink)
 app.command("tune")(tune.tune)
 app.command("compare")(compare.compare)
 app.command("eval")(evaluate.evaluate)

@@ -99,7 +99,9 @@ class Columns(Pattern):
         self.validate(_shape(mask))
         if len(mask) and not torch.equal(mask, mask[:1].expand_as(mask)):
             row = int((mask != mask[:1]).any(dim=1).nonzero()[0])
-            raise PatternError.sentence(f"Row {row} of the mask keeps other columns than row 0, which {self} forbids.")
+            raise PatternError.sentence(
+                f"Row {row} of the mask keeps other columns than row 0, which {self} forbids."
+            )
         groups = mask[:1].unflatten(1, (-1, self.group)).sum(dim=2)
         if bool(((groups != 0) & (groups != self.group)).any()):
             raise PatternError.sentence(f"The mask keeps a part of a group, which {self} forbids.")

@@ -60,9 +60,7 @@ def remove_columns(
     return Solution(weight, mask, status, details={"damping": used})
 
 
-def removal_costs(
-    problem: LayerProblem, group: int = 1, damping: float = DAMPING
-) -> Float[Tensor, " groups"]:
+def removal_costs(problem: LayerProblem, group: int = 1, damping: float = DAMPING) -> Float[Tensor, " groups"]:
     """The loss of removing each group of columns alone, all others refitted, float64: (1) for the whole matrix.
 
     Damped; of the whole layer in the units of ``LayerProblem.objective``.

@@ -16,12 +16,12 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from rarefy.errors import ModelError
-from rarefy.models.atomic import replace_file
+from rarefy.models.atomic import copy_file, refusals, replace_file
 from rarefy.models.config import text_section
 from rarefy.models.conversion import targets_of
 from rarefy.models.copies import ShardCopies, as_it_is
 from rarefy.models.quiet import quiet
-from rarefy.models.settings import copy_settings, forget_origin
+from rarefy.models.settings import copy_settings, forget_origin, settings_files
 from rarefy.models.shards import Shards
 from rarefy.models.source import ModelSource
 from rarefy.models.streaming import StreamedModel
@@ -58,6 +58,30 @@ def save_model(
     streamed.store_from(model, changed, copies)
     streamed.close()
     write_settings(source, folder, model.dtype if streamed.casts else None)
+
+
+def save_other_model(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path, source: ModelSource
+) -> None:
+    """Write a model that was made from ``source``, but has other shapes or fewer blocks, into ``folder``.
+
+    Its config and generation config are its own; tokenizer, chat templates and licence are those of the source.
+    Tensors of the source that its model has no place for are left out. Raises OutputError where the disk refuses.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    _save_as_transformers_does(model, folder, quantized=source.quantization is not None)
+    own = {file.name for file in folder.iterdir()}
+    if source.kind != "gguf":
+        for file in settings_files(source.path):
+            if file.name not in own:
+                target = folder / file.relative_to(source.path)
+                with refusals(target):
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                copy_file(file, target)
+    elif tokenizer is not None:
+        with quiet():
+            tokenizer.save_pretrained(folder)
+    forget_origin(folder)
 
 
 def write_settings(source: ModelSource, folder: Path, dtype: torch.dtype | None = None) -> None:

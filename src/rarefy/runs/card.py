@@ -49,11 +49,13 @@ def _card(run: Mapping[str, Any]) -> str:
         pipeline_tag="text-generation",
         license=base.get("license"),
         base_model=base.get("hub_id"),
-        tags=["rarefy", "pruning", "sparse", str(run["method"])],
+        tags=["rarefy", "pruning", *([] if run.get("shrink") else ["sparse"]), str(run["method"])],
     )
     name = str(base.get("hub_id") or base["name"]).rstrip("/")
     pattern = str(run["pattern"])
-    return _ENVIRONMENT.get_template("card.md.jinja").render(
+    shrunk = run.get("shrink")
+    template = "shrunk.md.jinja" if shrunk else "card.md.jinja"
+    return _ENVIRONMENT.get_template(template).render(
         {
             "divergence": [],
             "tuning": None,
@@ -61,7 +63,8 @@ def _card(run: Mapping[str, Any]) -> str:
             **run,
             "front_matter": f"{front.to_yaml()}\n",
             "base": f"`{name}`",
-            "title": f"{name.rpartition('/')[2]}, pruned ({run['method']}, {pattern})",
+            "title": f"{name.rpartition('/')[2]}, "
+            + (f"without {pattern}" if shrunk else f"pruned ({run['method']}, {pattern})"),
             "calibration_words": _calibration_words(run["calibration"]),
             "speed": _SPEED[run["pattern_spec"] == {"kind": "n:m", "keep": 2, "of": 4}],
         }

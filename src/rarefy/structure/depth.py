@@ -110,9 +110,7 @@ class BlockSets:
         self.block_tokens += ids.numel() * sum(index >= run.first for index in run.kept)
         return predicting(hidden)
 
-    def _compare(
-        self, found: Sequence[Tensor], dense: Tensor, ids: Tensor
-    ) -> list[tuple[float, float, int]]:
+    def _compare(self, found: Sequence[Tensor], dense: Tensor, ids: Tensor) -> list[tuple[float, float, int]]:
         """For the rows of each of several models the sums of KL and loss, and the number of rows."""
         head = self.model.get_output_embeddings() if self._alone else nn.Identity()
         targets = ids[:, 1:].flatten()
@@ -158,7 +156,9 @@ class BlockSets:
             if index in run.kept and index >= run.first:
                 if run.keeps_entries:
                     run.entries[index] = hidden
-                output = forward(hidden, *args[1:], **kwargs) if args else forward(**{**kwargs, "hidden_states": hidden})
+                output = (
+                    forward(hidden, *args[1:], **kwargs) if args else forward(**{**kwargs, "hidden_states": hidden})
+                )
                 self._output = output
                 return output
             if not hasattr(self, "_output"):

@@ -1,0 +1,165 @@
+"""``rarefy shrink``: its options, and what follows from them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from rarefy.cli.options import Bos, Device, Dtype, Log, Quiet, RecipeFile, Text, TextColumn
+from rarefy.cli.terminal import Terminal, print_table
+from rarefy.errors import InputError
+from rarefy.pruning.records import three_digits
+from rarefy.runs.folder import RunFolder
+from rarefy.runs.words import memory_words
+
+if TYPE_CHECKING:
+    from rarefy.runs.shrink import ShrinkResult
+    from rarefy.runs.shrink_plan import ShrinkPlan
+
+
+def shrink(
+    context: typer.Context,
+    model: Annotated[
+        Text,
+        typer.Argument(
+            metavar="MODEL", help="Hub id, local folder, .gguf file, or smollm2. A --recipe may name it instead."
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("-o", "--output", metavar="OUT", help="New or empty folder. Not needed with --dry-run."),
+    ] = None,
+    blocks: Annotated[
+        Text, typer.Option(metavar="N|SHARE", help="Remove so many whole blocks, or this share of them.")
+    ] = None,
+    by: Annotated[
+        Text,
+        typer.Option(
+            metavar="RULE",
+            help="Which blocks: kl or perplexity (of each one alone), taylor, greedy (one after the other; default), "
+            "or search (over sets).",
+        ),
+    ] = None,
+    generations: Annotated[Text, typer.Option(metavar="N", help="Generations of --by search (default: 32).")] = None,
+    offspring: Annotated[
+        Text, typer.Option(metavar="N", help="Sets tried in each generation of --by search (default: 16).")
+    ] = None,
+    heads: Annotated[
+        Text,
+        typer.Option(metavar="SHARE", help="Remove this share of the KV heads of every block, with their queries."),
+    ] = None,
+    neurons: Annotated[
+        Text, typer.Option(metavar="SHARE", help="Remove this share of the MLP neurons of every block.")
+    ] = None,
+    multiple: Annotated[
+        Text, typer.Option(metavar="N", help="Neurons that are kept are a multiple of N (default: 64).")
+    ] = None,
+    choose: Annotated[
+        Text,
+        typer.Option(
+            metavar="HOW",
+            help="Which heads and neurons: interactions (default), single (what each costs alone), or wanda.",
+        ),
+    ] = None,
+    repair: Annotated[
+        bool | None,
+        typer.Option("--repair/--no-repair", help="Refit what is left of the linear behind them (default: repair)."),
+    ] = None,
+    damping: Annotated[
+        Text, typer.Option(metavar="D", help="Damping, as a share of each input's own energy (default: 0.01).")
+    ] = None,
+    calibration: Annotated[
+        Text, typer.Option(metavar="SOURCE", help="Calibration text, as for `rarefy prune` (default: self).")
+    ] = None,
+    text_column: TextColumn = None,
+    num_samples: Annotated[
+        Text, typer.Option(metavar="N", help="Calibration windows (default: 128, or 32 without --calibration).")
+    ] = None,
+    sequence_length: Annotated[
+        Text, typer.Option(metavar="L", help="Tokens per window (default: 2048, or 1024 without --calibration).")
+    ] = None,
+    batch_size: Annotated[
+        Text, typer.Option(metavar="N", help="Windows that run through the model at once (default: 4).")
+    ] = None,
+    seed: Annotated[Text, typer.Option(metavar="N", help="Draws windows and mutations (default: 0).")] = None,
+    bos: Bos = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    recipe: RecipeFile = None,
+    texts: Annotated[
+        bool,
+        typer.Option(
+            "--texts/--no-texts", help="Let the dense and the smaller model write some text for the report."
+        ),
+    ] = True,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print sizes before and after, and stop; no weight is read.")
+    ] = False,
+    quiet: Quiet = False,
+    log: Log = None,
+) -> None:
+    """Remove whole blocks, KV heads and MLP neurons, and repair what is left.
+
+    The written folder is an ordinary smaller model: any tool loads it, and it can be pruned, tuned and packed.
+    """
+    from rarefy.runs.shrink_plan import make_shrink_plan
+    from rarefy.runs.shrink_recipe import ShrinkRecipe
+
+    names = set(ShrinkRecipe.model_fields)
+    said = {name: value for name, value in context.params.items() if name in names and value is not None}
+    folder = RunFolder(output) if output is not None else None
+    wanted = ShrinkRecipe.read(said, recipe)
+    if folder is None and not dry_run:
+        raise InputError.sentence("--output is missing: name a new or empty folder for the results (-o OUT).")
+    if folder:
+        folder.check()
+    with Terminal(quiet, log) as terminal:
+        plan = make_shrink_plan(wanted)
+        if dry_run or folder is None:
+            _print_plan(plan)
+            return
+        from rarefy.runs.shrink import execute_shrinking
+
+        terminal.begin()
+        result = execute_shrinking(plan, folder, ["rarefy", *context.obj], terminal, texts)
+        _print_result(result, terminal)
+
+
+def _print_plan(plan: ShrinkPlan) -> None:
+    """What ``--dry-run`` shows."""
+    from rarefy.runs.shrink import removed_words
+
+    print(f"{removed_words(plan)} would be removed")
+    print_table(_sizes(plan.before.to_dict(), plan.after.to_dict()))
+
+
+def _print_result(result: ShrinkResult, terminal: Terminal) -> None:
+    facts = result.facts["shrink"]
+    print_table(_sizes(facts["before"], facts["after"]), f"removed: {result.facts['pattern']}")
+    if facts["blocks"]:
+        removed = ", ".join(map(str, facts["blocks"]["removed"]))
+        print(f"removed blocks: {removed}; KL to the dense model {three_digits(facts['blocks']['kl'])} nats")
+    for kind in dict.fromkeys(part["kind"] for part in facts["parts"]):
+        own = [part for part in facts["parts"] if part["kind"] == kind]
+        masked, repaired = (sum(part[key] for part in own) / len(own) for key in ("masked_error", "error"))
+        print(
+            f"{kind}: mean relative error {three_digits(repaired)}"
+            + (f", {three_digits(masked)} without repair" if facts["repair"] else "")
+        )
+    print(f"{result.folder.model} holds the model; it was loaded again and computes the same")
+    terminal.note(f"peak memory: {memory_words(result.facts['peak_bytes'])} on {result.facts['device']}")
+    terminal.log(f"removed: {result.facts['pattern']}; {result.folder.model} holds the model")
+
+
+def _sizes(before: dict[str, int], after: dict[str, int]) -> list[list[str]]:
+    rows = [["", "before", "after", "left"]]
+    for key, name in (
+        ("blocks", "blocks"),
+        ("parameters", "parameters"),
+        ("bytes", "bytes of weights"),
+        ("multiplications", "multiplications a token"),
+    ):
+        rows.append([name, f"{before[key]:,}", f"{after[key]:,}", f"{after[key] / before[key]:.1%}"])
+    return rows

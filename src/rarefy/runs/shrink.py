@@ -1,0 +1,291 @@
+"""One run of ``rarefy shrink``: load, choose, remove, repair, write, verify, as the command line and ``shrink`` do it."""
+
+from __future__ import annotations
+
+import shlex
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from rarefy.errors import VerificationError
+from rarefy.models.memory import give_back, peak_bytes
+from rarefy.runs.card import base_model, model_card
+from rarefy.runs.events import Events, Silent
+from rarefy.runs.fingerprint import versions
+from rarefy.runs.folder import RunFolder
+from rarefy.runs.shrink_plan import ShrinkPlan, make_shrink_plan
+from rarefy.runs.shrink_recipe import ShrinkRecipe
+from rarefy.runs.verify import count_tensors, inspect_folder
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+#: Tokens on which what is written is compared with what is in memory.
+_PROBE = 32
+#: How far their logits may be apart, as a share: the same weights, on the same machine.
+_SAME = 1e-3
+
+
+@dataclass(frozen=True)
+class ShrinkResult:
+    """What a run left: its folder, and what ``run.json`` says of it."""
+
+    folder: RunFolder
+    facts: Mapping[str, Any]
+
+
+def shrink(
+    recipe: ShrinkRecipe | Mapping[str, Any] | str | Path, output: str | Path, *, events: Events | None = None
+) -> ShrinkResult:
+    """Remove blocks, KV heads and MLP neurons of a model, as ``rarefy shrink`` does, and write it to folder ``output``.
+
+    ``recipe`` is a ``ShrinkRecipe``, its keys in a mapping, or the path of a YAML file. What is written is an ordinary
+    model folder of a smaller model, which needs no Rarefy.
+
+    Raises InputError for mistakes, before a model is loaded, ModelError where a removal has no stock form,
+    VerificationError where the written model is not the one in memory.
+    """
+    folder = RunFolder(output)
+    if isinstance(recipe, Mapping):
+        recipe = ShrinkRecipe.read(recipe)
+    elif not isinstance(recipe, ShrinkRecipe):
+        recipe = ShrinkRecipe.read({}, Path(recipe))
+    folder.check()
+    plan = make_shrink_plan(recipe)
+    command = ["rarefy", "shrink", "--recipe", str(folder.recipe), "-o", str(folder.path)]
+    return execute_shrinking(plan, folder, command, events or Silent())
+
+
+def execute_shrinking(
+    plan: ShrinkPlan, folder: RunFolder, command: Sequence[str], events: Events, texts: bool = True
+) -> ShrinkResult:
+    """Carry out a plan; ``command`` is for the record, ``texts``: the models write some for the report.
+
+    Errors are those of ``shrink``.
+    """
+    with folder.writing():
+        return _Run(plan, folder, events, texts).carry_out(command)
+
+
+class _Run:
+    """The stages of one run, and the seconds they took."""
+
+    def __init__(self, plan: ShrinkPlan, folder: RunFolder, events: Events, texts: bool) -> None:
+        self.plan, self.folder, self.events, self.texts = plan, folder, events, texts
+        self.seconds: dict[str, float] = {}
+        self._clock = self._started = time.perf_counter()
+
+    def carry_out(self, command: Sequence[str]) -> ShrinkResult:
+        """All stages in their order."""
+        from rarefy.models.checkpoint import load_model
+
+        began, plan, recipe = datetime.now(UTC), self.plan, self.plan.recipe
+        model, tokenizer = load_model(plan.source, plan.device, recipe.dtype)
+        dtype = model.dtype
+        self._lap("load")
+        dense_texts = self._texts_of(model, tokenizer)
+        windows = self._windows(model)
+        self._lap("text")
+        shrinking: dict[str, Any] = {}
+        if plan.remove_blocks:
+            model, shrinking["blocks"] = self._without_blocks(model, windows)
+            self._lap("blocks")
+        if plan.keep:
+            model, shrinking["parts"] = self._without_parts(model, windows)
+            self._lap("parts")
+        texts = self._texts_of(model, tokenizer)
+        self._write(model, tokenizer)
+        self._lap("write")
+        tensors = self._verify(model, windows[:1, :_PROBE])
+        self._lap("verify")
+        from rarefy.structure.size import size_of
+
+        facts = self._facts(command, began, shrinking, windows, str(dtype).removeprefix("torch."))
+        facts["shrink"] |= {"after": size_of(model).to_dict()}
+        facts |= {"tensors": tensors, "dense_texts": dense_texts, "texts": texts}
+        facts |= {"peak_bytes": peak_bytes(plan.device), "finished": _iso(datetime.now(UTC))}
+        facts |= {"seconds": {**self.seconds, "total": round(time.perf_counter() - self._started, 3)}}
+        self.folder.write_card(model_card(facts))
+        self.folder.write_run(facts)
+        return ShrinkResult(self.folder, facts)
+
+    def _lap(self, stage: str) -> None:
+        now = time.perf_counter()
+        self.seconds[stage] = round(now - self._clock, 3)
+        self._clock = now
+
+    def _texts_of(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> list[dict[str, str]]:
+        """What a model writes after three prompts, for the report; nothing where it cannot."""
+        from rarefy.runs.texts import kept_texts
+
+        if not self.texts:
+            return []
+        try:
+            with self.events.watch("writing texts"):
+                return kept_texts(model, tokenizer)
+        except Exception as error:  # noqa: BLE001 (a picture in a report must not cost the run)
+            self.events.warn(f"the model writes no texts for the report: {' '.join(str(error).split())}")
+            return []
+
+    def _windows(self, model: PreTrainedModel) -> Tensor:
+        if self.plan.windows is not None:
+            return self.plan.windows
+        from rarefy.calibration.self_text import write_text
+
+        recipe = self.plan.recipe
+        assert recipe.num_samples is not None
+        assert recipe.sequence_length is not None
+        with self.events.watch("writing tokens") as watch:
+            return write_text(model, recipe.num_samples, recipe.sequence_length, recipe.seed, progress=watch)
+
+    def _without_blocks(self, model: PreTrainedModel, windows: Tensor) -> tuple[PreTrainedModel, dict[str, Any]]:
+        """The model without the blocks that the rule chooses, and what ``run.json`` says of them."""
+        from rarefy.structure.depth import BlockSets
+        from rarefy.structure.rules import choose_blocks
+        from rarefy.structure.shrink import Removal
+        from rarefy.structure.shrink import shrink as shrunk
+
+        recipe = self.plan.recipe
+        with self.events.watch("choosing blocks") as watch:
+            sets = BlockSets(model, windows, recipe.batch_size)
+            chosen = choose_blocks(
+                sets,
+                self.plan.remove_blocks,
+                recipe.by,
+                seed=recipe.seed,
+                generations=recipe.generations,
+                offspring=recipe.offspring,
+                watch=watch,
+            )
+        kept = tuple(index for index in range(sets.number) if index not in chosen.remove)
+        smaller = shrunk(model, Removal(kept))
+        return smaller, {
+            "by": recipe.by,
+            "number": sets.number,
+            "removed": list(chosen.remove),
+            **asdict(chosen.distance),
+            "scores": {str(index): score for index, score in chosen.scores.items()},
+            "trace": chosen.trace,
+            "block_tokens": chosen.block_tokens,
+        }
+
+    def _without_parts(self, model: PreTrainedModel, windows: Tensor) -> tuple[PreTrainedModel, list[dict[str, Any]]]:
+        """The model without the neurons and heads that are chosen, and a record of every exit."""
+        from rarefy.structure.parts import find_parts
+        from rarefy.structure.shrink import Removal, with_order
+        from rarefy.structure.shrink import shrink as shrunk
+        from rarefy.structure.width import remove_parts
+
+        recipe = self.plan.recipe
+        probe = windows[:1, :_PROBE]
+        wanted = [
+            (with_order(model, find_parts(model, kind), probe), kept) for kind, (kept, _) in self.plan.keep.items()
+        ]
+        with self.events.watch("removing heads and neurons") as watch:
+            parts, records = remove_parts(
+                model,
+                windows,
+                wanted,
+                batch_size=recipe.batch_size,
+                repair=recipe.repair,
+                choice=recipe.choose,
+                damping=recipe.damping,
+                watch=watch,
+            )
+        blocks = tuple(range(int(model.config.num_hidden_layers)))
+        return shrunk(model, Removal(blocks, tuple(parts))), [asdict(record) for record in records]
+
+    def _write(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> None:
+        from rarefy.models.saving import save_other_model
+
+        self.folder.remove_partial()
+        self.folder.write_recipe(self.plan.recipe.to_yaml())
+        self.folder.write_layers([])  # no zeros are promised
+        self.folder.write_model(lambda path: save_other_model(model, tokenizer, path, self.plan.source))
+
+    def _verify(self, model: PreTrainedModel, ids: Tensor) -> dict[str, int]:
+        """Load what was written as anybody would, and compare its logits; how many tensors of each kind there are.
+
+        Raises VerificationError.
+        """
+        from rarefy.models.checkpoint import load_model
+        from rarefy.models.source import resolve_model
+
+        written, _ = load_model(resolve_model(str(self.folder.model)), self.plan.device)
+        with torch.no_grad():
+            ours, theirs = (
+                one(input_ids=ids.to(one.device), use_cache=False).logits.float() for one in (model, written)
+            )
+        del written
+        give_back()
+        if not float((ours - theirs).norm()) <= _SAME * float(ours.norm()):
+            raise VerificationError("The written files do not hold the model that is in memory.")
+        inspection = inspect_folder(self.folder.model)
+        if inspection.problems:
+            raise VerificationError(f"The written files do not hold what was promised: {inspection.problems[0]}.")
+        return count_tensors(inspection.tensors)
+
+    def _facts(
+        self, command: Sequence[str], began: datetime, shrinking: dict[str, Any], windows: Tensor, dtype: str
+    ) -> dict[str, Any]:
+        """What ``run.json`` and the model card say."""
+        plan, recipe, source = self.plan, self.plan.recipe, self.plan.source
+        return {
+            "command": shlex.join(command),
+            "versions": versions(),
+            "started": _iso(began),
+            "base_model": base_model(source.name, source.kind, source.path),
+            "method": "shrink",
+            "paper": "",
+            "pattern": removed_words(plan),
+            "pattern_spec": {},
+            "pattern_words": removed_words(plan),
+            "layers": 0,
+            "failed": [],
+            "size": 0,
+            "pruned": 0,
+            "sparsity": 0.0,
+            "relative_error": None,
+            "balanced_error": None,
+            "seed": recipe.seed,
+            "device": str(plan.device),
+            "dtype": dtype,
+            "processes": 1,
+            "calibration": {
+                "source": recipe.calibration,
+                "num_samples": len(windows),
+                "sequence_length": windows.shape[1],
+                "bos": recipe.bos,
+            },
+            "shrink": {
+                "before": plan.before.to_dict(),
+                "repair": recipe.repair,
+                "choose": recipe.choose,
+                "blocks": None,
+                "parts": [],
+                **shrinking,
+            },
+            "perplexity": [],
+        }
+
+
+def removed_words(plan: ShrinkPlan) -> str:
+    """What is removed, as a reader would say it."""
+    words = []
+    if plan.remove_blocks:
+        words.append(f"{plan.remove_blocks} of {plan.before.blocks} blocks")
+    for kind, (kept, number) in plan.keep.items():
+        words.append(
+            f"{number - kept:,} of {number:,} {'KV heads' if kind == 'heads' else 'MLP neurons'} of each block"
+        )
+    return ", ".join(words)
+
+
+def _iso(moment: datetime) -> str:
+    return moment.isoformat(timespec="seconds")

@@ -1,0 +1,119 @@
+"""The settings of one run of ``rarefy shrink``: validated, saved beside its outputs, loadable again."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from rarefy.errors import InputError, RecipeError
+from rarefy.runs.arguments import DEVICE_WORDS, DEVICES
+from rarefy.runs.recipe import (
+    DEFAULT_CALIBRATION,
+    FULL_WINDOWS,
+    QUICK_WINDOWS,
+    Number,
+    Whole,
+    _as_number,
+)
+from rarefy.runs.recipe_file import read_yaml
+
+_WHOLE = "a whole number of at least"
+_SHARE = "a share between 0 and 1"
+
+
+class ShrinkRecipe(BaseModel):
+    """What is removed from a model, and how it is chosen. A field's description is what its errors say is allowed.
+
+    None means "not said"; of ``blocks``, ``heads`` and ``neurons`` at least one is.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: str = Field(min_length=1, description="a hub id, a local folder, a .gguf file, or smollm2")
+    blocks: Number | None = Field(None, gt=0, allow_inf_nan=False, description=f"{_WHOLE} 1, or {_SHARE}")
+    by: Literal["kl", "perplexity", "taylor", "greedy", "search"] = Field(
+        "greedy", description="kl, perplexity, taylor, greedy or search"
+    )
+    generations: Whole = Field(32, ge=1, description=f"{_WHOLE} 1")
+    offspring: Whole = Field(16, ge=1, description=f"{_WHOLE} 1")
+    heads: Number | None = Field(None, gt=0, lt=1, description=_SHARE)
+    neurons: Number | None = Field(None, gt=0, lt=1, description=_SHARE)
+    multiple: Whole = Field(64, ge=1, description=f"{_WHOLE} 1 (neurons)")
+    choose: Literal["interactions", "single", "wanda"] = Field(
+        "interactions", description="interactions, single or wanda"
+    )
+    repair: bool = Field(True, description="true or false")
+    damping: Number = Field(0.01, ge=0, allow_inf_nan=False, description="a number of at least 0")
+    calibration: str | None = Field(None, min_length=1, description="a source of text, such as self or a .txt file")
+    text_column: str | None = Field(None, min_length=1, description="the name of a column of the calibration's rows")
+    num_samples: Whole | None = Field(None, ge=1, description=f"{_WHOLE} 1 (windows)")
+    sequence_length: Whole | None = Field(None, ge=2, description=f"{_WHOLE} 2 (tokens)")
+    batch_size: Whole = Field(4, ge=1, description=f"{_WHOLE} 1 (windows)")
+    bos: bool = Field(False, description="true or false")
+    seed: Whole = Field(0, ge=0, description=f"{_WHOLE} 0")
+    device: str = Field("auto", pattern=DEVICES, description=DEVICE_WORDS)
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="auto, float32, bfloat16 or float16"
+    )
+
+    @classmethod
+    def read(cls, options: Mapping[str, Any], file: Path | None = None) -> Self:
+        """The recipe in ``file`` (YAML), with the ``options`` of the command line replacing its keys.
+
+        Raises InputError where an option is wrong, RecipeError where the file is.
+        """
+        base = read_yaml(file) if file else {}
+        merged = {**base, **options}
+
+        def from_file(key: str) -> bool:
+            return file is not None and key in base and key not in options
+
+        def written(key: str) -> str:
+            if from_file(key):
+                return f"{key} in {file}"
+            return {"model": "MODEL"}.get(key, "--" + key.replace("_", "-"))
+
+        if not merged.get("model"):
+            raise InputError.sentence("MODEL is missing: name a hub id, a local folder, a .gguf file, or smollm2.")
+        unknown = [key for key in merged if key not in cls.model_fields]
+        if unknown:
+            nearest = difflib.get_close_matches(str(unknown[0]), cls.model_fields, n=1)
+            hint = f"; did you mean {nearest[0]}?" if nearest else f"; its keys are {', '.join(cls.model_fields)}."
+            raise RecipeError.sentence(f"{str(unknown[0])[:100]} in {file} is no key of a recipe to shrink{hint}")
+        try:
+            recipe = cls.model_validate(merged)
+        except ValidationError as error:
+            key = str(error.errors()[0]["loc"][0])
+            kind = RecipeError if from_file(key) else InputError
+            allowed = cls.model_fields[key].description or "something else"
+            raise kind(written(key), _as_number(merged[key]), allowed) from None
+        recipe._check(written)
+        return recipe
+
+    def _check(self, written: Callable[[str], str]) -> None:
+        """What one key says of another."""
+        if self.blocks is None and self.heads is None and self.neurons is None:
+            raise InputError.sentence(
+                "Nothing is to be removed: --blocks, --heads or --neurons says what, and how much of it."
+            )
+        if self.blocks is not None and self.blocks >= 1 and self.blocks != int(self.blocks):
+            raise InputError(written("blocks"), self.blocks, f"{_WHOLE} 1, or {_SHARE}")
+
+    def resolved(self, context: int | None) -> Self:
+        """The same recipe with all defaults. Raises InputError where windows are longer than the model's ``context``."""
+        num, length = QUICK_WINDOWS if self.calibration is None else FULL_WINDOWS
+        length = self.sequence_length or min(length, context or length)
+        if context is not None and length > context:
+            raise InputError("--sequence-length", length, f"at most {context}, the model's longest context")
+        filled = {"calibration": self.calibration or DEFAULT_CALIBRATION, "sequence_length": length}
+        return self.model_copy(update={**filled, "num_samples": self.num_samples or num})
+
+    def to_yaml(self) -> str:
+        """The recipe as YAML that ``read`` reads back; what is not said is left out."""
+        values = self.model_dump(exclude_none=True)
+        return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, default_flow_style=False)
