@@ -1,4 +1,4 @@
-"""One run of ``rarefy shrink``: load, choose, remove, repair, write, verify, as the command line and ``shrink`` do it."""
+"""One run of ``rarefy shrink``: load, choose, remove, repair, write, verify, for the command line and Python."""
 
 from __future__ import annotations
 
@@ -43,10 +43,10 @@ class ShrinkResult:
 def shrink(
     recipe: ShrinkRecipe | Mapping[str, Any] | str | Path, output: str | Path, *, events: Events | None = None
 ) -> ShrinkResult:
-    """Remove blocks, KV heads and MLP neurons of a model, as ``rarefy shrink`` does, and write it to folder ``output``.
+    """Remove blocks, KV heads and MLP neurons of a model, as ``rarefy shrink`` does, into folder ``output``.
 
-    ``recipe`` is a ``ShrinkRecipe``, its keys in a mapping, or the path of a YAML file. What is written is an ordinary
-    model folder of a smaller model, which needs no Rarefy.
+    ``recipe`` is a ``ShrinkRecipe``, its keys in a mapping, or the path of a YAML file. What is written is the
+    ordinary folder of a smaller model, which needs no Rarefy.
 
     Raises InputError for mistakes, before a model is loaded, ModelError where a removal has no stock form,
     VerificationError where the written model is not the one in memory.
@@ -276,7 +276,7 @@ class _Run:
 
 
 def removed_words(plan: ShrinkPlan) -> str:
-    """What is removed, as a reader would say it."""
+    """What is removed, for people."""
     words = []
     if plan.remove_blocks:
         words.append(f"{plan.remove_blocks} of {plan.before.blocks} blocks")

@@ -105,7 +105,7 @@ class ShrinkRecipe(BaseModel):
             raise InputError(written("blocks"), self.blocks, f"{_WHOLE} 1, or {_SHARE}")
 
     def resolved(self, context: int | None) -> Self:
-        """The same recipe with all defaults. Raises InputError where windows are longer than the model's ``context``."""
+        """The same recipe with all defaults. Raises InputError where windows exceed the model's ``context``."""
         num, length = QUICK_WINDOWS if self.calibration is None else FULL_WINDOWS
         length = self.sequence_length or min(length, context or length)
         if context is not None and length > context:

@@ -57,7 +57,7 @@ def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
 
 
 def fewer_blocks(config: PreTrainedConfig, kept: Sequence[int]) -> dict[str, Any]:
-    """The entries of a config that change where only the blocks ``kept`` are left: their number, and lists by block."""
+    """The entries of a config that change where only the blocks ``kept`` are left: their number, lists by block."""
     number = int(config.num_hidden_layers)
     changes: dict[str, Any] = {entry(config, "num_hidden_layers"): len(kept)}
     for key, value in config.to_dict().items():

@@ -154,7 +154,8 @@ def _parts(
         after = before
     if before == after or before.keys() != after.keys():
         raise ModelError.sentence(
-            f"{name} has no place in its config for fewer {WORDS[kind]} in every block, so that no stock model has them."
+            f"{name} has no place in its config for fewer {WORDS[kind]} in every block, so that no stock model has "
+            "them."
         )
     differ = {key: (before[key], after[key]) for key in before if before[key] != after[key]}
     exits: dict[int, LinearSite] = {}

@@ -1,12 +1,12 @@
 """Which blocks to remove: by their scores one at a time, one after the other, or by a search over sets.
 
-| rule       | score of a block                                    | source                                    |
-|------------|-----------------------------------------------------|-------------------------------------------|
-| kl         | KL to the dense model without this block alone      | as perplexity, with EvoPress's measure    |
-| perplexity | loss of the text without this block alone           | Shortened LLaMA, arXiv 2402.02834         |
-| taylor     | sum of |w dL/dw| over its weights, one backward pass | Shortened LLaMA ("Taylor+" with protected ends) |
-| greedy     | as kl, again after every block that is removed      | ours                                      |
-| search     | KL of whole sets, which mutate                      | EvoPress, arXiv 2410.14649, blocks only   |
+| rule       | score of a block                                     | source                                  |
+|------------|------------------------------------------------------|-----------------------------------------|
+| kl         | KL to the dense model without this block alone       | as perplexity, with EvoPress's measure  |
+| perplexity | loss of the text without this block alone            | Shortened LLaMA, arXiv 2402.02834       |
+| taylor     | sum of |w dL/dw| over its weights, one backward pass | Shortened LLaMA, with protected ends    |
+| greedy     | as kl, again after every block that is removed       | ours                                    |
+| search     | KL of whole sets, which mutate                       | EvoPress, arXiv 2410.14649, blocks only |
 
 The search is (1 + offspring) evolution: of a set, up to three blocks are exchanged with removed ones; the offspring are
 measured on a few windows, the best of them on all, and it replaces its parent where it is nearer to the dense model.

@@ -118,7 +118,8 @@ def _fill(made: nn.Module, source: Any) -> None:
                 found = known.setdefault(prefix + name, source(prefix + name))
                 if found.shape != tensor.shape:
                     raise ModelError.sentence(
-                        f"{prefix}{name} would be {tuple(found.shape)}, but the smaller model has {tuple(tensor.shape)}."
+                        f"{prefix}{name} would be {tuple(found.shape)}, but the smaller model has "
+                        f"{tuple(tensor.shape)}."
                     )
                 kind[name] = nn.Parameter(found, False) if kind is module._parameters else found  # type: ignore[index]
 
@@ -171,7 +172,7 @@ def with_order(model: PreTrainedModel, parts: Parts, ids: Int64[Tensor, "windows
         site.write(weight)
     scale = float((expected - entered).norm()) or 1.0
     limit = _SAME.get(model.dtype, _SAME_IN_HALF)
-    everywhere = {other: kept for other in parts.exits}
+    everywhere = dict.fromkeys(parts.exits, kept)
     for ordered in parts.orders():
         removal = Removal(tuple(range(int(model.config.num_hidden_layers))), ((ordered, everywhere),))
         small = _one_block(model, removal, index)

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import torch
 from jaxtyping import Bool, Int64
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -37,7 +36,7 @@ Masks = dict[int, Bool[Tensor, " parts"]]
 
 @dataclass(frozen=True)
 class ExitRecord:
-    """What became of one exit: its name, parts kept, and the output error with kept weights as they were, and repaired.
+    """What became of one exit: how many parts are kept, and its output error before and after the repair.
 
     Errors are relative, as those of layers (``LayerProblem.relative_error``), of the weight before rounding.
     """

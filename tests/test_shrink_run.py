@@ -1,0 +1,149 @@
+"""``rarefy shrink``: a folder that transformers loads, what it says, what goes on from there, and mistakes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+import yaml
+
+import rarefy
+from cli_for_tests import Rarefy, is_one_sentence
+from models_for_tests import make_tokenizer, save_folder
+from rarefy.runs.shrink_recipe import ShrinkRecipe
+from test_shrink import deep
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a model with five blocks."""
+    model = deep("llama", 5)
+    model.generation_config.temperature = 0.5
+    model.generation_config.do_sample = True
+    return save_folder(model, tmp_path_factory.mktemp("llama"))
+
+
+def arguments(shelf: Path, model: Path, *more: object) -> list[object]:
+    text = shelf / "text.txt"
+    return ["shrink", model, "--calibration", text, "--num-samples", 4, "--sequence-length", 32, *more]
+
+
+def test_a_smaller_stock_model(rarefy_: Rarefy, shelf: Path, llama: Path) -> None:
+    more = ["--blocks", 2, "--neurons", 0.25, "--multiple", 8, "--heads", 0.5, "-o", "out", "--no-texts"]
+    done = rarefy_(*arguments(shelf, llama, *more))
+    assert done.status == 0, done.err
+    assert "removed blocks: " in done.out
+    assert "out/model holds the model; it was loaded again and computes the same" in done.out
+    folder = Path("out/model")
+    small = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    config = small.config
+    assert (config.num_hidden_layers, config.intermediate_size, config.num_key_value_heads) == (3, 48, 1)
+    assert (config.num_attention_heads, config.head_dim) == (2, 8)
+    assert [layer.self_attn.layer_idx for layer in small.model.layers] == [0, 1, 2]
+    assert small.generation_config.temperature == 0.5
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.get_vocab() == make_tokenizer().get_vocab()
+    small.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=3, do_sample=False)
+
+    facts = json.loads(Path("out/run.json").read_text())["shrink"]
+    assert facts["after"]["parameters"] == small.num_parameters()
+    assert facts["before"]["blocks"], facts["after"]["blocks"] == (5, 3)
+    assert len(facts["blocks"]["removed"]) == 2
+    assert len(facts["parts"]) == 6
+    card = (folder / "README.md").read_text()
+    assert "2 of 5 blocks, 1 of 2 KV heads of each block, 16 of 64 MLP neurons of each block were removed" in card
+    recipe = yaml.safe_load(Path("out/recipe.yaml").read_text())
+    assert (recipe["blocks"], recipe["by"]) == (2, "greedy")
+    again = rarefy_("shrink", "--recipe", "out/recipe.yaml", "-o", "again", "--no-texts", "--quiet")
+    assert again.status == 0, again.err
+    assert (folder / "model.safetensors").read_bytes() == Path("again/model/model.safetensors").read_bytes()
+
+
+def test_a_chain_of_commands(rarefy_: Rarefy, shelf: Path, llama: Path) -> None:
+    text = shelf / "text.txt"
+    assert rarefy_(*arguments(shelf, llama, "--blocks", 0.4, "--by", "kl", "-o", "small")).status == 0
+    inspected = rarefy_("inspect", "small")
+    assert inspected.status == 0, inspected.err
+    evaluated = rarefy_("eval", "small", "--text", text, "--against", llama, "--sequence-length", 32)
+    assert evaluated.status == 0, evaluated.err
+    assert "## Distance from the dense model" in Path("small/model/README.md").read_text()
+    windows = ["--calibration", text, "--num-samples", 4, "--sequence-length", 32]
+    pruned = rarefy_("prune", "small", *windows, "--method", "wanda", "-o", "pruned", "--no-texts")
+    assert pruned.status == 0, pruned.err
+    reported = rarefy_("report", "small", "pruned")
+    assert reported.status == 0, reported.err
+
+
+def test_a_dry_run_reads_no_weight(
+    rarefy_: Rarefy, shelf: Path, llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rarefy.models.checkpoint.load_model", None)
+    done = rarefy_(*arguments(shelf, llama, "--blocks", 2, "--dry-run"))
+    assert done.status == 0, done.err
+    lines = done.out.splitlines()
+    assert lines[0] == "2 of 5 blocks would be removed"
+    whole, small = deep("llama", 5).num_parameters(), deep("llama", 3).num_parameters()
+    assert any(f"{whole:,}" in line and f"{small:,}" in line for line in lines)
+    assert not Path("out").exists()
+
+
+MISTAKES: dict[str, tuple[list[object], str]] = {
+    "nothing": ([], "--blocks, --heads or --neurons says what"),
+    "too many": (["--blocks", 5], "--blocks is 5, but must be a number from 1 to 4"),
+    "no whole number": (["--blocks", 1.5], "--blocks is 1.5, but must be a whole number"),
+    "negative": (["--blocks", -1], "--blocks is -1, but must be"),
+    "all blocks": (["--blocks", 0.95], "--blocks is 0.95, but must be a number from 1 to 4"),
+    "no block": (["--blocks", 0.01], "--blocks is 0.01, but must be a number from 1 to 4"),
+    "share": (["--neurons", 1.0], "--neurons is 1, but must be a share between 0 and 1"),
+    "no neurons": (["--neurons", 0.1], "in multiples of 64"),
+    "heads": (["--heads", 0.9], "some of the 2 KV heads of a block, and not all"),
+    "rule": (["--blocks", 1, "--by", "luck"], "--by is 'luck', but must be kl"),
+    "text": (["--blocks", 1, "--heads", "half"], "--heads is 'half'"),
+    "context": (["--blocks", 1, "--sequence-length", 999], "at most 128"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_are_one_sentence_and_leave_nothing(rarefy_: Rarefy, shelf: Path, llama: Path, mistake: str) -> None:
+    more, expected = MISTAKES[mistake]
+    done = rarefy_(*arguments(shelf, llama, *more, "-o", "out"))
+    assert done.status == 2, done.err
+    assert is_one_sentence(done.err), done.err
+    assert expected in done.err
+    assert not Path("out").exists()
+
+
+def test_what_has_no_stock_form_is_refused(rarefy_: Rarefy, shelf: Path, tmp_path: Path) -> None:
+    opt = save_folder(deep("opt", 1), tmp_path / "opt")
+    done = rarefy_(*arguments(shelf, opt, "--heads", 0.5, "-o", "out"))
+    assert (done.status, is_one_sentence(done.err)) == (2, True), done.err
+    assert "KV heads" in done.err
+    done = rarefy_(*arguments(shelf, opt, "--blocks", 1, "-o", "out"))
+    assert (done.status, is_one_sentence(done.err)) == (2, True), done.err
+    assert "a single block" in done.err
+
+
+def test_a_file_that_is_no_recipe(rarefy_: Rarefy, llama: Path) -> None:
+    Path("wrong.yaml").write_text("blocks: many\n")
+    done = rarefy_("shrink", llama, "--recipe", "wrong.yaml", "-o", "out")
+    assert (done.status, is_one_sentence(done.err)) == (2, True), done.err
+    Path("wrong.yaml").write_text("blokcs: 2\n")
+    done = rarefy_("shrink", llama, "--recipe", "wrong.yaml", "-o", "out")
+    assert "did you mean blocks?" in done.err
+
+
+def test_from_python(shelf: Path, llama: Path, tmp_path: Path) -> None:
+    from rarefy.runs.shrink import shrink
+
+    recipe = ShrinkRecipe.read(
+        {"model": str(llama), "neurons": 0.5, "multiple": 8, "calibration": str(shelf / "text.txt")}
+        | {"num_samples": 4, "sequence_length": 32}
+    )
+    result = shrink(recipe, tmp_path / "out")
+    assert result.facts["shrink"]["after"]["blocks"] == 5
+    records = result.facts["shrink"]["parts"]
+    assert all(record["error"] < record["masked_error"] for record in records)
+    assert rarefy.inspect_folder(tmp_path / "out").ok
