@@ -50,7 +50,7 @@ def test_a_smaller_stock_model(rarefy_: Rarefy, shelf: Path, llama: Path) -> Non
 
     facts = json.loads(Path("out/run.json").read_text())["shrink"]
     assert facts["after"]["parameters"] == small.num_parameters()
-    assert facts["before"]["blocks"], facts["after"]["blocks"] == (5, 3)
+    assert (facts["before"]["blocks"], facts["after"]["blocks"]) == (5, 3)
     assert len(facts["blocks"]["removed"]) == 2
     assert len(facts["parts"]) == 6
     card = (folder / "README.md").read_text()
@@ -97,7 +97,7 @@ MISTAKES: dict[str, tuple[list[object], str]] = {
     "negative": (["--blocks", -1], "--blocks is -1, but must be"),
     "all blocks": (["--blocks", 0.95], "--blocks is 0.95, but must be a number from 1 to 4"),
     "no block": (["--blocks", 0.01], "--blocks is 0.01, but must be a number from 1 to 4"),
-    "share": (["--neurons", 1.0], "--neurons is 1, but must be a share between 0 and 1"),
+    "share": (["--neurons", 1.0], "--neurons is 1.0, but must be a share between 0 and 1"),
     "no neurons": (["--neurons", 0.1], "in multiples of 64"),
     "heads": (["--heads", 0.9], "some of the 2 KV heads of a block, and not all"),
     "rule": (["--blocks", 1, "--by", "luck"], "--by is 'luck', but must be kl"),

@@ -4,7 +4,7 @@
 |------------|------------------------------------------------------|-----------------------------------------|
 | kl         | KL to the dense model without this block alone       | as perplexity, with EvoPress's measure  |
 | perplexity | loss of the text without this block alone            | Shortened LLaMA, arXiv 2402.02834       |
-| taylor     | sum of |w dL/dw| over its weights, one backward pass | Shortened LLaMA, with protected ends    |
+| taylor     | sum of abs(w dL/dw) over its weights                 | Shortened LLaMA, with protected ends    |
 | greedy     | as kl, again after every block that is removed       | ours                                    |
 | search     | KL of whole sets, which mutate                       | EvoPress, arXiv 2410.14649, blocks only |
 

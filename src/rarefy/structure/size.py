@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
+import torch
 from transformers import PreTrainedModel
 
 from rarefy.models.blocks import find_blocks
@@ -30,7 +31,7 @@ def size_of(model: PreTrainedModel) -> Size:
     """The size of a model, which may be on the meta device."""
     blocks = find_blocks(model)
     config = model.config
-    total, multiplications = 0.0, 0.0
+    multiplications = 0.0
     for block in blocks:
         for site in block.sites:
             weights = site.shape[0] * site.shape[1]
@@ -42,5 +43,6 @@ def size_of(model: PreTrainedModel) -> Size:
         multiplications += head.weight.numel()
     parameters = {id(parameter): parameter for parameter in model.parameters()}.values()
     total = sum(parameter.numel() for parameter in parameters)
-    itemsize = (config.dtype or model.dtype).itemsize
-    return Size(len(blocks), int(total), int(total) * itemsize, round(multiplications))
+    # A config that was written says its dtype in words.
+    dtype = config.dtype if isinstance(config.dtype, torch.dtype) else model.dtype
+    return Size(len(blocks), total, total * dtype.itemsize, round(multiplications))
