@@ -75,6 +75,9 @@ def test_a_chain_of_commands(rarefy_: Rarefy, shelf: Path, llama: Path) -> None:
     assert pruned.status == 0, pruned.err
     reported = rarefy_("report", "small", "pruned")
     assert reported.status == 0, reported.err
+    page = Path("small/report.html").read_text()
+    assert "What was removed" in page
+    assert "KL without it, nats of each block" in page
 
 
 def test_a_dry_run_reads_no_weight(

@@ -250,5 +250,5 @@ class _Search:
 
 def _over(factor: Float[Tensor, "group group"], columns: Float[Tensor, "n group"]) -> Float[Tensor, "n group"]:
     """Columns L^-T."""
-    solved: Tensor = torch.linalg.solve_triangular(factor, columns.T, upper=False).T
-    return solved
+    solved: Tensor = torch.linalg.solve_triangular(factor, columns.T, upper=False)
+    return solved.T

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from rarefy.report import sections
+from rarefy.report.shrinking import shrinking
 from rarefy.report.tuning import tuning
 from rarefy.report.views import Part, RunView, Section, SweepView
 
@@ -27,6 +28,7 @@ def render(runs: Sequence[RunView], sweeps: Sequence[SweepView] = ()) -> str:
     proofs = [*(sections.proof(view) for view in runs), *(sections.sweep_proof(sweep) for sweep in sweeps)]
     shown = [
         Section("summary", "Summary", summaries),
+        Section("shrinking", "What was removed", shrinking(runs)),
         Section("loss", "Loss against sparsity", sections.loss(runs, sweeps)),
         Section("errors", "Error of each layer", sections.errors(runs, first_seeds)),
         Section("proof", "Sparsity and pattern", proofs),

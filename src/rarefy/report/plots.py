@@ -12,7 +12,7 @@ import itertools
 import math
 import re
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -134,6 +134,33 @@ def learning_curve(
     return _lines(
         lines, title, f"KL divergence from the dense model over the steps, {title}: {words}.", "step", "KL, nats"
     )
+
+
+def removed_blocks(scores: Mapping[int, float], removed: Collection[int], title: str, measure: str) -> Picture:
+    """A bar for every block, its score by the rule that chose; those of removed blocks in another colour."""
+    from matplotlib.ticker import MaxNLocator
+
+    gone = ", ".join(map(str, sorted(removed)))
+    with _drawing(2.4, f"{measure} of each block, {title}. Removed blocks: {gone}.") as (figure, axes, made):
+        for name, colour, chosen in (("kept", _COLOURS[7], False), ("removed", _COLOURS[1], True)):
+            blocks = [block for block in scores if (block in removed) is chosen]
+            axes.bar(blocks, [scores[block] for block in blocks], color=colour, label=name)
+        _scale(axes, [value for value in scores.values() if value > 0], share=False)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set_xlabel("block")
+        axes.set_ylabel(measure)
+        _legend_below(figure)
+    return Picture(made[0], title, f"{measure} of each block, {title}. Removed blocks: {gone}.")
+
+
+def repair_curves(records: Sequence[Mapping[str, Any]], title: str) -> Picture:
+    """The relative error of every block's exits before and after the repair, two lines for each kind of parts."""
+    lines = {}
+    for kind in dict.fromkeys(str(one["kind"]) for one in records):
+        own = [one for one in records if one["kind"] == kind]
+        for key, name in (("masked_error", "only removed"), ("error", "repaired")):
+            lines[f"{kind}, {name}"] = _curve((one["block"], one[key]) for one in own)
+    return _lines(lines, title, f"Relative error of the exits over the blocks, {title}.", "block", "relative error")
 
 
 def block_curves(runs: Mapping[str, Sequence[LayerRecord]], title: str) -> Picture:

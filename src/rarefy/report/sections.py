@@ -25,12 +25,16 @@ def summary(view: RunView) -> Part:
     """The numbers of one run, as cards."""
     facts = view.facts
     report = Report(list(view.layers))
-    cards = [
-        (str(facts["method"]), "method"),
-        (str(facts["pattern"]), "pattern"),
-        (f"{report.sparsity:.2%}", f"of {report.size:,} weights are zero"),
-        (three_digits(report.relative_error), "relative error, geometric mean of the layers"),
-    ]
+    cards = [(str(facts["method"]), "method")]
+    if (shrunk := facts.get("shrink")) is None:
+        cards += [
+            (str(facts["pattern"]), "pattern"),
+            (f"{report.sparsity:.2%}", f"of {report.size:,} weights are zero"),
+            (three_digits(report.relative_error), "relative error, geometric mean of the layers"),
+        ]
+    else:
+        left = shrunk["after"]["parameters"] / max(1, shrunk["before"]["parameters"])
+        cards += [(str(facts["pattern"]), "removed"), (f"{left:.1%}", "of the parameters are left")]
     for one in facts.get("perplexity", []):
         words = (
             f"perplexity on {one.get('label') or one['text']}, {one['windows']} windows of {one['length']:,} tokens"

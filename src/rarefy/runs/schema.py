@@ -79,6 +79,40 @@ class _Tuning(_Content):
     written: _Held | None
 
 
+class _Size(_Content):
+    blocks: Count
+    parameters: Count
+    bytes: Count
+    multiplications: Count
+
+
+class _Blocks(_Content):
+    by: str
+    number: Count
+    removed: list[Count]
+    kl: float
+    loss: float
+    scores: dict[Annotated[str, Field(pattern="^[0-9]{1,6}$")], float]
+
+
+class _Exit(_Content):
+    name: str
+    block: Count
+    kind: str
+    number: Count
+    kept: Count
+    masked_error: float
+    error: float
+
+
+class _Shrink(_Content):
+    before: _Size
+    after: _Size
+    repair: bool
+    blocks: _Blocks | None
+    parts: list[_Exit]
+
+
 class RunFacts(_Content):
     """``run.json``, as far as the report reads it."""
 
@@ -93,6 +127,7 @@ class RunFacts(_Content):
     divergence: list[_Divergence] = []
     tasks: dict[str, _Task] = {}
     tuning: _Tuning | None = None
+    shrink: _Shrink | None = None
     dense_texts: list[_Text] = []
     texts: list[_Text] = []
 
