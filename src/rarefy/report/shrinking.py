@@ -1,4 +1,4 @@
-"""The section of the report about smaller models: sizes before and after, which blocks went, what the repair gained."""
+"""The section of the report about smaller models: sizes, which blocks went, what the repair gained."""
 
 from __future__ import annotations
 

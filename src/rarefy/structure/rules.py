@@ -8,8 +8,9 @@
 | greedy     | as kl, again after every block that is removed       | ours                                    |
 | search     | KL of whole sets, which mutate                       | EvoPress, arXiv 2410.14649, blocks only |
 
-The search is (1 + offspring) evolution: of a set, up to three blocks are exchanged with removed ones; the offspring are
-measured on a few windows, the best of them on all, and it replaces its parent where it is nearer to the dense model.
+The search is (1 + offspring) evolution: of a set, up to three blocks are exchanged with removed ones; the offspring
+are measured on a few windows, the best of them on all, and it replaces its parent where it is nearer to the dense
+model.
 Differences: it starts from the best set of the rules kl and perplexity, whose scores come from one pass, instead of
 the best of 64 random sets, so that it is never worse than either; windows are fixed; only whole blocks are removed,
 because attention or MLP alone have no stock form.
