@@ -41,7 +41,7 @@ def test_a_set_is_measured_as_the_model_with_these_blocks_is(architecture: str) 
 
 
 def test_all_blocks_are_no_distance(sets: BlockSets) -> None:
-    assert sets.measure(range(6)).kl == pytest.approx(0, abs=1e-9)
+    assert sets.measure(range(6)).kl == pytest.approx(0, abs=1e-5)  # sums of float32
 
 
 def test_leaving_out_each_shares_passes_and_measures_the_same(sets: BlockSets) -> None:

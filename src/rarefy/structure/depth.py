@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from rarefy.calibration.stream import hidden_place
 from rarefy.calibration.trees import mapped
 from rarefy.errors import ModelError
+from rarefy.layer.passes import row_dots
 from rarefy.models.blocks import find_blocks
 from rarefy.models.head import base_output, head_alone, predicting, vocabulary_size
 
@@ -119,13 +120,19 @@ class BlockSets:
         for start in range(0, len(dense), size):
             part = slice(start, start + size)
             log_p = head(dense[part]).float().log_softmax(-1)
+            p = log_p.exp()
+            impossible = torch.isneginf(log_p)
+            masked = bool(impossible.any())
+            entropy = -row_dots(p, log_p.masked_fill_(impossible, 0.0) if masked else log_p)
+            target = targets[part].unsqueeze(1)
             for rows, total in zip(found, sums):
-                log_q = head(rows[part]).float().log_softmax(-1)
-                loss = nn.functional.nll_loss(log_q, targets[part], reduction="sum")
-                kl = nn.functional.kl_div(log_q, log_p, reduction="none", log_target=True)
-                kl.masked_fill_(torch.isneginf(log_p), 0.0)
-                total[0] += float(kl.sum(dtype=torch.float64))
-                total[1] += float(loss)
+                # sum p (log p - log q) with log q = z - log sum exp z: two passes over the vocabulary
+                z = head(rows[part]).float()
+                norm = z.logsumexp(-1)
+                loss = norm - z.gather(1, target).squeeze(1)
+                cross = norm - row_dots(p, z.masked_fill(impossible, 0.0) if masked else z)
+                total[0] += float((cross - entropy).sum(dtype=torch.float64))
+                total[1] += float(loss.sum(dtype=torch.float64))
         return [(kl, loss, len(dense)) for kl, loss in sums]
 
     @staticmethod
