@@ -53,7 +53,8 @@ def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
     except Exception as error:
         reason = " ".join(str(error).split())[:200].rstrip(".")
         raise ModelError.sentence(f"A smaller {config.model_type} model cannot be built: {reason}.") from error
-    return model.eval()
+    model.eval()
+    return model
 
 
 def fewer_blocks(config: PreTrainedConfig, kept: Sequence[int]) -> dict[str, Any]:

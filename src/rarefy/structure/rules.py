@@ -161,7 +161,7 @@ def taylor_scores(
             ids = windows[start : start + batch_size].to(model.device)
             logits = model(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1)
             loss = torch.nn.functional.cross_entropy(logits.float(), ids[:, 1:].flatten(), reduction="sum")
-            (loss / windows[:, 1:].numel()).backward()  # type: ignore[no-untyped-call]
+            (loss / windows[:, 1:].numel()).backward()
             watch(min(start + batch_size, len(windows)), len(windows), "")
         return {
             block.index: float(
