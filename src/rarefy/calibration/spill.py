@@ -47,7 +47,7 @@ class MappedStates:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(prefix=".rarefy-states-", dir=folder, buffering=0) as file:
-                _take_space(file.fileno(), self.nbytes)
+                take_space(file.fileno(), self.nbytes)
                 self._map = mmap.mmap(file.fileno(), self.nbytes)  # which holds the file until the process ends
         except OSError as error:
             raise _refused(folder, self.nbytes, error) from error
@@ -150,8 +150,11 @@ def _load_windows(
         raise OutputError.sentence(f"{path} cannot be read: {error.strerror or error}.") from error
 
 
-def _take_space(descriptor: int, size: int) -> None:
-    """Make a file of ``size`` bytes whose space is taken, where the system can; else by writing zeros."""
+def take_space(descriptor: int, size: int) -> None:
+    """Make a file of ``size`` bytes whose space on the disk is taken, so that writing to a mapping of it cannot fail.
+
+    Where the system has no call for it, zeros are written. Raises OSError where the disk is full.
+    """
     if hasattr(os, "posix_fallocate"):
         try:
             os.posix_fallocate(descriptor, 0, size)

@@ -27,10 +27,10 @@ from rarefy.models.weight_files import INDEX, PICKLED, SAFETENSORS
 
 @dataclass(frozen=True)
 class CopiedTensor:
-    """A tensor as it is to be in the copy, in the file that ``file`` becomes.
+    """A tensor of the copy, which goes into the copy of the checkpoint's ``file``.
 
-    ``make`` gives what it is before pruning, ``code`` is its dtype as safetensors calls it. Where ``same``, it is
-    in the checkpoint as it is to be here.
+    ``make`` gives its values before pruning, ``code`` is its dtype as safetensors calls it. ``same`` says whether
+    the checkpoint holds the same bytes, so that they can be copied with their file.
     """
 
     file: Path
