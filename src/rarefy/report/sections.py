@@ -148,7 +148,7 @@ _NAMES = {
 
 
 def _point(summary: Summary, key: str) -> Point:
-    """The standard error of an accuracy of one seed, over its items."""
+    """A summary as a point; the bar of an accuracy of one seed is its standard error over the task's items."""
     bar = summary.deviation.get(key, summary.mean.get(f"{key}_stderr", 0.0))
     return Point(summary.method, summary.pattern, summary.sparsity, summary.mean[key], bar, summary.in_groups)
 
@@ -244,7 +244,7 @@ def proof(view: RunView) -> Part:
 
 
 def sweep_proof(sweep: SweepView) -> Part:
-    """The same for all cells of a sweep."""
+    """The zeros that the cells of a sweep promised, and those in the files of the models that it wrote."""
     rows = [["method", "pattern", "seed", "layers", "zeros", "sparsity", "in files", "promise"]]
     for cell in sweep.cells:
         report = Report(list(cell.layers))

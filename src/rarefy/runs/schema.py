@@ -89,6 +89,7 @@ class RunFacts(_Content):
     seconds: dict[str, float] = {}
     peak_bytes: Count = 0
     relative_error: Value = None
+    pattern_spec: dict[str, Any] = {}
     perplexity: list[_Perplexity] = []
     divergence: list[_Divergence] = []
     tasks: dict[str, _Task] = {}
