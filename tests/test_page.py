@@ -430,3 +430,20 @@ def test_the_browser_test_sees_faults(tmp_path: Path) -> None:
     assert found["sticking"]
     assert found["images"] == 1
     assert (found["figures"], found["drawn"]) == (1, 0)
+
+
+def test_cells_that_say_as_little_as_they_may(tmp_path: Path) -> None:
+    settings = {"model": "m", "calibration": "self", "num_samples": 1, "sequence_length": 2, "eval_length": 3}
+    (tmp_path / "compare.json").write_text(json.dumps({"settings": settings}))
+    facts: dict[str, object] = {"method": "wanda", "pattern": "2:4", "asked_sparsity": 0.5}
+    record = {"name": "up", "block": 0, "shape": [2, 4], "pattern": "2:4", "kept": 4, "relative_error": 0.5}
+    for status in ("done", "failed"):
+        cell = tmp_path / "cells" / status
+        cell.mkdir(parents=True)
+        (cell / "run.json").write_text(json.dumps(facts | {"status": status}))
+        (cell / "layers.jsonl").write_text(json.dumps(record | {"status": "solved"}))
+    page = write_report([tmp_path]).read_text()
+    assert "1 cell failed" in page
+    (cell / "run.json").write_text(json.dumps(facts | {"status": "done", "pattern_spec": 3}))
+    with pytest.raises(InputError, match=r"run\.json is damaged: pattern_spec: "):
+        write_report([tmp_path])

@@ -62,7 +62,7 @@ def sweep_summary(view: SweepView) -> list[Part]:
         f"tokens, calibrated on {settings['num_samples']:,} windows of {settings['sequence_length']:,} tokens from "
         f"{settings['calibration']}"
         + (f", mean ± standard deviation over {seeds} seeds." if seeds > 1 else ".")
-        + (f" {len(view.failed)} cells failed." if view.failed else "")
+        + (f" {len(view.failed)} cell{'s' * (len(view.failed) > 1)} failed." if view.failed else "")
     )
     pieces = _narrow(table(everything, view.dense))
     parts = [Part(heading=view.name, text=text, rows=pieces.pop("loss and cost"))]
