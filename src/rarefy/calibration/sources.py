@@ -1,4 +1,4 @@
-"""What the user calls a source of text, a name, a file or a data set of the hub, and whether it is sound.
+"""Finds the source of text that a user names (a name, a file, a data set of the hub), and checks that it is sound.
 
     parse_source("c4")  -->  Source  --token_stream-->  tokens (n,)  --draw_windows-->  windows (num, length)
 

@@ -61,7 +61,7 @@ class MappedStates:
 
 @dataclass(frozen=True)
 class StatesPart:
-    """What is in one file of saved hidden states: windows ``first`` to ``first + shape[0]`` of the run.
+    """The description of one file of saved hidden states: windows ``first`` to ``first + shape[0]`` of the run.
 
     ``shape`` is [windows, length, hidden], ``checksums`` has one number for each window. ``path`` says whether
     they have come through the pruned blocks or through the dense ones. ``carried`` is the name of what else

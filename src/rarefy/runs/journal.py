@@ -44,7 +44,7 @@ _FORMAT = 2
 
 
 class _DamageError(OutputError):
-    """What is finished is damaged, so the same command cannot go on."""
+    """A file of the finished blocks is missing or damaged, so the same command cannot go on."""
 
 
 class Journal(UnfinishedFolder):
@@ -116,7 +116,7 @@ class Journal(UnfinishedFolder):
 
     @property
     def position(self) -> tuple[int, dict[str, int], list[StatesPart]]:
-        """What ``follow`` takes: the number of finished blocks, what is kept of them, and where the states are."""
+        """The number of finished blocks, the checksums of their files, and where the states are, for ``follow``."""
         return self._finished, self._files, self.states
 
     def follow(self, position: tuple[int, dict[str, int], list[StatesPart]]) -> None:

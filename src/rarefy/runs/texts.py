@@ -1,4 +1,4 @@
-"""What a model writes for a few prompts, so that a reader can see what pruning did to it."""
+"""Lets a model go on with a few prompts, so that a reader can see what pruning did to it."""
 
 from __future__ import annotations
 

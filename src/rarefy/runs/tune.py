@@ -178,7 +178,7 @@ class _Run:
     # --- Stages --------------------------------------------------------------------------------------------
 
     def _windows(self) -> tuple[Tensor, int]:
-        """All windows, and how many of them, the last, are held out; the dense model writes those of ``self``."""
+        """All windows, and how many of the last are held out; the dense model writes those of the source ``self``."""
         texts = self.plan.texts
         held_out = sum(text.held_out for text in texts)
         if all(text.windows is not None for text in texts):
@@ -359,7 +359,7 @@ class _Run:
 
 
 def curve(records: Sequence[StepRecord]) -> list[dict[str, float]]:
-    """What was recorded of the steps, for run.json: at most 100 points with four digits.
+    """The records of all steps as a curve for run.json: at most 100 points with four digits.
 
     Where there are more steps, a point is the mean over several neighbours.
     """

@@ -99,12 +99,12 @@ class TuneJournal(UnfinishedFolder):
 
     @property
     def recorded(self) -> dict[str, Any] | None:
-        """What is recorded of the dense model, as ``note_recorded`` was told; None where nothing is."""
+        """The description of the dense model's recorded files that ``note_recorded`` got; None where none are."""
         found: dict[str, Any] | None = self._content["recorded"]
         return found
 
     def note_recorded(self, what: Mapping[str, Any]) -> None:
-        """All that is recorded of the dense model is on the disk."""
+        """Note that the files recorded of the dense model are on the disk; ``what`` describes them."""
         self._content["recorded"] = dict(what)
         if self._world.leads:
             self._write()
@@ -126,11 +126,11 @@ class TuneJournal(UnfinishedFolder):
         self._remove_stale_files()
 
     def state(self) -> dict[str, Any] | None:
-        """What was kept of the last state; None where nothing was. Raises OutputError where it is damaged."""
+        """The last state that was kept; None where none was. Raises OutputError where it is damaged."""
         return self._load("state")
 
     def best(self) -> dict[str, Tensor] | None:
-        """What was kept as the best; None where nothing was. Raises OutputError where it is damaged."""
+        """The best parameters that were kept; None where none were. Raises OutputError where they are damaged."""
         return self._load("best")
 
     # --- Files ---------------------------------------------------------------------------------------------

@@ -176,7 +176,7 @@ def _load_adapter(model: PreTrainedModel, folder: str) -> Any:
 
 
 def _base(module: nn.Module) -> Any:
-    """The layer under an adapter, where it has a weight of its own with zeros beside other values."""
+    """The layer under an adapter; None where its weight does not hold zeros beside other values."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     if not isinstance(module, BaseTunerLayer):

@@ -24,9 +24,9 @@ _PROBE = 8
 
 
 class Logits:
-    """The logits of one model: one row for each predicted position, and what makes logits of rows.
+    """Computes the logits of one model in two steps: a row for each predicted position, then logits from some rows.
 
-    Rows are what enters the head where the logits are its output and nothing more (``alone``): then a slice of
+    Rows are the inputs of the head where the logits are its output and nothing more (``alone``): then a slice of
     them at a time goes through the head. Else, as with logits that are scaled or capped, they are the logits.
 
     Products are computed in ``precision``. The head is not trained, so where it is kept in another dtype, a copy in

@@ -33,7 +33,7 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Rows:
-    """One row for each predicted position of some windows, and what makes the dense model's targets of them."""
+    """The dense model's targets for all predicted positions of some windows, and the hidden states of its blocks."""
 
     to_target: Callable[[slice], Target]
     hidden: list[Float[Tensor, "batch length hidden"]]
