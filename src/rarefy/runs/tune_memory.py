@@ -43,7 +43,7 @@ def _recording_bytes(plan: TunePlan) -> int:
 
 
 def _training_bytes(plan: TunePlan) -> int:
-    """Bytes that training takes: masters, gradients, AdamW's two moments and masks; activations and a slice of logits.
+    """Bytes of training: masters, gradients, AdamW's two moments and masks; activations and a slice of logits.
 
     A copy of the head and of the linears in half precision comes on top where products are computed in that.
     """

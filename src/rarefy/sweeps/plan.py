@@ -1,4 +1,4 @@
-"""Makes the plan of a sweep: its cells, and the measurements of each. All mistakes that need no weights are found here.
+"""Makes the plan of a sweep: its cells and their measurements. All mistakes that need no weights are found here.
 
 torch and transformers are imported once all that is plain has been checked.
 """
