@@ -184,6 +184,7 @@ def test_tasks_alone_and_with_a_text(rarefy_: Rarefy, shelf: Path, tmp_path_fact
         ("--tasks piqa,piqa --task-data DATA", "--tasks names piqa twice"),
         ("--tasks piqa, --task-data DATA", "--tasks is 'piqa,', but must be"),
         ("--tasks piqa --task-data DATA/none", "--task-data is"),
+        ("--tasks piqa --task-data ~nobody-has-this/data", "--task-data is '~nobody-has-this/data', which cannot be"),
         ("--tasks boolq --task-data DATA", "is no complete gzip file"),
         ("--tasks winogrande --task-data DATA", "line 1 of"),
         ("--tasks hellaswag --task-data SHELF", "no file of the name hellaswag"),

@@ -91,7 +91,8 @@ def prepare(names: Sequence[str], folder: str | Path | None = None) -> Tasks:
         try:
             local = LocalData(Path(folder).expanduser())
         except RuntimeError as error:  # of ~name, where nobody has that name
-            raise InputError.sentence(f"--task-data is {str(folder)!r}, which cannot be found: {error}") from None
+            reason = first_line(error)
+            raise InputError.sentence(f"--task-data is {str(folder)!r}, which cannot be found: {reason}.") from None
     with _quiet():
         manager, known = _manager(names, everything=local is None)
     for name in names:

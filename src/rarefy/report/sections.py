@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rarefy.errors import PatternError
 from rarefy.pruning.records import Report, three_digits
 from rarefy.report.plots import (
     Picture,
@@ -176,10 +177,10 @@ def errors(runs: Sequence[RunView], cells: Sequence[RunView]) -> list[Part]:
     curves = [error_curves(view.layers, f"by block, {_titled(view, shown)}") for view in runs if view.layers]
     parts.append(Part(pictures=[*maps, *curves] if len(shown) == 1 else maps))
     if len(shown) > 1:
-        patterns = dict.fromkeys(view.facts["pattern"].rpartition(" ")[2] for view in shown)
+        patterns = dict.fromkeys(_budget(view.facts) for view in shown)
         pictures = []
         for pattern in patterns:
-            same = [view for view in shown if view.facts["pattern"].rpartition(" ")[2] == pattern]
+            same = [view for view in shown if _budget(view.facts) == pattern]
             methods = [view.facts["method"] for view in same]
             plain = len(set(methods)) == len(methods)
             group = {view.facts["method"] if plain else _titled(view, shown): view.layers for view in same}
@@ -367,6 +368,20 @@ def _titled(view: RunView, views: Sequence[RunView]) -> str:
     """The view's label, with its folder where another has the same one."""
     same = [one for one in views if one.label == view.label]
     return view.label if len(same) == 1 else f"{view.label} ({view.name})"
+
+
+def _budget(facts: Facts) -> str:
+    """The zeros that a run was asked for, by which runs are compared: N:M, or a sparsity, whatever its scope.
+
+    The pattern's name where the run does not say its spec.
+    """
+    from rarefy.layer.pattern import pattern_from_spec
+
+    try:
+        pattern = pattern_from_spec(facts.get("pattern_spec", {}))
+    except PatternError:
+        return str(facts["pattern"])
+    return str(pattern) if pattern.group > 1 else f"{100 * pattern.nominal_sparsity():.4g}%"
 
 
 def _versions(facts: Facts) -> str:
