@@ -169,7 +169,7 @@ def _measures(
         raise InputError.sentence(f"--bos asks for a start token, but the tokenizer of {source.name} has none.")
     contexts = [one.context for one in (source, dense) if one and one.context is not None]
     if length is None:
-        length = min(_FULL_LENGTH, *contexts)
+        length = min([_FULL_LENGTH, *contexts])  # some models have no longest context
     elif contexts and length > min(contexts):
         raise InputError("--sequence-length", length, f"at most {min(contexts)}, the model's longest context")
     bos_id = tokenizer.bos_token_id if bos else None

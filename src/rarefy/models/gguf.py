@@ -1,4 +1,4 @@
-"""Reads GGUF files: checks that they are whole, and lets transformers read them without its detours.
+"""GGUF files: checks that they are whole, and lets transformers read them in a fraction of the time.
 
 transformers has the knowledge of which tensor of which architecture goes where, so Rarefy leaves the
 reading to it. Its way there is long: for the 94 MiB of SmolLM2 it walks through the vocabulary three

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rarefy.errors import PatternError
 from rarefy.pruning.records import Report, three_digits
 from rarefy.report.plots import (
     Picture,
@@ -62,7 +63,7 @@ def sweep_summary(view: SweepView) -> list[Part]:
         f"tokens, calibrated on {settings['num_samples']:,} windows of {settings['sequence_length']:,} tokens from "
         f"{settings['calibration']}"
         + (f", mean ± standard deviation over {seeds} seeds." if seeds > 1 else ".")
-        + (f" {len(view.failed)} cells failed." if view.failed else "")
+        + (f" {len(view.failed)} cell{'s' * (len(view.failed) > 1)} failed." if view.failed else "")
     )
     pieces = _narrow(table(everything, view.dense))
     parts = [Part(heading=view.name, text=text, rows=pieces.pop("loss and cost"))]
@@ -148,7 +149,7 @@ _NAMES = {
 
 
 def _point(summary: Summary, key: str) -> Point:
-    """The standard error of an accuracy of one seed, over its items."""
+    """A summary as a point; the bar of an accuracy of one seed is its standard error over the task's items."""
     bar = summary.deviation.get(key, summary.mean.get(f"{key}_stderr", 0.0))
     return Point(summary.method, summary.pattern, summary.sparsity, summary.mean[key], bar, summary.in_groups)
 
@@ -176,10 +177,10 @@ def errors(runs: Sequence[RunView], cells: Sequence[RunView]) -> list[Part]:
     curves = [error_curves(view.layers, f"by block, {_titled(view, shown)}") for view in runs if view.layers]
     parts.append(Part(pictures=[*maps, *curves] if len(shown) == 1 else maps))
     if len(shown) > 1:
-        patterns = dict.fromkeys(view.facts["pattern"].rpartition(" ")[2] for view in shown)
+        patterns = dict.fromkeys(_budget(view.facts) for view in shown)
         pictures = []
         for pattern in patterns:
-            same = [view for view in shown if view.facts["pattern"].rpartition(" ")[2] == pattern]
+            same = [view for view in shown if _budget(view.facts) == pattern]
             methods = [view.facts["method"] for view in same]
             plain = len(set(methods)) == len(methods)
             group = {view.facts["method"] if plain else _titled(view, shown): view.layers for view in same}
@@ -244,7 +245,7 @@ def proof(view: RunView) -> Part:
 
 
 def sweep_proof(sweep: SweepView) -> Part:
-    """The same for all cells of a sweep."""
+    """The zeros that the cells of a sweep promised, and those in the files of the models that it wrote."""
     rows = [["method", "pattern", "seed", "layers", "zeros", "sparsity", "in files", "promise"]]
     for cell in sweep.cells:
         report = Report(list(cell.layers))
@@ -367,6 +368,20 @@ def _titled(view: RunView, views: Sequence[RunView]) -> str:
     """The view's label, with its folder where another has the same one."""
     same = [one for one in views if one.label == view.label]
     return view.label if len(same) == 1 else f"{view.label} ({view.name})"
+
+
+def _budget(facts: Facts) -> str:
+    """The zeros that a run was asked for, by which runs are compared: N:M, or a sparsity, whatever its scope.
+
+    The pattern's name where the run does not say its spec.
+    """
+    from rarefy.layer.pattern import pattern_from_spec
+
+    try:
+        pattern = pattern_from_spec(facts.get("pattern_spec", {}))
+    except PatternError:
+        return str(facts["pattern"])
+    return str(pattern) if pattern.group > 1 else f"{100 * pattern.nominal_sparsity():.4g}%"
 
 
 def _versions(facts: Facts) -> str:

@@ -8,9 +8,6 @@ from typing import TYPE_CHECKING
 
 from rarefy.runs.fingerprint import versions
 
-#: The share of the blocks' weights in no linear from which on a run says that they stay dense.
-_MUCH = 0.1
-
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
@@ -21,6 +18,9 @@ if TYPE_CHECKING:
     from rarefy.models.source import ModelSource
     from rarefy.runs.fingerprint import Fingerprint
     from rarefy.runs.recipe import Recipe
+
+#: From this share of the blocks' weights on, a run says that weights outside of linears stay dense.
+_MUCH = 0.1
 
 
 @dataclass
