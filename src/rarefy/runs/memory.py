@@ -98,8 +98,9 @@ def _pruning_bytes(plan: Plan) -> int:
     stored = _dtype(plan).itemsize
     item = compute_dtype(_dtype(plan), plan.device).itemsize
     matching = plan.recipe.match > 0
+    paths = 1 + (matching or plan.recipe.drift > 0)
     on_host = plan.offload is not None or plan.device.type == "cuda"
-    states = 0 if on_host else (1 + matching) * num * length * hidden * stored
+    states = 0 if on_host else paths * num * length * hidden * stored
     tokens = min(plan.recipe.batch_size, num) * length
     sizes = {block.index: _nbytes(block.module.parameters(), 1) for block in plan.blocks}
     last = max(block.index for block in plan.blocks if block.sites)
@@ -115,6 +116,9 @@ def _pruning_bytes(plan: Plan) -> int:
         inner = max((max(site.shape) for site in block.sites), default=hidden)
         batch = item * tokens * (6 * hidden + 3 * inner)
         grams, solving = _block_bytes(plan, block.sites)
+        if plan.recipe.drift:  # one more matrix for each distinct input, one for its correction, and a float32 batch
+            grams, solving = 2 * grams, solving + 2 * grams
+            batch += 8 * tokens * inner
         each.append(max(running + batch + grams, kept + solving))
         if matching and block.sites:
             each.append(

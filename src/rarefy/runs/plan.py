@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from rarefy.methods.base import Method
     from rarefy.models.blocks import Block
     from rarefy.models.source import ModelSource
+    from rarefy.pruning.settings import PerLayer, Uniform
     from rarefy.runs.fingerprint import Fingerprint
     from rarefy.runs.recipe import Recipe
 
@@ -29,7 +30,9 @@ class Plan:
 
     recipe: Recipe
     method: Method
+    #: That of all layers together, and that of each.
     pattern: Pattern
+    pattern_of: Uniform | PerLayer
     device: torch.device
     source: ModelSource
     skeleton: PreTrainedModel
