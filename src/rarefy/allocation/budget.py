@@ -62,8 +62,8 @@ def patterns(
     """
     if isinstance(pattern, NM) and pattern.of < 8:
         raise PatternError.sentence(
-            f"pattern is {pattern}, which has too few steps for an allocation other than uniform: that needs groups of "
-            "8 or more, such as 4:8, or a sparsity."
+            f"pattern is {pattern}, which has too few steps for an allocation other than uniform: that needs groups "
+            "of 8 or more, such as 4:8, or a sparsity."
         )
     shares = dict(wanted)
     if exact_total:
@@ -71,14 +71,20 @@ def patterns(
     steps = {name: _steps(pattern, layers[name].shape) for name in wanted}
     # Kept weights in steps of this layer's pattern: rounded down, then those that lost most get one step more.
     exact = {name: (1 - shares[name]) * layers[name].size / steps[name] for name in wanted}
+    # An N:M pattern keeps at least one of its group, and not all.
+    bounds = {name: _bounds(pattern, layers[name].size // steps[name]) for name in wanted}
+
+    def bounded(name: str, kept: int) -> int:
+        least, most = bounds[name]
+        return min(max(kept, least), most)
+
     if not exact_total:
-        return {name: _with_kept(pattern, layers[name], max(1, round(value))) for name, value in exact.items()}
-    least = 1 if isinstance(pattern, NM) else 0
-    kept = {name: max(least, math.floor(value)) for name, value in exact.items()}
+        return {name: _with_kept(pattern, layers[name], bounded(name, round(value))) for name, value in exact.items()}
+    kept = {name: bounded(name, math.floor(value)) for name, value in exact.items()}
     room = sum(pattern.count(layers[name].shape) for name in wanted)
     room -= sum(kept[name] * steps[name] for name in wanted)
     for name in sorted(wanted, key=lambda name: kept[name] - exact[name]):
-        if steps[name] <= room and kept[name] * steps[name] < layers[name].size:
+        if steps[name] <= room and kept[name] < bounds[name][1]:
             kept[name] += 1
             room -= steps[name]
     return {name: _with_kept(pattern, layers[name], kept[name]) for name in wanted}
@@ -91,10 +97,15 @@ def _steps(pattern: Pattern, shape: tuple[int, int]) -> int:
     return shape[0] if isinstance(pattern, PerRow) else 1
 
 
+def _bounds(pattern: Pattern, number: int) -> tuple[int, int]:
+    """The least and the most that a layer of ``number`` steps may keep, in steps."""
+    return (1, number - 1) if isinstance(pattern, NM) else (1, number)
+
+
 def _with_kept(pattern: Pattern, layer: Layer, kept: int) -> Pattern:
     rows, inputs = layer.shape
     if isinstance(pattern, NM):
-        return NM(kept, pattern.of) if kept < pattern.of else Unstructured(0.0)
+        return NM(kept, pattern.of)
     if isinstance(pattern, PerRow):
         return PerRow(1 - kept / inputs)
     return Unstructured(1 - kept / (rows * inputs))

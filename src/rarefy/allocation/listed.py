@@ -35,7 +35,7 @@ def read_listed(path: Path) -> dict[str, float]:
         found = {str(glob): float(value) for glob, value in entries}
     except (ValueError, TypeError, AttributeError, RecursionError):
         raise InputError.sentence(
-            f"--allocation {path} is no list of sparsities: it must be a JSON object, or CSV rows, of globs and numbers."
+            f"--allocation {path} is no list of sparsities: it must be a JSON object or CSV rows of glob and number."
         ) from None
     for glob, value in found.items():
         if not 0 <= value < 1:

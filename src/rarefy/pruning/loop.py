@@ -72,9 +72,9 @@ def prune(
     and ``refresh`` lets each group of a block's layers see what was pruned before it in the block. ``allocation``
     spreads the zeros of a pattern over the layers: "uniform", "profile", or a .json or .csv file.
     ``on_progress(done, total, note)`` and ``on_layer(record)`` are called as the run goes on. What torch.compile or
-    data parallelism wraps around a model is taken off. Raises ModelError for a model that cannot be pruned, such as one with adapters or quantised
-    weights, PatternError before anything changes where the pattern does not fit a layer, NumericalError for NaN
-    or infinity, and, if ``strict``, for a layer whose status is a failure.
+    data parallelism wraps around a model is taken off. Raises ModelError for a model that cannot be pruned, such as
+    one with adapters or quantised weights, PatternError before anything changes where the pattern does not fit a
+    layer, NumericalError for NaN or infinity, and, if ``strict``, for a layer whose status is a failure.
 
     Where torch.distributed's default group is initialised, all of its processes call this alike, with the
     same model, all windows and the same settings; they share the work, and each ends with the pruned model

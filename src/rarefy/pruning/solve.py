@@ -50,6 +50,7 @@ def solve_piece(
     with torch.no_grad():
         target = site.read(piece.rows)
         if D is not None:
+            gram.check(site.name)
             target = corrected(target, gram, D, settings.drift)
         problem = LayerProblem(target, gram)
         solution = run(settings.method, problem, pattern, name=site.name, graded=False)  # as it is written, below

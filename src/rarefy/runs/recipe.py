@@ -199,13 +199,13 @@ class Recipe(BaseModel):
         scope = self.scope or self.build_method().default_scope
         return PerRow(sparsity) if scope == "row" else Unstructured(sparsity)
 
-    def prune_settings(self, pattern_of: PatternOf) -> PruneSettings:
-        """What the loop over blocks is to do. Raises MethodError."""
+    def prune_settings(self, pattern_of: PatternOf | None = None) -> PruneSettings:
+        """What the loop over blocks is to do; ``pattern_of`` None: the same pattern for all. Raises MethodError."""
         from rarefy.pruning.matching import Matching
-        from rarefy.pruning.settings import PruneSettings
+        from rarefy.pruning.settings import PruneSettings, Uniform
 
         return PruneSettings(
-            pattern_of,
+            pattern_of or Uniform(self.build_pattern()),
             self.build_method(),
             self.batch_size,
             self.include,
