@@ -58,8 +58,10 @@ def patterns(
     ``wanted`` are sparsities by name. Unstructured patterns keep the exact number of weights that the uniform one
     keeps, patterns per row and N:M come as close as whole rows and groups allow, and keep no more. Without
     ``exact_total``, each layer gets what is wanted, rounded to the nearest.
-    Raises PatternError where the pattern has too few steps for that.
+    Raises PatternError where the pattern has too few steps for that, or does not fit a layer.
     """
+    for name in wanted:
+        pattern.validate(layers[name].shape, name)
     if isinstance(pattern, NM) and pattern.of < 8:
         raise PatternError.sentence(
             f"pattern is {pattern}, which has too few steps for an allocation other than uniform: that needs groups "
