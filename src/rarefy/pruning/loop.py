@@ -148,7 +148,8 @@ def prune_blocks(
             with world.together():
                 scope.enter_context(store.loaded(block, following))
             drifts = None
-            if dense is not None and settings.drift > 0 and block.sites:
+            drifting = any(other.sites for other in blocks[: block.index])  # before it, both paths are the same
+            if dense is not None and settings.drift > 0 and block.sites and drifting:
                 drifts = advance_dense(world, block, entering, dense, counter.count)
             elif dense is not None:
                 advance(world, block, dense, counter.count)

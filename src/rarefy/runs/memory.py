@@ -28,9 +28,9 @@ _TEXTS_SHARE = 0.25
 # No layer takes less than this many (out, in), because it is checked and graded, and products have buffers of
 # their own: seen with Wanda and ALPS on blocks of LLaMA-2-7B's widths (docs/log.md).
 _LEAST_BUFFERS = 7.0
-# Matching holds a block in float32: weights, gradients, two moments, the best state and the start. Of a batch it
-# keeps activations for the backward pass, in multiples of the hidden width and of the widest layer.
-_MATCHED = 6
+# Matching holds a block in float32: masters, gradients, two moments, the best state, the start, and the block that
+# runs. Of a batch it keeps activations for the backward pass, in multiples of the hidden width and the widest layer.
+_MATCHED = 7
 _KEPT_HIDDEN, _KEPT_INNER = 24, 8
 
 
@@ -116,7 +116,9 @@ def _pruning_bytes(plan: Plan) -> int:
         inner = max((max(site.shape) for site in block.sites), default=hidden)
         batch = item * tokens * (6 * hidden + 3 * inner)
         grams, solving = _block_bytes(plan, block.sites)
-        if plan.recipe.drift:  # one more matrix for each distinct input, one for its correction, and a float32 batch
+        if (
+            plan.recipe.drift > 0
+        ):  # one more matrix for each distinct input, one for its correction, and a float32 batch
             grams, solving = 2 * grams, solving + 2 * grams
             batch += 8 * tokens * inner
         each.append(max(running + batch + grams, kept + solving))
