@@ -72,7 +72,7 @@ def _add(drifts: Drifts, group: Group, group0: Group) -> None:
         drifts |= {site.name: D for site in group.sites}
     for X, X0 in zip(group.inputs, group0.inputs, strict=True):
         rows = X.reshape(-1, size)
-        # In the dtype of computation: a share of a correction needs no more digits, and sums over batches are float32.
+        # In the dtype of computation: a share needs no more digits, and sums over batches are in float32.
         drifts[name] += (X0.reshape(-1, size) - rows).T @ rows
 
 
