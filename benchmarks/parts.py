@@ -28,7 +28,7 @@ from rarefy.layer.pattern import Pattern
 from rarefy.models.checkpoint import load_model, load_tokenizer, resolve_model
 from rarefy.models.memory import peak_bytes
 
-_MATCH = rarefy.Matching()
+_MATCH = rarefy.Matching(passes=3)
 ROWS: dict[str, dict[str, Any]] = {
     "layers": {},
     "drift": {"drift": 0.25},

@@ -17,8 +17,9 @@ start: a block is never left worse than it was, on windows that it was not train
 Sources: Rethinking Pruning (EMNLP 2024) for inputs of the pruned path and targets of the dense one, EBFT
 (arXiv 2402.12419) for AdamW at 2e-4, falling linearly. Differences: held-out windows choose the pass; masters are
 in float32; weight decay is 0.
-Cost: per pass, a forward and a backward pass of the block over all windows. Memory: the block four times in float32
-(weights, gradients, two moments), the activations of one batch, and the states of both paths.
+Cost: per pass, a forward and a backward pass of the block over all windows. Memory: the block seven times in float32
+(masters, gradients, two moments, the start, the best pass, and the block that runs), the activations of one batch,
+and the states of both paths.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ class Matching:
     pass, at least one; ``seed`` orders the batches. Raises InputError where one of them is out of range.
     """
 
-    passes: int = 5
+    passes: int = 3
     learning_rate: float = 2e-4
     batch_size: int = 4
     held_out: float = 0.1
