@@ -54,6 +54,8 @@ def reading_order(world: World, block: Block, sites: Sequence[Site], entering: H
 
     One batch on the first process shows it.
     """
+    if all(site.expert is not None for site in sites):
+        return [list(sites)]
 
     def names() -> list[list[str]]:
         reads, linears = Reads(), [site for site in sites if site.expert is None]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rarefy.allocation.names import UNIFORM
 from rarefy.runs.fingerprint import versions
 
 #: The share of the blocks' weights in no linear from which on a run says that they stay dense.
@@ -53,6 +55,9 @@ class Plan:
         made_by = {name: versions()[name] for name in ("rarefy", "torch", "transformers")}
         # Which GPU it is does not matter; another process of the run has another one.
         settings = self.recipe.model_dump() | {"device": self.device.type, **made_by}
+        if self.recipe.allocation != UNIFORM:  # of which a file may have changed
+            specs = [self.pattern_of(site).spec() for block in self.blocks for site in block.sites]
+            settings["the sparsity of layers"] = hashlib.sha256(repr(specs).encode()).hexdigest()[:12]
         return Fingerprint.of(settings, self.source.path, windows)
 
     @property
