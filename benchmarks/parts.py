@@ -28,7 +28,7 @@ from rarefy.layer.pattern import Pattern
 from rarefy.models.checkpoint import load_model, load_tokenizer, resolve_model
 from rarefy.models.memory import peak_bytes
 
-_MATCH = rarefy.Matching(passes=3)
+_MATCH = rarefy.Matching()
 ROWS: dict[str, dict[str, Any]] = {
     "layers": {},
     "drift": {"drift": 0.25},
@@ -38,6 +38,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "matching, drift": {"matching": _MATCH, "drift": 0.25},
     "matching, refresh": {"matching": _MATCH, "refresh": True},
     "matching, profile": {"matching": _MATCH, "allocation": "profile"},
+    "matching, drift, profile": {"matching": _MATCH, "drift": 0.25, "allocation": "profile"},
     "all": {"matching": _MATCH, "drift": 0.25, "refresh": True, "allocation": "profile"},
 }
 

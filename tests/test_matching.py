@@ -67,6 +67,22 @@ def test_it_comes_closer_to_the_dense_model_on_text_that_it_never_saw() -> None:
     assert matched < 0.9 * plain
 
 
+def test_in_bfloat16_the_block_follows_its_float32_masters(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a machine with matrix units for bfloat16, where passes run with rounded weights."""
+    monkeypatch.setattr("rarefy.pruning.loop.compute_dtype", lambda dtype, _: dtype)
+    models = []
+    for matching in (None, EAGER, EAGER):
+        model = make_model("llama").bfloat16()
+        rarefy.prune(model, WINDOWS, pattern=rarefy.NM(2, 4), method=rarefy.Wanda(), batch_size=2, matching=matching)
+        assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+        for site in (site for block in find_blocks(model) for site in block.sites):
+            assert list(rarefy.NM(2, 4).excess(site.read() != 0)) == []
+        models.append(model)
+    plain, matched, again = (_distance(model.float(), WINDOWS) for model in models)
+    assert matched < 0.9 * plain
+    assert matched == again
+
+
 def test_two_runs_are_the_same_bits_and_another_seed_others() -> None:
     states = [_pruned("llama", each)[0].state_dict() for each in (EAGER, EAGER, Matching(6, 5e-3, 2, seed=1))]
     assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
