@@ -15,6 +15,7 @@ from rarefy.report.plots import (
     block_curves,
     error_curves,
     error_map,
+    sparsity_curves,
     times,
     traces,
 )
@@ -210,14 +211,16 @@ def proof(view: RunView) -> Part:
     """The zeros that a run promised and those in its files."""
     report = Report(list(view.layers))
     kinds = report.by_kind()
+    spread = len({layer.pattern for layer in view.layers}) > 1
+    pictures = [sparsity_curves(view.layers, f"allocation, {view.label}")] if spread else []
     if not view.proof:
         rows = [["linear", "layers", "pattern", "zeros", "sparsity"]]
         rows += [
-            [kind, str(len(part.layers)), part.layers[0].pattern, f"{part.pruned:,}", f"{part.sparsity:.4%}"]
+            [kind, str(len(part.layers)), _pattern_words(part), f"{part.pruned:,}", f"{part.sparsity:.4%}"]
             for kind, part in kinds.items()
         ]
         text = "No model was written; these are the masks' exact counts."
-        return Part(heading=view.label, text=text, rows=rows)
+        return Part(heading=view.label, text=text, rows=rows, pictures=pictures)
     proofs = {one.name: one for one in view.proof}
     rows = [
         ["linear", "layers", "pattern", "zeros promised", "zeros in the files", "sparsity in the files", "promise"]
@@ -230,7 +233,7 @@ def proof(view: RunView) -> Part:
             [
                 kind,
                 str(len(mine)),
-                part.layers[0].pattern,
+                _pattern_words(part),
                 f"{part.pruned:,}",
                 f"{counted:,}",
                 f"{counted / size:.4%}" if size else "",
@@ -241,7 +244,13 @@ def proof(view: RunView) -> Part:
     text = "The written files, read again: " + (
         "; ".join(problems) + "." if problems else "every layer holds at least the promised zeros, in its pattern."
     )
-    return Part(heading=view.label, text=text, rows=rows)
+    return Part(heading=view.label, text=text, rows=rows, pictures=pictures)
+
+
+def _pattern_words(part: Report) -> str:
+    """The pattern of layers of one kind; the first and the last by sparsity where an allocation gave each its own."""
+    least, most = (limit(part.layers, key=lambda layer: layer.sparsity).pattern for limit in (min, max))
+    return least if least == most else f"{least} to {most}"
 
 
 def sweep_proof(sweep: SweepView) -> Part:
