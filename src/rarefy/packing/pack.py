@@ -21,7 +21,7 @@ from rarefy.models.blocks import find_blocks
 from rarefy.models.conversion import Group, plan_conversion
 from rarefy.models.settings import copy_settings, read_json
 from rarefy.models.shards import Shards
-from rarefy.models.source import ModelSource
+from rarefy.models.source import PACKED, ModelSource
 from rarefy.packing.card import write_card
 from rarefy.packing.codes import GROUPS
 from rarefy.packing.places import Place, place_of
@@ -37,21 +37,25 @@ BITS = {"int8": 8, "int4": 4}
 #: A weight with fewer zeros than this stays dense: its product would gain nothing in time (docs/log.md).
 LEAST_ZEROS = 0.3
 
-METHOD = "rarefy"
 
-
-def pack(source: ModelSource, out: Path, values: str = "auto", watch: Watch = lambda done, count: None) -> Summary:
+def pack(
+    source: ModelSource,
+    out: Path,
+    values: str = "auto",
+    watch: Watch = lambda done, count: None,
+    finish: Callable[[Path, Summary], None] = lambda folder, summary: None,
+) -> Summary:
     """Write the model of ``source`` packed into ``out``, which must be new or empty.
 
     ``values``: "auto" keeps the dtype of the files, "bf16" casts kept weights to bfloat16, "int8" and "int4" round
-    them to the nearest code. ``watch`` is told how many of the parameters have been written. Needs memory for the
-    largest parameter, or for one stack of experts.
+    them to the nearest code. ``watch`` is told how many of the parameters have been written; ``finish`` may add to
+    the folder before it gets its name. Needs memory for the largest parameter, or for one stack of experts.
 
     Raises ModelError where there are no safetensors files or no layer has enough zeros, and OutputError where ``out``
     cannot be used or the disk refuses; nothing is left then.
     """
     if values not in ("auto", "bf16", *BITS):
-        raise InputError("values", values, "auto, bf16, int8 or int4")
+        raise InputError("--values", values, "auto, bf16, int8 or int4")
     check_new(out)
     checkpoint = _Checkpoint(source)
     counted = [counts for group in checkpoint.groups() for counts in _count(checkpoint, group, values)]
@@ -70,7 +74,8 @@ def pack(source: ModelSource, out: Path, values: str = "auto", watch: Watch = la
         layers = [count.layer(count.name in chosen) for count in counted]
         dense = sum(tensor.size for tensor in checkpoint.shards.tensors.values())
         summary = Summary(values, layers, dense, size)
-        write_card(folder, checkpoint.shards.folder, summary)
+        write_card(folder, checkpoint.shards.folder, summary.facts())
+        finish(folder, summary)
     return summary
 
 
@@ -208,7 +213,7 @@ def _cast(tensor: Tensor, values: str) -> Tensor:
 def _say_packed(file: Path, group: int) -> None:
     """Let config.json name the method, so that loaders that do not know it refuse the folder."""
     config = read_json(file)
-    config["quantization_config"] = {"quant_method": METHOD, "format": FORMAT, "group_size": group}
+    config["quantization_config"] = {"quant_method": PACKED, "format": FORMAT, "group_size": group}
     replace_file(file, (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode())
 
 

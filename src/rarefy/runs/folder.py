@@ -5,6 +5,8 @@ OUT/layers.jsonl   one line per pruned layer (pruning/records.py)
 OUT/model/         an ordinary Hugging Face folder
 OUT/run.json       command, versions, times, results; written last: a folder without it is unfinished
 OUT/unfinished/    while a run is under way, what is finished of it (journal.py)
+
+A packed run (packed.py) has the model's files beside these, instead of in a folder of their own.
 """
 
 from __future__ import annotations
@@ -32,7 +34,8 @@ class RunFolder:
         self.path = Path(path)
         self.recipe = self.path / "recipe.yaml"
         self.layers = self.path / "layers.jsonl"
-        self.model = self.path / "model"
+        is_packed = (self.path / "config.json").is_file()
+        self.model = self.path if is_packed else self.path / "model"
         self.run = self.path / "run.json"
         self.unfinished = self.path / "unfinished"
 
