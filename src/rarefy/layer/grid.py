@@ -19,6 +19,8 @@ LARGEST = {8: 127, 4: 15}
 
 # A scale of 4 bits has this many significant bits, so that with the 4 of its whole number there are 8.
 _SIGNIFICANT = 4
+# So many scales of 4 bits are tried for a group.
+_TRIED = 4
 
 
 def nearest(w: Float[Tensor, "..."], scale: Float[Tensor, "..."], bits: int) -> Float[Tensor, "..."]:
@@ -36,7 +38,7 @@ def scales(largest: Float[Tensor, "*groups"], bits: int) -> list[Float[Tensor, "
     """The scales to choose from for groups whose largest magnitudes are given, the greatest first.
 
     The first is the least that reaches the largest weight. With 16 numbers only, it can be better to miss that one
-    and to have smaller steps, so for 4 bits there are those down to half as large.
+
     """
     mantissa, exponent = torch.frexp(largest / LARGEST[bits])  # mantissa in [1/2, 1), or 0
     if bits == 8:
@@ -44,7 +46,7 @@ def scales(largest: Float[Tensor, "*groups"], bits: int) -> list[Float[Tensor, "
         return [torch.where(largest > 0, torch.ldexp(torch.ones_like(largest), exponent), 0)]
     units = 2**_SIGNIFICANT
     first, found = torch.ceil(mantissa * units), []  # 8 to 16
-    for fewer in range(units // 2):
+    for fewer in range(_TRIED):
         m = first - fewer
         doubled = m < units // 2  # the next smaller power of two
         m = torch.where(doubled, m + units // 2, m)

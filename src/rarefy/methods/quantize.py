@@ -28,7 +28,7 @@ one. (5) is the best number of the grid for one weight while all others stay, so
 Source: (1) to (3) Frantar et al., GPTQ, arXiv 2210.17323, algorithm 1, and Frantar and Alistarh, SparseGPT, arXiv
 2301.00774, section 3.5, with a given mask; (4) and (5) Behdin et al., QuantEase, arXiv 2309.01885, algorithm 1.
 Differences: damping is relative to each input's own energy; scales are those that the stored weight shows again
-(layer/grid.py), and of 4 bits the best of eight; (3) is applied when a column's turn comes. The start is what (3)
+(layer/grid.py), and of 4 bits the best of four; (3) is applied when a column's turn comes. The start is what (3)
 corrects, so a refitted start stays refitted; (5) measures against W0.
 """
 
