@@ -119,7 +119,28 @@ def test_a_folder_without_a_run_is_packed_too(rarefy_: Rarefy, runs: Path) -> No
 def test_values_that_are_rounded_are_named(rarefy_: Rarefy, runs: Path) -> None:
     done = rarefy_("pack", runs / "run", "-o", "packed", "--values", "int4")
     assert "rounded to the nearest int4 code" in done.err
-    assert "rounded to the nearest of 16 codes of 4 bits" in Path("packed/README.md").read_text()
+    card = Path("packed/README.md").read_text()
+    assert "codes of 4 bits, with a scale for every 64 inputs; rounded to the nearest by packing." in card
+
+
+@pytest.mark.parametrize(("bits", "group"), [(8, 128), (4, 64)])
+def test_what_a_method_has_rounded_is_packed_without_loss(
+    rarefy_: Rarefy, shelf: Path, bits: int, group: int
+) -> None:
+    settings = ("--set", f"quantize.bits={bits}", "--set", f"quantize.group={group}")
+    run = prune_arguments(shelf, "--method", "wanda+quantize", *settings, "--sparsity", 0.6, "-o", "run", "--quiet")
+    assert rarefy_(*run).status == 0
+    done = rarefy_("pack", "run", "-o", "packed", "--values", f"int{bits}", "--json")
+    facts = json.loads(done.out)
+    assert facts["rounded"] == 0
+    assert f"values were int{bits} codes already, so nothing is lost" in done.err
+    assert "exactly those that the method had chosen" in Path("packed/README.md").read_text()
+    assert rarefy_("unpack", "packed", "-o", "dense").status == 0
+    before, after = Shards.open(Path("run/model")).tensors, Shards.open(Path("dense")).tensors
+    assert before.keys() == after.keys()
+    assert all(torch.equal(tensor.read(), after[name].read()) for name, tensor in before.items())
+    other = json.loads(rarefy_("pack", "run", "-o", "other", "--values", f"int{12 - bits}", "--json").out)
+    assert other["rounded"] > 0  # its scale is not that of the other grid
 
 
 @pytest.mark.parametrize(

@@ -115,8 +115,9 @@ def _load(
 
 def _file_bytes(source: ModelSource) -> int:
     """Bytes of the files of weights."""
-    folder = source.fetch()
-    return sum(file.stat().st_size for file in (folder if folder.is_dir() else folder.parent).glob("*.safetensors"))
+    place = source.fetch()
+    files = place.glob("*.safetensors") if place.is_dir() else [place]  # one file of weights, in GGUF
+    return sum(file.stat().st_size for file in files)
 
 
 def _row(speed: Speed, speeds: list[Speed], facts: dict[str, int]) -> dict[str, Any]:

@@ -26,7 +26,7 @@ def pack(
         str,
         typer.Option(
             metavar="KIND",
-            help="Kept weights: auto (default: as they are), bf16, or rounded to the nearest code: int8, int4.",
+            help="Kept weights: auto (default: as they are), bf16, or the nearest codes: int8, int4.",
         ),
     ] = "auto",
     as_json: Json = False,
@@ -44,8 +44,10 @@ def pack(
         terminal.begin()
         with terminal.watch("packing") as watch:
             summary = pack_model(model, output, values, watch)
-        if values in ("int8", "int4"):
+        if summary.rounded:
             terminal.note(f"values are rounded to the nearest {values} code; nothing makes up for what that costs")
+        elif values in ("int8", "int4"):
+            terminal.note(f"values were {values} codes already, so nothing is lost")
         if kernel.library() is None:
             terminal.note(kernel.describe())
     facts = summary.facts()

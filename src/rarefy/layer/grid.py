@@ -3,9 +3,9 @@
     8 bits   w = n scale,  n = -127, -126, ..., 127,  scale = 2^e              a kept weight may become 0
     4 bits   w = n scale,  n = -15, -13, ..., 15,     scale = m 2^e, m = 8..15   16 numbers, and none of them is 0
 
-Every such w has at most 8 significant bits, so bfloat16 holds it exactly, and what was rounded once can be found again
-in a checkpoint by ``find_scale``: nothing has to be stored beside the weights. Zeros are no weights of a grid, they are
-the mask's. Scales of 8 bits are coarse: a step is up to twice what 127 steps to the largest weight would be.
+Every such w has at most 8 significant bits, so bfloat16 holds it exactly, and what was rounded once can be found
+again in a checkpoint by ``find_scale``: nothing has to be stored beside the weights. Zeros are no weights of a grid,
+they are the mask's. Scales of 8 bits are coarse: a step is up to twice what 127 steps to the largest weight would be.
 """
 
 from __future__ import annotations

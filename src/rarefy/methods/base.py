@@ -96,7 +96,7 @@ class Method(ABC):
         """
 
     def from_trivial(self, problem: LayerProblem, pattern: Pattern, only: Solution) -> Solution:
-        """What it makes of the ``only`` answer that there is where everything is kept: nothing else, unless it rounds."""
+        """What it makes of the ``only`` answer that there is where everything is kept: that, unless it rounds."""
         return only
 
     def rows_independent(self, pattern: Pattern) -> bool:

@@ -77,9 +77,8 @@ class Quantize(Method):
             changed.append(self._sweep_(Q, D, step, kept, problem.scaled))
         status = Status.DAMPED if factor.damping > self.damping else Status.SOLVED
         details = {"damping": factor.damping, "bits": self.bits, "group": self.group}
-        return Solution(
-            Q.T.contiguous(), start.mask, status, len(changed), details=details, trace={"changed weights": changed}
-        )
+        trace = {"changed weights": changed}
+        return Solution(Q.T.contiguous(), start.mask, status, details=details, steps=len(changed), trace=trace)
 
     def _round_columns(
         self,

@@ -13,8 +13,8 @@ _HEADING = "## Packed"
 _VALUES = {
     "auto": "in the dtype they had, so that unpacking gives the same weights bit for bit",
     "bf16": "in bfloat16",
-    "int8": "rounded to the nearest of 255 codes of 8 bits, with a scale for every 128 inputs",
-    "int4": "rounded to the nearest of 16 codes of 4 bits, with a scale for every 64 inputs",
+    "int8": "codes of 8 bits, with a scale for every {group} inputs; {rounded}",
+    "int4": "codes of 4 bits, with a scale for every {group} inputs; {rounded}",
 }
 
 
@@ -37,11 +37,13 @@ def packed_section(facts: Mapping[str, Any]) -> str:
     """The section of a card on what packing did; ``facts`` are those of a Summary."""
     dense, packed = facts["dense_bytes"], facts["packed_bytes"]
     all_dense, all_packed = facts["all_dense_bytes"], facts["all_packed_bytes"]
+    rounded = "rounded to the nearest by packing" if facts["rounded"] else "exactly those that the method had chosen"
+    values = _VALUES[facts["values"]].format(group=facts["group"], rounded=rounded)
     return f"""{_HEADING}
 
 This folder holds {facts["packed_layers"]} of {facts["layers"]} weights of the model's blocks packed by Rarefy: only
 what is not zero ({facts["kept"]:,} of {facts["size"]:,}), and a mask of one bit a weight. Kept weights are
-{_VALUES[facts["values"]]}.
+{values}.
 
 |  | dense | packed |
 |---|---|---|

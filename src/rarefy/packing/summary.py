@@ -24,12 +24,17 @@ class PackedLayer:
 
 @dataclass(frozen=True)
 class Summary:
-    """What packing did: the layers, and the bytes of all tensors before and after."""
+    """What packing did: the layers, and the bytes of all tensors before and after.
+
+    For codes also how many columns share a scale, and how many weights were rounded to another value.
+    """
 
     values: str
     layers: list[PackedLayer]
     dense_bytes: int
     nbytes: int
+    group: int = 0
+    rounded: int = 0
 
     def facts(self) -> dict[str, Any]:
         """The same in a few numbers, for ``run.json`` and the model card. Bytes are of tensors, without headers."""
@@ -37,6 +42,8 @@ class Summary:
         size = sum(layer.size for layer in packed)
         return {
             "values": self.values,
+            "group": self.group,
+            "rounded": self.rounded,
             "layers": len(self.layers),
             "packed_layers": len(packed),
             "size": size,
