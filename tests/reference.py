@@ -265,7 +265,7 @@ def grid_scale(row: Matrix, importance: Matrix, bits: int) -> float:
     """The scale of the weights of one group of one row: 2^e for 8 bits, m 2^e with m = 8..15 for 4.
 
     The least that reaches the largest weight; for 4 bits, of that one and the next three smaller ones, the one with
-    the least sum of importance times squared error. Choices: ties go to the greater scale; a group of zeros has scale 0.
+    the least sum of importance times squared error. Choices: ties go to the greater scale; zeros have scale 0.
     """
     weights, importance = _floats(row), _floats(importance)
     largest = np.abs(weights).max()

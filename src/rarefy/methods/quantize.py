@@ -76,7 +76,7 @@ class Quantize(Method):
         while len(changed) < self.sweeps and 0 not in changed:
             changed.append(self._sweep_(Q, D, step, kept, problem.scaled))
         status = Status.DAMPED if factor.damping > self.damping else Status.SOLVED
-        details = {"damping": factor.damping, "bits": self.bits, "group": self.group}
+        details: dict[str, float | str] = {"damping": factor.damping, "bits": self.bits, "group": self.group}
         trace = {"changed weights": changed}
         return Solution(Q.T.contiguous(), start.mask, status, details=details, steps=len(changed), trace=trace)
 
