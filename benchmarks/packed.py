@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.initialization import no_init_weights
 
 from rarefy.cli import main as rarefy_main
 from rarefy.packing import kernel
@@ -116,14 +117,19 @@ def measure_model(arguments: argparse.Namespace) -> None:
         num_attention_heads=arguments.hidden // 64, num_key_value_heads=max(1, arguments.hidden // 256),
         vocab_size=32000, tie_word_embeddings=True, max_position_embeddings=2048,
     )  # fmt: skip
-    torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
-    model = LlamaForCausalLM(config)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "_proj" in name:
-                parameter.mul_(torch.rand(parameter.shape, generator=generator) >= arguments.zeros)
+    with no_init_weights():
+        model = LlamaForCausalLM(config)
+    generator, drawn = torch.Generator().manual_seed(0), {}
+    for name, parameter in model.named_parameters():
+        shape, zeros = tuple(parameter.shape), arguments.zeros if "_proj" in name else 0.0
+        if len(shape) == 2:  # all blocks have the same matrices, which is as good and quicker
+            if (shape, zeros) not in drawn:
+                drawn[shape, zeros] = sparse(shape, zeros, generator).mul_(0.02)
+            parameter.copy_(drawn[shape, zeros])
+        else:
+            parameter.fill_(1)
+    del drawn
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(Path(folder) / "dense")
         del model
