@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -43,6 +44,17 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pa
         return made[architecture]
 
     return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def frozen_imports() -> None:
+    """What is imported is left out of garbage collections, of which each would take a quarter of a second."""
+    import transformers.models.llama.modeling_llama  # noqa: F401 (as most tests do)
+
+    import rarefy.runs.run  # noqa: F401
+
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

@@ -58,7 +58,7 @@ ONLY_IN = {
     "typer": {"rarefy.cli"},
     "rich": {"rarefy.cli"},
     "pydantic": {"rarefy.runs.recipe", "rarefy.runs.schema", "rarefy.runs.tune_recipe"},
-    "filelock": {"rarefy.runs.journal", "rarefy.runs.tune_journal"},
+    "filelock": {"rarefy.runs.unfinished"},
     "jinja2": {"rarefy.runs.card", "rarefy.report.page"},
     "matplotlib": {"rarefy.report.plots"},
     "gguf": {"rarefy.models.gguf"},

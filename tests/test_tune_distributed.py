@@ -78,6 +78,14 @@ def test_two_processes_are_like_one(form: str, place: Path, ranks: Ranks, tmp_pa
     assert json.loads((tmp_path / "2" / "run.json").read_text())["processes"] == 2
 
 
+def test_a_batch_is_shared_equally(place: Path, ranks: Ranks, tmp_path: Path) -> None:
+    words = arguments(place, tmp_path / "out", "--batch-size", 3)
+    assert ranks.run(2, *words) == [2, 2]
+    assert ranks.err() == (
+        "error: --batch-size is 3, but must be a multiple of 2, a window of each batch or more for each process.\n"
+    )
+
+
 def test_two_processes_go_on_with_the_same_bits(place: Path, ranks: Ranks, tmp_path: Path) -> None:
     assert ranks.run(2, *arguments(place, tmp_path / "whole")) == [0, 0], ranks.err()
     statuses = ranks.run(2, "call", "test_tune_distributed:killed", *arguments(place, tmp_path / "parts"))

@@ -1,1 +1,1 @@
-"""From text to hidden states: where the calibration text comes from, and how it is fed through the model."""
+"""Calibration: where its text comes from, and how it is fed through the model."""

@@ -146,7 +146,7 @@ def _forget(model: PreTrainedModel) -> None:
 def _with_allocated_cache(
     model: PreTrainedModel, first: Int64[Tensor, " batch"], length: int, choose: Choose
 ) -> None:
-    """For models with attention: the loop is lean, and no step copies the keys and values of those before it."""
+    """Generation with a static cache, for models with attention: no step copies keys and values."""
     _forget(model)
     cache = _allocated_cache(model, length)
     tokens = first[:, None]
@@ -203,7 +203,7 @@ class _Chosen(LogitsProcessor):
 
 
 def _with_own_state(model: PreTrainedModel, first: Int64[Tensor, " batch"], length: int, choose: Choose) -> None:
-    """For all that transformers can generate with: it makes the states that each kind of model keeps."""
+    """Generation by transformers itself, which makes the states that each kind of model keeps."""
     _forget(model)
     settings = GenerationConfig(max_new_tokens=length - 1, do_sample=False, num_beams=1, pad_token_id=0)
     own, model.generation_config = model.generation_config, settings
@@ -224,7 +224,7 @@ def _with_own_state(model: PreTrainedModel, first: Int64[Tensor, " batch"], leng
 
 
 def _without_state(model: PreTrainedModel, first: Int64[Tensor, " batch"], length: int, choose: Choose) -> None:
-    """For every model, at the price of a pass over the whole text for each token."""
+    """Generation without a cache, for every model: each token costs a pass over the whole text."""
     last_only = {"logits_to_keep": 1} if "logits_to_keep" in signature(model.forward).parameters else {}
     texts = first[:, None]
     for position in range(1, length):

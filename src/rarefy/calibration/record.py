@@ -243,7 +243,7 @@ def version(tensor: Tensor) -> int:
 
 
 def _last_readers(calls: Sequence[Sequence[BlockCall]]) -> dict[FromBlock, int]:
-    """For everything that a block reads of another's output, the last block that does."""
+    """The last block that reads each part of another block's output."""
     readers: dict[FromBlock, int] = {}
 
     def note(block: int, value: Any) -> None:

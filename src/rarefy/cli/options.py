@@ -42,6 +42,10 @@ OffloadDir = Annotated[
     Path | None,
     typer.Option(metavar="FOLDER", help="Keep hidden states in a file of this folder instead of in memory."),
 ]
+Bos = Annotated[bool | None, typer.Option("--bos/--no-bos", help="Start every window with the model's start token.")]
+RecipeFile = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="YAML with any of these settings; options replace its keys.")
+]
 Texts = Annotated[
     list[str] | None,
     typer.Option(

@@ -9,7 +9,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from rarefy.cli.options import Device, Dtype, Exclude, Include, Log, OffloadDir, Quiet, Text, TextColumn
+from rarefy.cli.options import (
+    Bos,
+    Device,
+    Dtype,
+    Exclude,
+    Include,
+    Log,
+    OffloadDir,
+    Quiet,
+    RecipeFile,
+    Text,
+    TextColumn,
+)
 from rarefy.cli.terminal import Terminal, print_table
 from rarefy.errors import InputError
 from rarefy.pruning.records import three_digits
@@ -86,9 +98,7 @@ def prune(
     seed: Annotated[
         Text, typer.Option(metavar="N", help="Draws the windows, or the model's own text (default: 0).")
     ] = None,
-    bos: Annotated[
-        bool | None, typer.Option("--bos/--no-bos", help="Start every window with the model's start token.")
-    ] = None,
+    bos: Bos = None,
     device: Device = None,
     dtype: Dtype = None,
     include: Include = None,
@@ -97,10 +107,7 @@ def prune(
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="A hyperparameter of the method; repeatable."),
     ] = None,
-    recipe: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="YAML with any of these settings; options replace its keys."),
-    ] = None,
+    recipe: RecipeFile = None,
     allow_code: Annotated[
         bool,
         typer.Option("--allow-code", help="Let the --recipe name a method that is not Rarefy's (it runs that code)."),

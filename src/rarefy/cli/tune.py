@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rarefy.cli.options import Device, Log, Quiet, Text
+from rarefy.cli.options import Bos, Device, Log, Quiet, RecipeFile, Text
 from rarefy.cli.terminal import Terminal, print_table
 from rarefy.errors import InputError
 from rarefy.pruning.records import three_digits
@@ -53,9 +53,7 @@ def tune(
             metavar="N", help="Windows of the same text, none of them trained on, that choose the state (default: 4)."
         ),
     ] = None,
-    bos: Annotated[
-        bool | None, typer.Option("--bos/--no-bos", help="Start every window with the model's start token.")
-    ] = None,
+    bos: Bos = None,
     parametrisation: Annotated[
         Text,
         typer.Option(
@@ -122,10 +120,7 @@ def tune(
     seed: Annotated[
         Text, typer.Option(metavar="N", help="Draws windows and their order (default: as MODEL was pruned with).")
     ] = None,
-    recipe: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="YAML with any of these settings; options replace its keys."),
-    ] = None,
+    recipe: RecipeFile = None,
     allow_code: Annotated[
         bool,
         typer.Option(

@@ -56,7 +56,7 @@ class Pattern(ABC):
         return self.project(scores, locked) & (compare(gt, scores, 0.0) | locked)
 
     def surest(self, mask: Mask, scores: Scores, share: float) -> Mask:
-        """Of the weights that ``mask`` keeps, the floor(share k) with the highest scores; k is their number."""
+        """The floor(share k) weights with the highest scores among the k that ``mask`` keeps."""
         scores = scores.masked_fill(~mask, -math.inf)
         return keep_largest(scores.reshape(-1), math.floor(share * count(mask))).view_as(scores)
 

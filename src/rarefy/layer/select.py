@@ -74,7 +74,7 @@ def _between(values: Float[Tensor, " n"], k: int) -> Float[Tensor, " one"] | Non
 
 
 def _sorted(values: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
-    """In ascending order, on the CPU by numpy, which takes a tenth of torch's time."""
+    """The values in ascending order, on the CPU by numpy, which takes a tenth of torch's time."""
     if not by_numpy(values):
         return values.sort().values
     return torch.from_numpy(np.sort(values.detach().numpy()))

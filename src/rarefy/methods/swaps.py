@@ -122,7 +122,7 @@ class Swaps(Method):
 
 @dataclass(frozen=True, eq=False)
 class Partners:
-    """Of each input the others that are most correlated with it, and bounds of its correlations."""
+    """The inputs that are most correlated with each input, and bounds of its other correlations."""
 
     nearest: Float[Tensor, "in"]  # g, rounded up
     rest: Float[Tensor, "in"]  # h, rounded up

@@ -150,7 +150,7 @@ def plan_conversion(
 def targets_of(
     model: PreTrainedModel, names: Iterable[str], quantizer: HfQuantizer | None = None
 ) -> dict[str, list[str]]:
-    """For each name of a checkpoint's tensors the parameters of ``model`` that it helps to make, which may be none.
+    """The parameters of ``model`` that each tensor of a checkpoint helps to make, which may be none.
 
     Needs no way back, unlike a plan.
     """
@@ -197,7 +197,7 @@ def _make_targets(group: Group, model: PreTrainedModel, stored: Mapping[str, Ten
 def _dequantized_surplus(
     model: PreTrainedModel, quantizer: HfQuantizer, names: list[str], stored: Mapping[str, Tensor]
 ) -> tuple[list[str], list[Group], list[str]]:
-    """Of tensors that no parameter is made of: ordinary ones, quantised ones, and what belongs to quantised ones."""
+    """The tensors that no parameter is made of: ordinary ones, quantised ones, and what belongs to quantised ones."""
     rules = [rule for rule in quantizer.get_weight_conversions() if dequantizes(rule)]
     about_weights = companions(quantizer)
     known, groups, ordinary, dropped = {*names}, [], [], []

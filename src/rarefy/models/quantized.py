@@ -1,4 +1,4 @@
-"""Quantised checkpoints: which of them transformers turns back into ordinary weights while it reads them.
+"""Quantised checkpoints: which of them transformers dequantises while it reads them.
 
 Rarefy prunes dense floating-point weights. Some quantised formats (FP8, MXFP4, compressed-tensors) can be
 dequantised on any machine, and then a checkpoint is pruned like the one that it was made from, and written in

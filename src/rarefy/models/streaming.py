@@ -225,7 +225,7 @@ class StreamedModel:
         return dtypes.pop()
 
     def _origins(self, model: str) -> dict[str, str]:
-        """For each name in the state dict the target it is loaded from: its own, or one that is tied to it."""
+        """The target that each name in the state dict is loaded from: its own, or one that is tied to it."""
         tied: dict[int, list[str]] = {}
         for name, parameter in self.model.named_parameters(remove_duplicate=False):
             tied.setdefault(id(parameter), []).append(name)
@@ -274,7 +274,7 @@ class StreamedModel:
     # --- Tensors ------------------------------------------------------------------------------------------
 
     def _read(self, names: Iterable[str], copies: ShardCopies | None = None) -> dict[str, Tensor]:
-        """From the files, by target, what ``names`` need and is not in memory already."""
+        """The tensors, by target, that ``names`` need and that are not in memory already, read from the files."""
         stored = copies.stored if copies else self.shards.tensors.__getitem__
         plan = self._plan_of_copies if copies else self._plan
         tensors: dict[str, Tensor] = {}

@@ -35,7 +35,7 @@ class Place:
         return f"{self.path}.{self.leaf}"
 
     def turned(self, tensor: Tensor) -> Tensor:
-        """From the module's orientation to (..., rows, width), or back."""
+        """The tensor in (..., rows, width) where it stood in the module's orientation, or back."""
         return tensor.transpose(-1, -2) if self.transposed else tensor
 
 
@@ -60,7 +60,7 @@ def place_of(model: nn.Module, name: str) -> Place:
 
 
 def model_names(model: PreTrainedModel, stored: Iterable[str]) -> dict[str, list[str]]:
-    """For each tensor of a checkpoint the parameters of ``model`` that transformers would make of it, if any.
+    """The parameters of ``model`` that transformers would make of each tensor of a checkpoint, if any.
 
     ``model`` must be dense, as its settings make it. The mask of a packed parameter, and its other tensors,
     come to the name of the parameter with the same ending.

@@ -256,7 +256,7 @@ class StreamedStore(JournaledStore):
             self.copies.check()
 
     def _record(self, blocks: Sequence[Block], windows: Int64[Tensor, "num length"], batch_size: int) -> HiddenStates:
-        """As of a model in memory, with nothing loaded but what comes before the blocks, and the first of them."""
+        """The states of a model of which only the first block and what comes before it are loaded."""
         rest = [block.name for block in blocks[1:]]
         with self.streamed.loaded(self.streamed.base, without=rest, device=self.device):
             return super()._record(blocks, windows, batch_size)

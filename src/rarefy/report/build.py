@@ -1,4 +1,4 @@
-"""From the folders of runs to the page about them: reads, counts again what was written, lets models write."""
+"""The page about folders of runs: reads them, counts again what was written, lets models write."""
 
 from __future__ import annotations
 

@@ -148,7 +148,7 @@ _NAMES = {
 
 
 def _point(summary: Summary, key: str) -> Point:
-    """With one seed, an accuracy has the standard error of its items for a bar."""
+    """The standard error of an accuracy of one seed, over its items."""
     bar = summary.deviation.get(key, summary.mean.get(f"{key}_stderr", 0.0))
     return Point(summary.method, summary.pattern, summary.sparsity, summary.mean[key], bar, summary.in_groups)
 

@@ -12,7 +12,7 @@ from rarefy.report.views import Part, RunView
 
 
 def tuning(runs: Sequence[RunView]) -> list[Part]:
-    """Of each run that was tuned: what was trained, the held-out windows before and after, and the curve."""
+    """The section about tunings: what was trained, the held-out windows before and after, and the curve."""
     parts = []
     for view in runs:
         facts = view.facts.get("tuning")

@@ -15,18 +15,13 @@ in it is removed, so a folder ``unfinished`` without a journal is not Rarefy's, 
 
 from __future__ import annotations
 
-import errno
 import json
-import sys
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
-
-from filelock import FileLock, Timeout
 
 from rarefy.calibration.spill import StatesPart
 from rarefy.errors import InputError, OutputError, RankError
@@ -34,7 +29,6 @@ from rarefy.models.atomic import (
     adding_folder,
     appears,
     refusals,
-    remove_folder,
     remove_partial,
     replace_file,
     sync_folder,
@@ -44,17 +38,16 @@ from rarefy.pruning.records import LayerRecord
 from rarefy.runs.fingerprint import Fingerprint
 from rarefy.runs.folder import JOURNAL, is_unfinished_run
 from rarefy.runs.schema import parse_records, validated
+from rarefy.runs.unfinished import UnfinishedFolder
 
 _FORMAT = 2
-#: How a file system says that it has no locks.
-_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 
 class _DamageError(OutputError):
     """What is finished is damaged, so the same command cannot go on."""
 
 
-class Journal:
+class Journal(UnfinishedFolder):
     """The journal in the output folder of one run; one process at a time holds it.
 
     ``finished`` blocks are done, so the next one has this number; ``states`` says where the hidden states
@@ -63,15 +56,12 @@ class Journal:
     """
 
     def __init__(self, output: Path, leads: bool = True) -> None:
-        self._leads = leads
-        self.folder = output / "unfinished"
+        super().__init__(output, leads)
         self.model = self.folder / "model"
         self.states: list[StatesPart] = []
-        self._journal = self.folder / JOURNAL
         self._finished = 0
         self._files: dict[str, int] = {}  # the checksums of what is kept
         self._fingerprint: Fingerprint | None = None
-        self._lock: FileLock | None = None
 
     @classmethod
     def find(cls, output: Path) -> Self | None:
@@ -115,7 +105,7 @@ class Journal:
             self.check(fingerprint)
             if not self.folder.exists():
                 self._begin()
-            self._lock = take_lock(self.folder)
+            self.hold()
             try:
                 self.check(fingerprint)  # nobody else changes it from now on
                 self._remove_stale_files()
@@ -232,28 +222,6 @@ class Journal:
                 self.model.replace(target)
                 sync_folder(target.parent)
 
-    def remove(self) -> None:
-        """Remove the journal: the run is finished, or given up."""
-        if sys.platform == "win32":  # where a folder in which a file is open keeps its name
-            self.close()
-        if self._leads and is_unfinished_run(self.folder):
-            remove_folder(self.folder)
-        self.close()
-
-    def close(self) -> None:
-        """Let another process hold the journal."""
-        if self._lock:
-            self._lock.release()
-            self._lock = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
     # --- Files --------------------------------------------------------------------------------------------
 
     def _begin(self) -> None:
@@ -306,23 +274,6 @@ class Journal:
                 for file in self.folder.glob(pattern):
                     if file.name not in known:
                         file.unlink()
-
-
-def take_lock(folder: Path) -> FileLock | None:
-    """The lock of a journal's folder, held; None where the file system has no locks.
-
-    Raises OutputError where another process holds it.
-    """
-    lock = FileLock(folder / "lock", thread_local=False)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise OutputError.sentence(f"{folder.parent} is being written by another process.") from None
-    except (OSError, NotImplementedError) as error:
-        if isinstance(error, OSError) and error.errno not in _NO_LOCKS:
-            raise
-        return None
-    return lock
 
 
 def finished_blocks(number: int) -> str:

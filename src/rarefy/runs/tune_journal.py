@@ -14,33 +14,28 @@ Files are whole before journal.json speaks of them, and removed only when it no 
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from rarefy.errors import OutputError
-from rarefy.models.atomic import adding_folder, refusals, remove_folder, remove_partial, replace_file, replacing
+from rarefy.models.atomic import adding_folder, refusals, remove_partial, replace_file, replacing
 from rarefy.parallel.world import World
 from rarefy.runs.fingerprint import Fingerprint
 from rarefy.runs.folder import JOURNAL, is_unfinished_run
-from rarefy.runs.journal import take_lock
 from rarefy.runs.schema import validated
-
-if TYPE_CHECKING:
-    from filelock import FileLock
+from rarefy.runs.unfinished import UnfinishedFolder
 
 #: Of no pruning run's journal.
 _FORMAT = "tuning 1"
 
 
-class TuneJournal:
+class TuneJournal(UnfinishedFolder):
     """The journal in the output folder of one tuning; one run at a time holds it. Use it as a context.
 
     Of several processes of a run (``world``), each keeps what it holds, and the first says in journal.json what
@@ -49,11 +44,9 @@ class TuneJournal:
 
     def __init__(self, output: Path, world: World | None = None) -> None:
         self._world = world or World()
-        self.folder = output / "unfinished"
+        super().__init__(output, leads=self._world.leads)
         self._own = self.folder if self._world.leads else self.folder / f"process-{self._world.rank}"
-        self._journal = self.folder / "journal.json"
         self._content: dict[str, Any] = {"format": _FORMAT, "state": None, "best": None, "recorded": None}
-        self._lock: FileLock | None = None
 
     def open(self, fingerprint: Fingerprint) -> Self:
         """Begin, or go on with what is there. Raises OutputError where another tuning or process is at work here."""
@@ -66,7 +59,7 @@ class TuneJournal:
                     if not self.folder.exists():
                         with adding_folder(self.folder) as folder:
                             self._write(folder)
-                    self._take_lock()
+                    self.hold()
                     self.check(fingerprint)  # nobody else changes it from now on
             self._content = self._world.from_first(lambda: self._content)
             with self._world.together(), refusals(self.folder):
@@ -138,28 +131,6 @@ class TuneJournal:
         """What was kept as the best; None where nothing was. Raises OutputError where it is damaged."""
         return self._load("best")
 
-    def remove(self) -> None:
-        """Remove the journal: the tuning is finished, or given up."""
-        if sys.platform == "win32":  # where a folder in which a file is open keeps its name
-            self.close()
-        if self._world.leads and is_unfinished_run(self.folder):
-            remove_folder(self.folder)
-        self.close()
-
-    def close(self) -> None:
-        """Let another process hold the journal."""
-        if self._lock:
-            self._lock.release()
-            self._lock = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
     # --- Files ---------------------------------------------------------------------------------------------
 
     def _file(self, kind: str, step: int) -> Path:
@@ -184,9 +155,6 @@ class TuneJournal:
 
     def _write(self, folder: Path | None = None) -> None:
         replace_file((folder or self.folder) / JOURNAL, json.dumps(self._content, indent=1))
-
-    def _take_lock(self) -> None:
-        self._lock = take_lock(self.folder)
 
     def _remove_stale_files(self) -> None:
         """Remove what journal.json does not speak of; where that fails, nothing is lost but space."""

@@ -36,7 +36,7 @@ def estimated_bytes(plan: TunePlan) -> int:
 
 
 def _recording_bytes(plan: TunePlan) -> int:
-    """Of the dense model while it is recorded."""
+    """Bytes that the dense model takes while it is recorded."""
     dense = plan.dense.skeleton()
     item = max(plan.precision.itemsize, next(dense.parameters()).dtype.itemsize)
     return item * sum(parameter.numel() for parameter in dense.parameters()) + _logits_bytes(plan)

@@ -12,6 +12,7 @@ import yaml
 from rarefy.calibration.sources import parse_source
 from rarefy.errors import InputError, ModelError
 from rarefy.models.locate import locate
+from rarefy.parallel.world import World
 from rarefy.pruning.records import LayerRecord
 from rarefy.runs.folder import RunFolder
 from rarefy.runs.tune_recipe import TuneRecipe, split_share
@@ -93,7 +94,11 @@ def make_tune_plan(recipe: TuneRecipe) -> TunePlan:
     from rarefy.tuning.train import make_optimizer
 
     make_optimizer([torch.nn.Parameter(torch.zeros(1))], recipe.settings())
-    device = resolve_device(recipe.device)
+    world = World.current()
+    device = world.place(resolve_device(recipe.device))
+    if recipe.batch_size % world.size:
+        allowed = f"a multiple of {world.size}, a window of each batch or more for each process"
+        raise InputError("--batch-size", recipe.batch_size, allowed)
     source = resolve_model(str(run.model if run else recipe.model))
     with _as_against():
         dense = resolve_model(recipe.against)

@@ -51,7 +51,7 @@ Target: TypeAlias = FullTarget | TopTarget
 
 @dataclass(frozen=True)
 class Compared:
-    """Of some positions: sums of KL(dense || trained) and of the text's loss, in nats, and (1) for each position."""
+    """Sums over some positions of KL(dense || trained) and of the text's loss, in nats, and (1) for each position."""
 
     kl: float
     text_loss: float
