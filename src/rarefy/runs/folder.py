@@ -28,14 +28,16 @@ JOURNAL = "journal.json"
 
 
 class RunFolder:
-    """The output folder of one run; it does nothing on disk until it is told to."""
+    """The output folder of one run; it changes nothing on disk until it is told to."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.recipe = self.path / "recipe.yaml"
         self.layers = self.path / "layers.jsonl"
-        is_packed = (self.path / "config.json").is_file()
-        self.model = self.path if is_packed else self.path / "model"
+        self.model = self.path / "model"
+        with suppress(OSError):  # of a name that no file can have
+            if (self.path / "config.json").is_file():
+                self.model = self.path
         self.run = self.path / "run.json"
         self.unfinished = self.path / "unfinished"
 
