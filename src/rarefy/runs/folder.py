@@ -5,6 +5,8 @@ OUT/layers.jsonl   one line per pruned layer (pruning/records.py)
 OUT/model/         an ordinary Hugging Face folder
 OUT/run.json       command, versions, times, results; written last: a folder without it is unfinished
 OUT/unfinished/    while a run is under way, what is finished of it (journal.py)
+
+A packed run (packed.py) has the model's files beside these, instead of in a folder of their own.
 """
 
 from __future__ import annotations
@@ -26,13 +28,16 @@ JOURNAL = "journal.json"
 
 
 class RunFolder:
-    """The output folder of one run; it does nothing on disk until it is told to."""
+    """The output folder of one run; it changes nothing on disk until it is told to."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.recipe = self.path / "recipe.yaml"
         self.layers = self.path / "layers.jsonl"
         self.model = self.path / "model"
+        with suppress(OSError):  # of a name that no file can have
+            if (self.path / "config.json").is_file():
+                self.model = self.path
         self.run = self.path / "run.json"
         self.unfinished = self.path / "unfinished"
 
