@@ -175,6 +175,17 @@ def test_mistakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with_adapter(sparse_model()).save_pretrained(tmp_path / "adapter")
     with pytest.raises(ModelError, match="does not fit the model"):
         rarefy.merge(tmp_path / "adapter", sparse_model("gpt2"))
+    prompts = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    with pytest.raises(ModelError, match="An adapter of the kind PromptTuning changes no weights"):
+        rarefy.merge(peft.get_peft_model(sparse_model(), prompts))
+    (tmp_path / "adapter" / "adapter_model.safetensors").write_bytes(b"123456789")
+    with pytest.raises(ModelError, match="is damaged, or does not fit the model"):
+        rarefy.merge(tmp_path / "adapter", sparse_model())
+    for content in ("{", "{}", '{"peft_type": "NONE"}'):
+        (tmp_path / "adapter" / "adapter_config.json").write_text(content)
+        with pytest.raises(ModelError, match="is damaged, or does not fit the model"):
+            rarefy.merge(tmp_path / "adapter", sparse_model())
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(InputError, match=r"pip install 'rarefy\[tune\]'"):
         rarefy.merge(tmp_path / "adapter", sparse_model())

@@ -21,6 +21,7 @@ from rarefy.methods.alps import ALPS, ALPSPaper
 from rarefy.methods.base import Method, run
 from rarefy.methods.compose import Then
 from rarefy.methods.magnitude import Magnitude
+from rarefy.methods.quantize import Quantize
 from rarefy.methods.refit import PCG, Backsolve
 from rarefy.methods.ria import RIA
 from rarefy.methods.sparsegpt import SparseGPT
@@ -90,6 +91,24 @@ def admm_after_wanda(W0: Tensor, H: Tensor, pattern: tuple[Any, ...]) -> tuple[T
     return reference.admm(W0, H, pattern, start=reference.wanda(W0, H, pattern)[0])
 
 
+def in_groups_of(size: int, method: Quantize) -> Quantize:
+    """With groups that are smaller than a packed checkpoint has them, so that there are several in a small layer."""
+    object.__setattr__(method, "group", size)
+    return method
+
+
+def quantized(
+    first: Callable[..., tuple[Tensor, Tensor]], **settings: Any
+) -> Callable[[Tensor, Tensor, tuple[Any, ...]], tuple[Tensor, Tensor]]:
+    """The rewrite of the rounding of what another rewrite finds."""
+
+    def rounded(W0: Tensor, H: Tensor, pattern: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+        weight, mask = first(W0, H, pattern)
+        return reference.quantize(W0, H, weight, mask, **settings)
+
+    return rounded
+
+
 with_ = functools.partial
 PAIRS: dict[str, Pair] = {
     "magnitude": Pair(Magnitude(), reference.magnitude),
@@ -128,6 +147,15 @@ PAIRS: dict[str, Pair] = {
     "pcg": Pair(Then(Wanda(), PCG(rtol=0.0)), refit(with_(reference.pcg, rtol=0.0))),
     "pcg 3": Pair(Then(Wanda(), PCG(steps=3, rtol=0.0)), refit(with_(reference.pcg, steps=3, rtol=0.0))),
     "pcg damped": Pair(Then(Wanda(), PCG(damping=0.2, rtol=0.0)), refit(with_(reference.pcg, damping=0.2, rtol=0.0))),
+    "quantize": Pair(Then(Wanda(), Quantize()), quantized(reference.wanda)),
+    "quantize 4": Pair(Then(SparseGPT(), Quantize(bits=4)), quantized(reference.sparsegpt, bits=4)),
+    "quantize 4, no sweep": Pair(
+        Then(Wanda(), Quantize(bits=4, sweeps=0, damping=0.1)),
+        quantized(reference.wanda, bits=4, sweeps=0, damping=0.1),
+    ),
+    "quantize 4 in groups": Pair(
+        Then(Wanda(), in_groups_of(7, Quantize(bits=4))), quantized(reference.wanda, bits=4, group=7)
+    ),
     "backsolve": Pair(Then(Wanda(), Backsolve()), refit(reference.backsolve)),
 }
 

@@ -490,6 +490,10 @@ _DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "dtype of no kind": (_change(dtype="float17"), "config.json says dtype 'float17', but must say float32, bfl"),
     "dtype of no kind within": (_change(text_config={"torch_dtype": 3}), "says torch_dtype 3, but must say"),
     "config no JSON": (_write("config.json", "{"), "config.json cannot be read as JSON"),
+    "config nested deeply": (
+        _write("config.json", '{"a":' * 600 + "1" + "}" * 600),
+        "config.json cannot be read as JSON: it is nested in more than 100 levels.$",
+    ),
     "config binary": (lambda folder: (folder / "config.json").write_bytes(b"\xff\xfe"), "cannot be read as JSON"),
     "config a list": (_write("config.json", "[]"), "config.json is JSON, but no object"),
     "config empty": (_write("config.json", "{}"), "cannot be understood"),

@@ -18,7 +18,7 @@ from rarefy.calibration.sources import parse_source
 from rarefy.calibration.windows import token_stream
 from rarefy.evaluation.divergence import divergence
 from rarefy.models.checkpoint import load_model
-from rarefy.models.source import resolve_model
+from rarefy.models.source import ModelSource, resolve_model
 from rarefy.runs.folder import RunFolder
 from task_files import write_task_files
 
@@ -51,6 +51,15 @@ def test_eval_reads_the_held_out_documentation_by_default_and_says_so(rarefy_: R
     assert done.status == 0, done.err
     assert "last third of Python's own documentation" in done.err
     assert f"2 windows of {CONTEXT} tokens" in done.out
+
+
+def test_a_model_without_a_longest_context_is_read_as_the_papers_do(
+    rarefy_: Rarefy, shelf: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ModelSource, "context", None)  # as a state-space model has it
+    done = rarefy_("eval", shelf / "model", "--text", shelf / "short.txt")
+    assert done.status == 2
+    assert "one window needs 2,048" in done.err
 
 
 @pytest.mark.parametrize(
@@ -175,6 +184,7 @@ def test_tasks_alone_and_with_a_text(rarefy_: Rarefy, shelf: Path, tmp_path_fact
         ("--tasks piqa,piqa --task-data DATA", "--tasks names piqa twice"),
         ("--tasks piqa, --task-data DATA", "--tasks is 'piqa,', but must be"),
         ("--tasks piqa --task-data DATA/none", "--task-data is"),
+        ("--tasks piqa --task-data ~nobody-has-this/data", "--task-data is '~nobody-has-this/data', which cannot be"),
         ("--tasks boolq --task-data DATA", "is no complete gzip file"),
         ("--tasks winogrande --task-data DATA", "line 1 of"),
         ("--tasks hellaswag --task-data SHELF", "no file of the name hellaswag"),

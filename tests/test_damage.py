@@ -22,7 +22,7 @@ from cli_for_tests import Rarefy
 from models_for_tests import _GROUPED, build, save_folder
 from rarefy.cli import main
 from rarefy.pruning.stores import JournaledStore
-from rarefy.runs.journal import _checksum
+from rarefy.runs.unfinished import checksum_of
 
 _RUN = ["--num-samples", "4", "--sequence-length", "16", "--method", "sparsegpt", "--quiet", "--no-texts"]
 _SWEEP = ["--methods", "wanda", "--max-windows", "1", "--eval-length", "16", "--num-samples", "4"]
@@ -145,7 +145,7 @@ def _damage(draw: random.Random, file: Path) -> None:
         found = _other_json(draw, json.loads(content))
         if file.name == "journal.json" and isinstance(found, dict):  # by somebody who knows of the checksum
             found.pop("checksum", None)
-            found = {"checksum": _checksum(found), **found}
+            found = {"checksum": checksum_of(found), **found}
         file.write_text(json.dumps(found))
     elif file.suffix == ".jsonl" and draw.random() < 0.7:
         lines = content.decode().splitlines()

@@ -25,6 +25,7 @@ FLOORS = [
     ["runs"],
     ["tuning", "packing", "structure"],
     ["pruning"],
+    ["allocation"],
     ["calibration"],
     ["parallel", "models"],
     ["methods"],

@@ -67,6 +67,22 @@ def test_it_comes_closer_to_the_dense_model_on_text_that_it_never_saw() -> None:
     assert matched < 0.9 * plain
 
 
+def test_in_bfloat16_the_block_follows_its_float32_masters(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a machine with matrix units for bfloat16, where passes run with rounded weights."""
+    monkeypatch.setattr("rarefy.pruning.loop.compute_dtype", lambda dtype, _: dtype)
+    models = []
+    for matching in (None, EAGER, EAGER):
+        model = make_model("llama").bfloat16()
+        rarefy.prune(model, WINDOWS, pattern=rarefy.NM(2, 4), method=rarefy.Wanda(), batch_size=2, matching=matching)
+        assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+        for site in (site for block in find_blocks(model) for site in block.sites):
+            assert list(rarefy.NM(2, 4).excess(site.read() != 0)) == []
+        models.append(model)
+    plain, matched, again = (_distance(model.float(), WINDOWS) for model in models)
+    assert matched < 0.9 * plain
+    assert matched == again
+
+
 def test_two_runs_are_the_same_bits_and_another_seed_others() -> None:
     states = [_pruned("llama", each)[0].state_dict() for each in (EAGER, EAGER, Matching(6, 5e-3, 2, seed=1))]
     assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
@@ -86,10 +102,10 @@ def test_progress_counts_every_part() -> None:
         assert seen == [(done, len(seen)) for done in range(1, len(seen) + 1)]
 
 
-def test_one_step_is_that_of_a_plain_training_loop() -> None:
+def test_two_steps_are_those_of_a_plain_training_loop() -> None:
     """Matching one block, against autograd and torch's AdamW written down plainly."""
     model, plain = make_model("llama"), make_model("llama")
-    matching = Matching(passes=1, learning_rate=1e-2, batch_size=12, held_out=0)
+    matching = Matching(passes=2, learning_rate=1e-2, batch_size=12, held_out=0)
     captured: list[tuple[Tensor, Tensor, dict[str, Tensor]]] = []
 
     class Capture:
@@ -116,15 +132,18 @@ def test_one_step_is_that_of_a_plain_training_loop() -> None:
     call = stream.calls[0][0]
     block.module.requires_grad_(True)
     optimizer = torch.optim.AdamW(block.module.parameters(), lr=1e-2, betas=(0.9, 0.95), weight_decay=0)
-    output = block.module(entering, *call.args, **call.kwargs)
-    output = output[0] if isinstance(output, tuple) else output
-    ((output - leaving).square().sum() / leaving.square().sum()).backward()
-    for site in block.sites:
-        site.module.weight.grad.mul_(masks[site.name])
-    optimizer.step()
+    for learning_rate in (1e-2, 5e-3):  # falling linearly to 0
+        optimizer.param_groups[0]["lr"] = learning_rate
+        optimizer.zero_grad()
+        output = block.module(entering, *call.args, **call.kwargs)
+        output = output[0] if isinstance(output, tuple) else output
+        ((output - leaving).square().sum() / leaving.square().sum()).backward()
+        for site in block.sites:
+            site.module.weight.grad.mul_(masks[site.name])
+        optimizer.step()
     for name, parameter in block.module.named_parameters():
         trained = find_blocks(model)[0].module.get_parameter(name)
-        torch.testing.assert_close(trained, parameter, rtol=0, atol=1e-5)  # a step moves weights by 1e-2
+        torch.testing.assert_close(trained, parameter, rtol=0, atol=1e-4)  # a step moves weights by 1e-2
 
 
 @pytest.mark.parametrize(

@@ -282,7 +282,7 @@ def test_an_output_that_is_not_empty_is_refused(sparse_folder: Callable[..., Pat
 
 
 def test_unknown_values_are_refused(sparse_folder: Callable[..., Path], tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="values is 'int2', but must be auto, bf16, int8 or int4"):
+    with pytest.raises(InputError, match="--values is 'int2', but must be auto, bf16, int8 or int4"):
         pack_folder(sparse_folder("llama"), tmp_path / "packed", "int2")
 
 

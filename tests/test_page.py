@@ -16,9 +16,11 @@ import pytest
 
 from cli_for_tests import Rarefy, is_one_sentence
 from rarefy.errors import InputError
+from rarefy.layer.pattern import NM, PerRow, Unstructured
 from rarefy.pruning.records import LayerRecord
 from rarefy.report.build import write_report
 from rarefy.report.page import render
+from rarefy.report.sections import _budget
 from rarefy.report.views import LayerProof, RunView
 from rarefy.runs.folder import RunFolder
 from rarefy.sweeps.folder import SweepFolder
@@ -430,3 +432,26 @@ def test_the_browser_test_sees_faults(tmp_path: Path) -> None:
     assert found["sticking"]
     assert found["images"] == 1
     assert (found["figures"], found["drawn"]) == (1, 0)
+
+
+def test_cells_that_say_as_little_as_they_may(tmp_path: Path) -> None:
+    settings = {"model": "m", "calibration": "self", "num_samples": 1, "sequence_length": 2, "eval_length": 3}
+    (tmp_path / "compare.json").write_text(json.dumps({"settings": settings}))
+    facts: dict[str, object] = {"method": "wanda", "pattern": "2:4", "asked_sparsity": 0.5}
+    record = {"name": "up", "block": 0, "shape": [2, 4], "pattern": "2:4", "kept": 4, "relative_error": 0.5}
+    for status in ("done", "failed"):
+        cell = tmp_path / "cells" / status
+        cell.mkdir(parents=True)
+        (cell / "run.json").write_text(json.dumps(facts | {"status": status}))
+        (cell / "layers.jsonl").write_text(json.dumps(record | {"status": "solved"}))
+    page = write_report([tmp_path]).read_text()
+    assert "1 cell failed" in page
+    (cell / "run.json").write_text(json.dumps(facts | {"status": "done", "pattern_spec": 3}))
+    with pytest.raises(InputError, match=r"run\.json is damaged: pattern_spec: "):
+        write_report([tmp_path])
+
+
+def test_runs_are_compared_by_the_zeros_that_they_were_asked_for() -> None:
+    specs = [pattern.spec() for pattern in (Unstructured(0.5), PerRow(0.5), NM(2, 4))]
+    assert [_budget({"pattern": "p", "pattern_spec": spec}) for spec in specs] == ["50%", "50%", "2:4"]
+    assert _budget({"pattern": "2:4"}) == _budget({"pattern": "2:4", "pattern_spec": {"kind": 3}}) == "2:4"

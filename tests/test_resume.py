@@ -232,6 +232,24 @@ def test_an_interrupted_run_is_kept_and_only_the_same_command_goes_on(
     assert sorted(path.name for path in output.iterdir()) == ["layers.jsonl", "model", "recipe.yaml", "run.json"]
 
 
+@pytest.mark.parametrize("more", [(), ("--dtype", "float32")], ids=["on disk", "in memory"])
+def test_a_run_with_all_that_sees_beyond_the_layer_goes_on_with_the_same_bits(
+    rarefy_: Rarefy, shelf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: tuple[str, ...]
+) -> None:
+    parts = ("--match", 1, "--match-lr", 1e-3, "--drift", 0.25, "--refresh", "--allocation", "profile", *more)
+    with monkeypatch.context() as patch:
+        _interrupt_after(patch, 2, KeyboardInterrupt())
+        assert rarefy_(*_arguments(shelf, tmp_path / "out", *parts)).status == 130
+    refused = rarefy_(*_arguments(shelf, tmp_path / "out", *parts, "--drift", 0.5))
+    assert "holds an unfinished run with drift 0.25, not 0.5" in refused.err
+    for output in ("out", "whole"):
+        done = rarefy_(*_arguments(shelf, tmp_path / output, *parts))
+        assert done.status == 0, done.err
+    assert _result(tmp_path / "out") == _result(tmp_path / "whole")
+    assert rarefy_(*_arguments(shelf, tmp_path / "plain", *more)).status == 0
+    assert _result(tmp_path / "plain")["layers"] != _result(tmp_path / "whole")["layers"]
+
+
 @pytest.mark.parametrize("name", ["chapter.txt", "progress.json", None])
 def test_a_folder_called_unfinished_that_is_not_rarefys_is_left_alone(
     rarefy_: Rarefy, shelf: Path, tmp_path: Path, name: str | None

@@ -100,6 +100,17 @@ def test_a_failure_while_writing_leaves_nothing(tmp_path: Path) -> None:
     assert everything_under(tmp_path) == []
 
 
+def test_what_is_kept_after_an_error_is_no_empty_folder(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "deep" / "out")
+    with pytest.raises(OutputError, match=r"^somewhere else\.$"), folder.writing(lambda _: True):
+        raise OutputError.sentence("somewhere else.")
+    assert everything_under(tmp_path) == []
+    with pytest.raises(KeyboardInterrupt), folder.writing(lambda _: True):
+        folder.write_recipe("model: m\n")
+        raise KeyboardInterrupt
+    assert "deep/out/recipe.yaml" in everything_under(tmp_path)
+
+
 def test_an_interruption_while_writing_leaves_nothing_and_goes_on(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     with pytest.raises(KeyboardInterrupt), folder.writing():

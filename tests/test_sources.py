@@ -14,7 +14,7 @@ from models_for_tests import make_tokenizer
 from rarefy.calibration.data_sets import HubRows
 from rarefy.calibration.documents import Conversation
 from rarefy.calibration.python_docs import python_docs
-from rarefy.calibration.sources import SELF, parse_source
+from rarefy.calibration.sources import SELF, has_columns, parse_source
 from rarefy.calibration.windows import token_stream
 from rarefy.errors import CalibrationError
 
@@ -45,6 +45,8 @@ def test_what_is_not_there(tmp_path: Path) -> None:
         assert "is neither a file nor a known source (self, python-docs, c4, wikitext2, hub:" in refusal(blank)
     assert "'a\\x00b'" in refusal("a\0b")
     assert "File name too long" in refusal("x" * 5000)
+    assert "'~nobody-has-this/a.txt' cannot be read: " in refusal("~nobody-has-this/a.txt")
+    assert not has_columns("~nobody-has-this/a.csv")
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 
 from models_for_tests import ARCHITECTURES, make_model, make_tokenizer
+from rarefy.errors import CalibrationError
 from rarefy.runs.texts import PROMPTS, kept_texts, write_texts
 
 
@@ -39,6 +40,9 @@ def test_the_models_own_settings_play_no_part_and_stay() -> None:
     own = GenerationConfig(do_sample=True, temperature=5.0, max_new_tokens=1, eos_token_id=2)
     model.generation_config = own
     assert write_texts(model, make_tokenizer()) == expected
+    assert model.generation_config is own
+    with pytest.raises(CalibrationError, match="gives token 1,000, but its model has embeddings for"):
+        write_texts(model, lambda prompt: {"input_ids": [1000]})  # type: ignore[arg-type]
     assert model.generation_config is own
 
 

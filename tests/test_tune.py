@@ -16,10 +16,11 @@ from safetensors.torch import load_file, save_file
 import rarefy.runs.tune as tune_module
 from cli_for_tests import Rarefy, is_one_sentence
 from models_for_tests import build, make_model, save_folder
-from rarefy.errors import CalibrationError, OutputError, VerificationError
+from rarefy.errors import CalibrationError, InputError, OutputError, RecipeError, VerificationError
 from rarefy.models.source import resolve_model
 from rarefy.runs.tune import curve, tune
 from rarefy.runs.tune_masks import stored_masks, verify_masks
+from rarefy.runs.tune_plan import TunePlan, make_tune_plan
 from rarefy.runs.tune_recipe import TuneRecipe
 from rarefy.runs.words import sparkline
 from rarefy.tuning import masks
@@ -53,6 +54,10 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 def facts_of(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = json.loads((folder / "run.json").read_text())
     return found
+
+
+def content_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
 def same_masks(before: Path, after: Path) -> bool:
@@ -223,15 +228,71 @@ def test_a_killed_tuning_goes_on_with_the_same_bits(
             with pytest.raises(_Killed):
                 rarefy_(*words, tmp_path / "parts")
         assert sorted(path.name for path in (tmp_path / "parts").iterdir()) == ["unfinished"]
+    kept = content_of(tmp_path / "parts" / "unfinished")
     other = rarefy_("tune", place / "run", *QUICK, "--seed", 7, "-o", tmp_path / "parts")
     assert other.status == 2
     assert "holds an unfinished tuning with" in other.err
+    assert is_one_sentence(other.err)
+    assert content_of(tmp_path / "parts" / "unfinished") == kept  # it is not the other command's to remove
     done = rarefy_(*words, tmp_path / "parts")
     assert done.status == 0, done.err
     one, two = weights(tmp_path / "whole"), weights(tmp_path / "parts")
     assert all(torch.equal(one[name], two[name]) for name in one)
     whole, parts = (facts_of(tmp_path / name)["tuning"] for name in ("whole", "parts"))
     assert whole == parts
+
+
+def test_what_another_process_works_on_is_left_alone(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, out = {"model": str(place / "run"), "epochs": 1, "held_out": 1}, tmp_path / "out"
+    real, kept = tune_module.record_dense, []
+
+    def record(*arguments: Any) -> Any:
+        monkeypatch.setattr(tune_module, "record_dense", real)
+        kept.append(content_of(out / "unfinished"))  # in which no state is kept yet
+        with pytest.raises(OutputError, match="is being written by another process"):
+            tune(recipe, out)
+        assert content_of(out / "unfinished") == kept[0]
+        return real(*arguments)
+
+    monkeypatch.setattr(tune_module, "record_dense", record)
+    assert tune(recipe, out) is not None
+    assert kept
+
+
+def test_a_tuning_that_is_interrupted_before_it_goes_on_keeps_what_is_there(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, out = {"model": str(place / "run"), "epochs": 2, "held_out": 1}, tmp_path / "out"
+    with monkeypatch.context() as patch:
+        interrupted(patch, 3)
+        with pytest.raises(_Killed):
+            tune(recipe, out)
+    kept = content_of(out / "unfinished")
+    with monkeypatch.context() as patch:
+        patch.setattr(TunePlan, "fingerprint", raising(KeyboardInterrupt))  # which reads all files of both models
+        with pytest.raises(KeyboardInterrupt):
+            tune(recipe, out)
+        with pytest.raises(KeyboardInterrupt):
+            tune(recipe, tmp_path / "new")
+    assert content_of(out / "unfinished") == kept
+    assert not (tmp_path / "new").exists()
+    # What was recorded of the dense model is missed, too, and not replaced by zeros.
+    states = out / "unfinished" / "dense-states"
+    states.write_bytes(states.read_bytes()[:-2])
+    for _ in range(2):
+        with pytest.raises(OutputError, match="dense-states is missing or damaged"):
+            tune(recipe, out)
+        states.unlink(missing_ok=True)
+    assert not states.exists()
+
+
+def raising(kind: type[BaseException]) -> Callable[..., Any]:
+    def function(*_: Any) -> Any:
+        raise kind
+
+    return function
 
 
 def test_text_that_the_model_wrote_is_kept(
@@ -274,10 +335,13 @@ def test_damaged_states_are_refused(
     assert done.status == 2
     assert is_one_sentence(done.err)
     assert "is missing or damaged" in done.err
-    (tmp_path / "out" / "unfinished" / "journal.json").write_text("{")
-    done = rarefy_(*words)
-    assert done.status == 2
-    assert "journal.json is missing or damaged" in done.err
+    journal = tmp_path / "out" / "unfinished" / "journal.json"
+    for damaged in ("{", journal.read_text().replace('"state": ', '"state": 1')):
+        journal.write_text(damaged)
+        done = rarefy_(*words)
+        assert done.status == 2
+        assert "journal.json is missing or damaged" in done.err
+        assert journal.read_text() == damaged
 
 
 # --- Mistakes ---------------------------------------------------------------------------------------------
@@ -309,6 +373,7 @@ def wrong(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_folder(make_model("mixtral"), folder / "experts_dense")
     (folder / "wrong.yaml").write_text("model: run\nepochs: none\n")
     (folder / "unknown.yaml").write_text("model: run\nepoch: 3\n")
+    (folder / "code.yaml").write_text("model: run\noptimizer: adamwish.module:Class\n")
     return folder
 
 
@@ -347,6 +412,12 @@ MISTAKES: dict[str, tuple[str, str]] = {
     "too many tokens": ("{place}/run --teacher top-160 -o {out}", "top-K with K below 160, the vocabulary"),
     "hidden states": ("{place}/run --teacher states --hidden-weight 1 -o {out}", "--hidden-weight needs the"),
     "optimizer": ("{place}/run --optimizer adam -o {out}", "--optimizer adam cannot be used"),
+    "optimizer that makes none": (
+        "{place}/run --optimizer unittest.mock:MagicMock -o {out}",
+        "--optimizer unittest.mock:MagicMock cannot be used (it makes a MagicMock, not one of torch's optimisers)",
+    ),
+    "code": ("--recipe {wrong}/code.yaml -o {out}", "'adamwish.module:Class', which is code from outside torch"),
+    "column that none has": ("{place}/run --text-column body -o {out}", "--text-column is 'body', but must be left"),
     "device": ("{place}/run --device cuda:9 -o {out}", "--device is 'cuda:9'"),
     "recipe": ("--recipe {wrong}/wrong.yaml -o {out}", "epochs in "),
     "unknown key": ("--recipe {wrong}/unknown.yaml -o {out}", "epoch in {wrong}/unknown.yaml is no key"),
@@ -369,6 +440,61 @@ def test_a_mistake_is_one_sentence_before_a_model_is_loaded(
     assert is_one_sentence(done.err), done.err
     assert message.format(**names) in done.err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("a: [", "is no YAML file"),
+        (b"\xff\xfe\x00", "is no YAML file"),
+        ("[" * 5000, "is nested too deeply"),
+        ("calibration: 3", "calibration in .*recipe.yaml is "),
+        ("num_samples: -5", r"num_samples in .*recipe.yaml is -5, but must be a whole number of at least 1"),
+        ("seed: true", "seed in .*recipe.yaml is True"),
+        ("bos: perhaps", "bos in .*recipe.yaml is 'perhaps'"),
+    ],
+)
+def test_a_damaged_recipe_of_the_run_is_one_sentence(
+    content: str | bytes, message: str, place: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    for name in ("layers.jsonl", "run.json", "model"):
+        (run / name).symlink_to(place / "run" / name)
+    (run / "recipe.yaml").write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(RecipeError, match=message) as caught:
+        make_tune_plan(TuneRecipe(model=str(run), against=str(place / "dense")))
+    assert is_one_sentence(f"error: {caught.value}\n")
+
+
+def test_a_run_is_tuned_with_the_column_that_it_was_pruned_with(place: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(place / "run", run)
+    rows = "".join(json.dumps({"id": i, "body": TEXT * 3}) + "\n" for i in range(50))
+    (tmp_path / "rows.jsonl").write_text(rows)
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    recipe |= {"calibration": str(tmp_path / "rows.jsonl"), "text_column": "body"}
+    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    plan = make_tune_plan(TuneRecipe(model=str(run)))
+    assert plan.recipe.text_column == "body"
+    assert plan.recipe.seed == recipe["seed"]
+    (text,) = plan.texts
+    assert text.windows is not None
+    fingerprint = plan.fingerprint(text.windows)
+    assert fingerprint.recipe["processes"] == 1
+    named = make_tune_plan(TuneRecipe(model=str(run), text_column="body", calibration=[str(tmp_path / "rows.jsonl")]))
+    assert named.fingerprint(text.windows) == fingerprint
+
+
+def test_a_recipe_made_in_python_is_checked_as_well(place: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="--micro-batch is 2, but must be a divisor of --batch-size, which is 3"):
+        tune(TuneRecipe(model=str(place / "run"), batch_size=3, micro_batch=2), tmp_path / "out")
+    with pytest.raises(RecipeError, match="^ranks is no key of a tuning's recipe; did you mean rank"):
+        tune({"model": str(place / "run"), "ranks": 3}, tmp_path / "out")
+    code = {
+        name: TuneRecipe(model="m", optimizer=name).needs_code for name in ("adamw", "torch.optim:SGD", "adamw:A")
+    }
+    assert code == {"adamw": False, "torch.optim:SGD": False, "adamw:A": True}
 
 
 # --- What it is made of -----------------------------------------------------------------------------------

@@ -12,12 +12,14 @@ import transformers
 from torch import Tensor
 
 from models_for_tests import ARCHITECTURES, VOCABULARY, build
-from rarefy.errors import InputError, NumericalError
+from rarefy.errors import InputError, NumericalError, OutputError
 from rarefy.models.blocks import find_blocks
 from rarefy.tuning import logits as logits_module
+from rarefy.tuning import teacher as teacher_module
 from rarefy.tuning.masks import keep_zeros
 from rarefy.tuning.parametrise import merge_parametrisation
 from rarefy.tuning.settings import TuneSettings
+from rarefy.tuning.teacher import mapped
 from rarefy.tuning.train import Measurement, Tuner
 from tuning_for_tests import make_tuner, prune_by_magnitude, site_masks, some_windows, sparse_and_dense
 
@@ -252,6 +254,27 @@ def test_an_optimiser_that_is_none(name: str, tmp_path: Path) -> None:
     sparse, dense = sparse_and_dense()
     with pytest.raises(InputError, match=f"--optimizer {name} cannot be used"):
         make_tuner(sparse, dense, tmp_path, optimizer=name)
+
+
+def test_a_recorded_file_has_its_space_and_its_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "states"
+    mapped(file, (2, 3), torch.float32, write=True)[:] = 1.5
+    assert file.stat().st_size == 24
+    assert torch.equal(mapped(file, (2, 3), torch.float32), torch.full((2, 3), 1.5))
+    with pytest.raises(
+        ValueError, match="has not the size of a"
+    ):  # torch would make it longer, and fill it with zeros
+        mapped(file, (3, 3), torch.float32)
+    with pytest.raises(FileNotFoundError):
+        mapped(tmp_path / "nothing", (3, 3), torch.float32)
+    assert not (tmp_path / "nothing").exists()
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(teacher_module, "take_space", full)
+    with pytest.raises(OutputError, match="states cannot be written: No space left on device"):
+        mapped(file, (2, 3), torch.float32, write=True)
 
 
 def test_another_optimiser(tmp_path: Path) -> None:

@@ -179,6 +179,7 @@ def test_the_inspection_is_plain_data(tmp_path: Path) -> None:
         "zeros": 512,
         "pattern": "2:4",
         "problems": [],
+        "type": "",
         "sparsity": 0.5,
     }
 

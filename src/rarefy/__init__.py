@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from rarefy.methods.compose import BestOf, Then
     from rarefy.methods.dsnot import DSnoT
     from rarefy.methods.magnitude import Magnitude
+    from rarefy.methods.quantize import Quantize
     from rarefy.methods.refit import PCG, Backsolve
     from rarefy.methods.ria import RIA
     from rarefy.methods.sparsefw import SparseFW
@@ -74,6 +75,7 @@ __all__ = [
     "OutputError",
     "PatternError",
     "PerRow",
+    "Quantize",
     "RankError",
     "RarefyError",
     "Recipe",
@@ -126,6 +128,7 @@ _HOME = {
     "rarefy.methods.compose": ("BestOf", "Then"),
     "rarefy.methods.dsnot": ("DSnoT",),
     "rarefy.methods.magnitude": ("Magnitude",),
+    "rarefy.methods.quantize": ("Quantize",),
     "rarefy.methods.refit": ("PCG", "Backsolve"),
     "rarefy.methods.ria": ("RIA",),
     "rarefy.methods.sparsefw": ("SparseFW",),

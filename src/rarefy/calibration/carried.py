@@ -1,4 +1,4 @@
-"""What crosses from block to block besides hidden states, kept for all windows beside them.
+"""Carries all that crosses from block to block besides hidden states: a row for each window, kept beside them.
 
 Some blocks put out more than hidden states, which later blocks take as an argument: indices that attention
 reuses, the states of a router. Some write into a mapping that all blocks are given, such as keys and values that
@@ -166,7 +166,7 @@ class Carried:
         rows.tensor[windows] = value.to(rows.tensor.device)
 
     def _written(self, number: int, windows: slice) -> dict[Any, Any]:
-        """What blocks have written into a mapping."""
+        """The entries that blocks have written into a mapping, for some windows."""
         entries = [
             (steps, self._rows(name, windows)) for name, other, steps in _entries(self.values) if other == number
         ]

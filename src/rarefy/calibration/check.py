@@ -60,7 +60,7 @@ def check_blocks(model: nn.Module, blocks: Sequence[Block]) -> None:
 
 
 def _run(model: nn.Module, blocks: Sequence[Block]) -> _Watch:
-    """What is seen of the blocks in one pass. Raises ModelError for what crosses in a way that is not replayed."""
+    """Run the model once and watch its blocks. Raises ModelError where something crosses them unseen by a replay."""
     tensors = {
         name: tensor if tensor.is_meta else torch.empty_like(tensor, device="meta")
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]

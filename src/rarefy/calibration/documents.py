@@ -1,4 +1,4 @@
-"""What a source of text gives: documents, each of them plain text or a conversation."""
+"""Documents, each plain text or a conversation, and the interface of the sources that give them."""
 
 from __future__ import annotations
 

@@ -209,7 +209,7 @@ def find_files(text: str, text_column: str | None) -> Source | None:
     """The file, the folder of files, or the files that match the pattern ``text``; None where there is none.
 
     Nothing is read yet. Raises CalibrationError where a folder has no such files or those of several kinds,
-    OSError where a name cannot be one.
+    OSError where a name cannot be one, RuntimeError for the home folder of somebody who has none.
     """
     path = Path(text).expanduser()
     if not text.strip():

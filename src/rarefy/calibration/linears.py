@@ -1,4 +1,4 @@
-"""Hooks on linears, and which of them read the same.
+"""Hooks on linears, which show what each reads and which of them share an input.
 
 q, k and v read the same tensor, and so do gate and up: one batch shows which linears share their input, and from
 then on only the first of each group is watched.
@@ -25,7 +25,7 @@ class Group:
 
 @dataclass
 class Reads:
-    """What linears read in one batch. It holds the tensors, so that no address is used twice."""
+    """The inputs of linears in one batch. The tensors are held, so that no address is used twice."""
 
     inputs: list[Tensor] = field(default_factory=list)
     calls: dict[str, list[int]] = field(default_factory=dict)  # of a site by name, the inputs by number
@@ -57,7 +57,7 @@ class Reads:
         return list(groups.values())
 
     def groups_of_listed(self, experts: Sequence[Site], wanted: set[str]) -> list[Group]:
-        """The same for linears of listed experts, of which those are ``wanted``.
+        """The ``wanted`` linears of listed experts: together where they read the same.
 
         All experts of a list are alike: what is seen of those that are called holds for the others.
         """

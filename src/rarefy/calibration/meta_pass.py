@@ -40,7 +40,7 @@ class MetaPass(TorchDispatchMode):
         return None if made == _OUTSIDE else made
 
     def note(self, tensors: Iterable[Tensor], block: int = _OUTSIDE) -> None:
-        """These were made from the token ids, in ``block`` or before all of them."""
+        """Remember that these tensors were made from the token ids, in ``block`` or before all blocks."""
         for tensor in tensors:
             self._made_in[id(tensor)] = block
             self._held.append(tensor)

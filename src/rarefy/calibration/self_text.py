@@ -240,7 +240,7 @@ def _in_float32(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _digest(model: PreTrainedModel) -> str:
-    """Changes with the model's configuration and with anything that changes many weights, such as pruning."""
+    """A digest that changes with the model's configuration and with a change of many weights, such as pruning."""
     config = model.config.to_dict()
     for key in ("_name_or_path", "transformers_version"):
         config.pop(key, None)

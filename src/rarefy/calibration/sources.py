@@ -1,4 +1,4 @@
-"""What the user calls a source of text, a name, a file or a data set of the hub, and whether it is sound.
+"""Finds the source of text that a user names (a name, a file, a data set of the hub), and checks that it is sound.
 
     parse_source("c4")  -->  Source  --token_stream-->  tokens (n,)  --draw_windows-->  windows (num, length)
 
@@ -24,7 +24,7 @@ NAMES: dict[Part, tuple[str, ...]] = {
     "evaluation": ("python-docs", "wikitext2"),
 }
 
-# Of these names, no column can be chosen.
+# Sources without columns.
 _WITHOUT_COLUMNS = ("self", "python-docs", "c4", "wikitext2")
 
 
@@ -80,7 +80,7 @@ def has_columns(text: str) -> bool:
         if SavedRows.is_there(Path(text).expanduser()):
             return True
         source = find_files(text, None)
-    except (CalibrationError, OSError):
+    except (CalibrationError, OSError, RuntimeError):
         return False  # what is wrong with it is said where it is read
     files = source.files if isinstance(source, Files) else (source,)
     return any(isinstance(file, RowFile) for file in files)
@@ -114,7 +114,7 @@ def _parse_file(text: str, argument: str, part: Part, text_column: str | None) -
                 characters, is_blank = characters + len(document), is_blank and not document.strip()
         if is_blank:
             raise refused(text, "is empty")
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # the latter of ~name, where nobody has that name
         raise CalibrationError.sentence(f"{argument}: {text!r} cannot be read: {first_line(error)}.") from None
     except CalibrationError as error:
         raise CalibrationError.sentence(f"{argument}: {error}") from None

@@ -47,7 +47,7 @@ class MappedStates:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(prefix=".rarefy-states-", dir=folder, buffering=0) as file:
-                _take_space(file.fileno(), self.nbytes)
+                take_space(file.fileno(), self.nbytes)
                 self._map = mmap.mmap(file.fileno(), self.nbytes)  # which holds the file until the process ends
         except OSError as error:
             raise _refused(folder, self.nbytes, error) from error
@@ -61,7 +61,7 @@ class MappedStates:
 
 @dataclass(frozen=True)
 class StatesPart:
-    """What is in one file of saved hidden states: windows ``first`` to ``first + shape[0]`` of the run.
+    """The description of one file of saved hidden states: windows ``first`` to ``first + shape[0]`` of the run.
 
     ``shape`` is [windows, length, hidden], ``checksums`` has one number for each window. ``path`` says whether
     they have come through the pruned blocks or through the dense ones. ``carried`` is the name of what else
@@ -150,8 +150,11 @@ def _load_windows(
         raise OutputError.sentence(f"{path} cannot be read: {error.strerror or error}.") from error
 
 
-def _take_space(descriptor: int, size: int) -> None:
-    """Make a file of ``size`` bytes whose space is taken, where the system can; else by writing zeros."""
+def take_space(descriptor: int, size: int) -> None:
+    """Make a file of ``size`` bytes whose space on the disk is taken, so that writing to a mapping of it cannot fail.
+
+    Where the system has no call for it, zeros are written. Raises OSError where the disk is full.
+    """
     if hasattr(os, "posix_fallocate"):
         try:
             os.posix_fallocate(descriptor, 0, size)

@@ -15,7 +15,7 @@ from rarefy.calibration.trees import Leaf
 
 
 def _keep() -> None:
-    """Memory is not given back."""
+    """Do nothing: a tensor in memory has no pages to give back."""
 
 
 @dataclass

@@ -101,19 +101,27 @@ class HiddenStates:
         Raises NumericalError where they leave the range of float16, ModelError where the block hands on what
         cannot be carried.
         """
+        for batch, windows in self.slices():
+            self.advance_batch(module, block, batch, windows)
+            if on_batch:
+                on_batch()
+        self.finish(block)
+
+    def advance_batch(self, module: nn.Module, block: int, batch: int, windows: slice) -> None:
+        """What ``advance`` does, for one batch; ``finish`` comes after the last. Errors are those of ``advance``."""
         with torch.no_grad():
-            for batch, windows in self.slices():
-                hidden, output, opened = self._run(module, block, batch, windows)
-                # first, because it may be a view of what the block has read
-                self.carried.keep(block, output, opened, windows, len(self.states))
-                self.states[windows] = hidden.to(self.states)
-                if self.states.dtype == torch.float16 and not bool(self.states[windows].isfinite().all()):
-                    self.refuse_range(module, f"The hidden states behind block {block} leave")
-                if on_batch:
-                    on_batch()
-                self.carried.release()
-            self.carried.finish(block)
-            self.release()
+            hidden, output, opened = self._run(module, block, batch, windows)
+            # first, because it may be a view of what the block has read
+            self.carried.keep(block, output, opened, windows, len(self.states))
+            self.states[windows] = hidden.to(self.states)
+        if self.states.dtype == torch.float16 and not bool(self.states[windows].isfinite().all()):
+            self.refuse_range(module, f"The hidden states behind block {block} leave")
+        self.carried.release()
+
+    def finish(self, block: int) -> None:
+        """All batches have been advanced through ``block``."""
+        self.carried.finish(block)
+        self.release()
 
     def refuse_range(self, module: nn.Module, what: str) -> None:
         """Raise NumericalError: numbers are too large for float16; not where the block's own weights are no numbers.

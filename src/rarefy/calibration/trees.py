@@ -18,7 +18,7 @@ class Leaf:
 
 
 def children(value: Any) -> Iterator[tuple[Any, Any]]:
-    """What a container holds, by index, key or name of field; nothing for all else."""
+    """The elements of a container with their index, key or name of field; none for a value that is no container."""
     if isinstance(value, (tuple, list)):
         yield from enumerate(value)
     elif isinstance(value, MutableMapping):
@@ -56,7 +56,7 @@ def mapped(value: Any, change: Callable[[Place, Any], Any], place: Place = ()) -
 
 
 def at(value: Any, place: Place) -> Any:
-    """What is at ``place`` in ``value``. Raises LookupError where there is no such place."""
+    """The part of ``value`` at ``place``. Raises LookupError where there is no such place."""
     for key in place:
         value = dict(children(value))[key]
     return value

@@ -19,7 +19,7 @@ from typing import Annotated, cast
 import typer
 
 from rarefy import __version__
-from rarefy.cli import compare, evaluate, inspect, methods, prune, report, shrink, tune
+from rarefy.cli import bench, compare, evaluate, inspect, methods, pack, prune, report, shrink, tune
 from rarefy.cli.terminal import complain, plain_warnings
 from rarefy.errors import InputError, RankError, RarefyError
 
@@ -146,4 +146,7 @@ app.command("compare")(compare.compare)
 app.command("eval")(evaluate.evaluate)
 app.command("report")(report.report)
 app.command("inspect")(inspect.inspect)
+app.command("pack")(pack.pack)
+app.command("unpack")(pack.unpack)
+app.command("bench")(bench.bench)
 app.command("methods")(methods.methods)

@@ -98,7 +98,7 @@ def evaluate(
         from rarefy.models.source import resolve_model
 
         chosen_device = resolve_device(device or "auto")
-        source = resolve_model(str(folder.model if folder else model))
+        source = resolve_model(str(folder.model if folder else model), packed=True)
         dense_source = _dense(against, source) if against else None
         measures = _measures(sources, source, dense_source, sequence_length, max_windows, batch_size, bos)
         if tasks:
@@ -141,7 +141,7 @@ def _dense(name: str, source: ModelSource) -> ModelSource:
     from rarefy.models.source import resolve_model
 
     with _naming_against():
-        dense = resolve_model(name)
+        dense = resolve_model(name, packed=True)
     size, dense_size = (one.config.get_text_config(decoder=True).vocab_size for one in (source, dense))
     if size != dense_size:
         raise InputError(
@@ -169,7 +169,7 @@ def _measures(
         raise InputError.sentence(f"--bos asks for a start token, but the tokenizer of {source.name} has none.")
     contexts = [one.context for one in (source, dense) if one and one.context is not None]
     if length is None:
-        length = min(_FULL_LENGTH, *contexts)
+        length = min([_FULL_LENGTH, *contexts])  # some models have no longest context
     elif contexts and length > min(contexts):
         raise InputError("--sequence-length", length, f"at most {min(contexts)}, the model's longest context")
     bos_id = tokenizer.bos_token_id if bos else None

@@ -28,7 +28,7 @@ def methods() -> None:
             )
         for item in fields(method):
             if "help" in item.metadata and item.name in values:
-                choices = f" ({', '.join(item.metadata['choices'])})" if item.metadata["choices"] else ""
+                choices = f" ({', '.join(map(str, item.metadata['choices']))})" if item.metadata["choices"] else ""
                 value = values[item.name]
                 default = f"={value}" if value is not None else f", by {item.metadata['by']}"
                 print(f"    --set {item.name}{default}    {item.metadata['help']}{choices}")

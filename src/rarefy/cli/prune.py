@@ -126,6 +126,24 @@ def prune(
         Text, typer.Option(metavar="RATE", help="Learning rate of --match, falling linearly (default: 2e-4).")
     ] = None,
     match_batch: Annotated[Text, typer.Option(metavar="N", help="Windows per step of --match (default: 4).")] = None,
+    drift: Annotated[
+        Text,
+        typer.Option(
+            metavar="A", help="Share of the drift from the dense path that layers correct, such as 0.25 (default: 0)."
+        ),
+    ] = None,
+    refresh: Annotated[
+        bool | None,
+        typer.Option("--refresh/--no-refresh", help="Let later layers of a block see what was pruned before them."),
+    ] = None,
+    allocation: Annotated[
+        Text,
+        typer.Option(
+            metavar="RULE",
+            help="Sparsity of each layer at the same total: uniform, profile, or a .json or .csv file of globs and "
+            "sparsities (default: uniform).",
+        ),
+    ] = None,
     offload_dir: OffloadDir = None,
     texts: Annotated[
         bool,
@@ -167,6 +185,9 @@ def prune(
         "match": match,
         "match_lr": match_lr,
         "match_batch": match_batch,
+        "drift": drift,
+        "refresh": refresh,
+        "allocation": allocation,
     }
     world = World.current()
     folder = RunFolder(output) if output is not None else None
@@ -221,12 +242,16 @@ def _print_plan(plan: Plan, texts: bool) -> None:
     sites = [site for block in plan.blocks for site in block.sites]
     kinds = Counter((site.name.rpartition(".")[2], site.shape) for site in sites)
     rows = [["layer", "count", "shape", "to prune"]]
+    pruned_of: Counter[tuple[str, tuple[int, int]]] = Counter()
+    for site in sites:
+        pruned = site.shape[0] * site.shape[1] - plan.pattern_of(site).count(site.shape)
+        pruned_of[site.name.rpartition(".")[2], site.shape] += pruned
     for (kind, shape), count in kinds.items():
-        pruned = count * (shape[0] * shape[1] - plan.pattern.count(shape))
+        pruned = pruned_of[kind, shape]
         rows.append([kind, f"{count:,}", f"{shape[0]} x {shape[1]}", f"{pruned:,}"])
     rows.append(["all", f"{len(sites):,}", "", f"{forecast.pruned:,}"])
     print_table(rows)
-    print(f"{plan.method}, {plan.pattern}: {forecast.pruned:,} of {forecast.size:,} weights would be pruned")
+    print(f"{plan.method}, {plan.pattern_of}: {forecast.pruned:,} of {forecast.size:,} weights would be pruned")
     print(calibration_words(plan.recipe))
     each = "" if plan.num_ranks == 1 else f" for each of {plan.num_ranks} processes"
     print(f"peak memory, estimated: {memory_words(forecast.peak_bytes)} on {plan.device}{each}")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rarefy.cli.options import Bos, Device, Log, Quiet, RecipeFile, Text
+from rarefy.cli.options import Bos, Device, Log, Quiet, RecipeFile, Text, TextColumn
 from rarefy.cli.terminal import Terminal, print_table
 from rarefy.errors import InputError
 from rarefy.pruning.records import three_digits
@@ -41,6 +41,7 @@ def tune(
             help="What `prune` takes, several times with shares, as c4=0.7 (default: what MODEL was pruned with).",
         ),
     ] = None,
+    text_column: TextColumn = None,
     num_samples: Annotated[
         Text, typer.Option(metavar="N", help="Windows to train on (default: as MODEL was pruned with, else 32).")
     ] = None,

@@ -1,1 +1,1 @@
-"""What a model is worth and whether its files keep their promise."""
+"""What a model is worth: perplexity, divergence from the dense model, zero-shot tasks."""

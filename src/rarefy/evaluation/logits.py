@@ -1,4 +1,4 @@
-"""What perplexity and divergence share: the windows of a text, and a model's logits on them, slice by slice.
+"""Cuts a text into windows and computes a model's logits on them, slice by slice, for perplexity and divergence.
 
     tokens (n,)  --cut_windows-->  ids (windows, length)  --rows_of-->  Rows  --slices-->  logits
 

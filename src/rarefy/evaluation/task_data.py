@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from rarefy.calibration.documents import first_line
 from rarefy.errors import InputError
 
 Row = dict[str, Any]
@@ -251,9 +252,3 @@ _LAYOUTS: dict[tuple[str, str | None], _Layout] = {
     ("winogrande", None): _Layout("winogrande", ("validation",), _winogrande),
     ("super_glue", "boolq"): _Layout("boolq", ("validation",), _boolq),
 }
-
-
-def first_line(error: BaseException) -> str:
-    """The start of another library's message, without its full stop, to fit into a sentence."""
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(". ") if lines else type(error).__name__

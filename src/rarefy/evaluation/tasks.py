@@ -23,8 +23,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
+from rarefy.calibration.documents import first_line
 from rarefy.errors import InputError
-from rarefy.evaluation.task_data import LocalData, first_line
+from rarefy.evaluation.task_data import LocalData
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -87,7 +88,11 @@ def prepare(names: Sequence[str], folder: str | Path | None = None) -> Tasks:
         raise InputError.sentence(f"--tasks names {repeated} twice.")
     local = None
     if folder is not None:
-        local = LocalData(Path(folder).expanduser())
+        try:
+            local = LocalData(Path(folder).expanduser())
+        except RuntimeError as error:  # of ~name, where nobody has that name
+            reason = first_line(error)
+            raise InputError.sentence(f"--task-data is {str(folder)!r}, which cannot be found: {reason}.") from None
     with _quiet():
         manager, known = _manager(names, everything=local is None)
     for name in names:

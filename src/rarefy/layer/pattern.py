@@ -101,7 +101,7 @@ class Pattern(ABC):
             raise PatternError.sentence(f"The mask keeps {kept} weights, but {self} keeps {allowed}.")
 
     def excess(self, nonzero: Mask) -> Iterator[str]:
-        """What a weight with these non-zeros breaks of the pattern, each as the end of a sentence about the weight.
+        """How a weight with these non-zeros breaks the pattern, each way as the end of a sentence about the weight.
 
         A kept weight may be zero, so fewer non-zeros than the pattern keeps are no excess.
         """
@@ -190,7 +190,7 @@ class PerRow(Pattern):
         return keep_largest(_locked_first(scores, locked), self._kept_per_row(scores.shape[1]))
 
     def surest(self, mask: Mask, scores: Scores, share: float) -> Mask:
-        """The same for each row, of the weights that a row keeps."""
+        """As for any pattern, but with the share of each row's kept weights."""
         kept = math.floor(share * self._kept_per_row(mask.shape[1]))
         return keep_largest(scores.masked_fill(~mask, -math.inf), kept)
 
@@ -267,7 +267,7 @@ class NM(Pattern):
         return keep_largest_in_groups(_locked_first(scores, locked), self.keep, self.of)
 
     def surest(self, mask: Mask, scores: Scores, share: float) -> Mask:
-        """The same, but of a group at most N - 1, so that it has something to choose; for N = 1 it is all or none."""
+        """As for any pattern, but at most N - 1 of a group, which has then something to choose; for N = 1, 0 or 1."""
         most = keep_largest_in_groups(scores.masked_fill(~mask, -math.inf), max(1, self.keep - 1), self.of)
         num = min(math.floor(share * count(mask)), count(most))
         return keep_largest(scores.masked_fill(~most, -math.inf).reshape(-1), num).view_as(scores)
@@ -450,7 +450,7 @@ def _share(total: int, start: int, stop: int, length: int) -> int:
 
 
 def _refuse_slice(pattern: Pattern, kept: int | None) -> None:
-    """A slice has an exact count of its own, of which no share follows from the sparsity."""
+    """Raise PatternError for a slice: its count is its own, and no gradual masks follow from the sparsity."""
     if kept is not None:
         raise PatternError.sentence(f"A slice of {pattern} has no gradual masks.")
 

@@ -1,4 +1,4 @@
-"""What a method hands back: the sparse weight, its mask, and an honest account of how it went."""
+"""The answer of a method: the sparse weight, its mask, and an honest account of how it went."""
 
 from __future__ import annotations
 

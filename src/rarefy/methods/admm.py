@@ -124,7 +124,6 @@ class ADMM(IterativeMethod[_State]):
         return pattern.rows_independent
 
     def cost(self, shape: Shape, pattern: Pattern) -> Cost:
-        gradual = (
-            self.schedule == "cubic" and pattern.group > 1
-        )  # whose scores relative to their group are passes more
+        # Gradual masks of groups need scores relative to their group, which take two matrices more.
+        gradual = self.schedule == "cubic" and pattern.group > 1
         return Cost(self.steps + inversions(1, shape), weights=7 if gradual else 5, grams=2)

@@ -96,6 +96,10 @@ class Method(ABC):
         Raises NumericalError where the layer cannot be solved.
         """
 
+    def from_trivial(self, problem: LayerProblem, pattern: Pattern, only: Solution) -> Solution:
+        """What it makes of the ``only`` answer that there is where everything is kept: that, unless it rounds."""
+        return only
+
     def rows_independent(self, pattern: Pattern) -> bool:
         """Whether a row's answer never depends on other rows, so that layers may be stacked or split."""
         return False
@@ -176,12 +180,14 @@ def run(
     problem.check(name)
     started = time.perf_counter()
     kept = pattern.count(problem.shape)
-    if kept in (0, problem.W0.numel()):
-        mask = torch.full_like(problem.W0, bool(kept), dtype=torch.bool)
-        solution = Solution(apply_mask(problem.W0, mask), mask, Status.TRIVIAL)
+    if kept == 0:
+        solution = _trivial(problem, kept=False)
     else:
         try:
-            solution = method.solve(problem, pattern, start)
+            if kept == problem.W0.numel():
+                solution = method.from_trivial(problem, pattern, _trivial(problem, kept=True))
+            else:
+                solution = method.solve(problem, pattern, start)
             _check_contract(method, solution, pattern, problem, name)
         except NumericalError as error:
             solution = fallback(problem, pattern)
@@ -201,6 +207,12 @@ def check_rows_apart(method: Method, pattern: Pattern) -> None:
         raise PatternError.sentence(
             f"{method} changes the mask of each row by itself, but {pattern} has one mask for all rows."
         )
+
+
+def _trivial(problem: LayerProblem, kept: bool) -> Solution:
+    """W0, or zeros."""
+    mask = torch.full_like(problem.W0, kept, dtype=torch.bool)
+    return Solution(apply_mask(problem.W0, mask), mask, Status.TRIVIAL)
 
 
 def fallback(problem: LayerProblem, pattern: Pattern) -> Solution:

@@ -78,6 +78,11 @@ class Then(_Combination):
         assert found is not None  # there is at least one part
         return found
 
+    def from_trivial(self, problem: LayerProblem, pattern: Pattern, only: Solution) -> Solution:
+        for part in self.parts:
+            only = part.from_trivial(problem, pattern, only)
+        return only
+
 
 @dataclass(frozen=True, init=False)
 class BestOf(_Combination):

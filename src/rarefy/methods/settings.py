@@ -45,7 +45,7 @@ def hyper(
     *,
     low: float | None = None,
     high: float | None = None,
-    choices: tuple[str, ...] = (),
+    choices: tuple[str, ...] | tuple[int, ...] = (),
     by: str = "",
 ) -> Any:
     """A hyperparameter: its default, what it means, and the values it may take (bounds included).
@@ -70,8 +70,8 @@ def check_hyperparameters(method: Settable) -> None:
         low, high, choices = (item.metadata[key] for key in ("low", "high", "choices"))
         argument = f"{method.name}.{item.name}"
         if choices:
-            if value not in choices:
-                raise MethodError(argument, value, "one of " + ", ".join(choices))
+            if value not in choices or type(value) is not type(default):
+                raise MethodError(argument, value, "one of " + ", ".join(map(str, choices)))
         elif value is None and default is None:
             continue
         elif isinstance(default, bool):

@@ -13,6 +13,7 @@ from rarefy.methods.base import Method
 from rarefy.methods.compose import Then
 from rarefy.methods.dsnot import DSnoT
 from rarefy.methods.magnitude import Magnitude
+from rarefy.methods.quantize import Quantize
 from rarefy.methods.refit import PCG, Backsolve
 from rarefy.methods.ria import RIA
 from rarefy.methods.settings import Setting, assemble, hyperparameters, part_names, unknown_method
@@ -37,6 +38,7 @@ METHODS: dict[str, Method] = {
     "dsnot": DSnoT(),
     "pcg": PCG(),
     "backsolve": Backsolve(),
+    "quantize": Quantize(),
 }
 
 

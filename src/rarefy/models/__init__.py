@@ -1,1 +1,1 @@
-"""What differs between models: where their blocks are, and how checkpoints are read and written."""
+"""All that differs between models: where their blocks are, and how checkpoints are read and written."""

@@ -113,7 +113,10 @@ def replacing_folder(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def adding_folder(path: Path) -> Iterator[Path]:
-    """The same for a name that no folder has. Raises OutputError where one has it by then."""
+    """A new folder that takes the name ``path``, which no folder has, when the block ends well.
+
+    By then all that is in it is on the disk. Raises OutputError where the disk refuses, or a folder has the name.
+    """
     with _new_folder(path) as partial:
         yield partial
         _sync_content(partial)
@@ -144,10 +147,20 @@ def remove_folder(path: Path) -> None:
 # --- What both need ---------------------------------------------------------------------------------------
 
 
+def sync(path: Path) -> None:
+    """Bring a file, or the names in a folder, to the disk. Raises OSError."""
+    # Windows syncs only what is open for writing, and that no folder can be.
+    descriptor = os.open(path, os.O_RDWR if sys.platform == "win32" else os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def sync_folder(folder: Path) -> None:
     """Bring the names in ``folder`` to the disk, where the system has a way to do that."""
     with suppress(OSError):  # some network file systems refuse, and keep names in order anyway
-        _sync(folder)
+        sync(folder)
 
 
 def appears(path: Path, seconds: float = 60.0) -> bool:
@@ -192,18 +205,8 @@ def _sync_content(folder: Path) -> None:
     for parent, _, files in os.walk(folder):
         for name in files:
             if not (file := Path(parent, name)).is_symlink():
-                _sync(file)
+                sync(file)
         sync_folder(Path(parent))
-
-
-def _sync(path: Path) -> None:
-    """Bring a file, or the names in a folder, to the disk."""
-    # Windows syncs only what is open for writing, and that no folder can be.
-    descriptor = os.open(path, os.O_RDWR if sys.platform == "win32" else os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _copied_by_kernel(source: int, target: int, size: int) -> int:

@@ -56,6 +56,10 @@ def load_model(
     elif source.quantization is not None:
         config.quantization_config = source.quantization
         options["quantization_config"] = dequantizing_config(source.quantization)
+    elif source.packing is not None:
+        config.quantization_config = deepcopy(source.packing)
+        if target.type != "cpu":
+            options["device_map"] = {"": target}  # it is unpacked where it is loaded to
     auto_class: Any = AutoModelForCausalLM  # from_pretrained is typed without the loading info
     with quiet(), quick_reading() if gguf else nullcontext():
         try:
@@ -84,7 +88,8 @@ def load_model(
             f"{min(surplus)} for instance; they are {'left out' if gguf else 'not used'}.",
             stacklevel=2,
         )
-    _make_ordinary(model)
+    if source.packing is None:
+        _make_ordinary(model)
     model.to(target).eval().requires_grad_(False)
     return model, tokenizer
 

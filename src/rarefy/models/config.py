@@ -1,4 +1,4 @@
-"""Reads a model's config.json as transformers understands it, and takes the detours of older or other tools out.
+"""Reads a model's config.json as transformers understands it, however older or other tools have written it.
 
 Dtypes may be spelt as older tools spelt them, and a model within a model (the language model of one that also
 sees, say) may leave its dtype to the outer one.

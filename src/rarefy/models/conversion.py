@@ -80,7 +80,7 @@ class Group:
         return {name: tensor.detach().to(self.dtype) for name, tensor in made.items()} if self.dequantize else made
 
     def store(self, model: PreTrainedModel, targets: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What is written back, made from all targets, in the targets' dtype."""
+        """The tensors to write back, made from all targets, in the targets' dtype."""
         if self.converter is None:
             return {self.sources[0]: targets[self.name]}
         if self.placeless:

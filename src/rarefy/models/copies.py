@@ -27,10 +27,10 @@ from rarefy.models.weight_files import INDEX, PICKLED, SAFETENSORS
 
 @dataclass(frozen=True)
 class CopiedTensor:
-    """A tensor as it is to be in the copy, in the file that ``file`` becomes.
+    """A tensor of the copy, which goes into the copy of the checkpoint's ``file``.
 
-    ``make`` gives what it is before pruning, ``code`` is its dtype as safetensors calls it. Where ``same``, it is
-    in the checkpoint as it is to be here.
+    ``make`` gives its values before pruning, ``code`` is its dtype as safetensors calls it. ``same`` says whether
+    the checkpoint holds the same bytes, so that they can be copied with their file.
     """
 
     file: Path
@@ -204,7 +204,7 @@ class ShardCopies:
 
 
 def _safe_name(name: str) -> str:
-    """What the copy of a file of weights (or of its index, without its ending) is called: they are safetensors."""
+    """The name of the copy of a file of weights, which is always safetensors, or of its index without its ending."""
     if not name.endswith(".bin"):
         return name
     stem = name.removesuffix(".bin")
@@ -238,7 +238,7 @@ def _laid_out(source: Path, copy: Path, content: Mapping[str, CopiedTensor]) -> 
 
 
 def _metadata(source: Path) -> dict[str, str]:
-    """What a safetensors file says beside its tensors; a pickled one says nothing."""
+    """The metadata of a safetensors file; none of a pickled one."""
     if source.suffix == ".bin" or not source.is_file():
         return {}
     try:
@@ -258,7 +258,7 @@ def _header(file: _NewFile) -> bytes:
 
 
 def _layout(file: Path) -> tuple[int, bytes]:
-    """What a file and a copy with other values have in common: its size and its header."""
+    """The size and the header of a file, in which a copy with other values equals it."""
     size = file.stat().st_size
     try:
         return size, read_header(file)[0]

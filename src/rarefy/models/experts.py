@@ -63,7 +63,7 @@ class ExpertSite(Site):
 
 @dataclass(frozen=True)
 class Call:
-    """What a fused module is called with: tokens, the experts chosen for each, and these experts' weights.
+    """The arguments of a fused module: tokens, the experts chosen for each, and these experts' weights.
 
     Without ``index``, ``hidden`` holds all tokens once for each expert, zero where it is not chosen.
     """
@@ -101,12 +101,12 @@ class FusedExperts(Mixture):
 
     @property
     def widths(self) -> set[int]:
-        """What an expert reads and puts out."""
+        """The widths of an expert's input and output."""
         (_, a, b), (_, c, d) = (getattr(self.module, stack).shape for stack in (self.inner, self.down))
         return {a, d} if self.transposed else {b, c}
 
     def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
-        """What the module is called with, given the arguments of its forward."""
+        """The call that the arguments of the module's forward are. Raises ModelError where they are none."""
         values = [*args, *(kwargs[key] for key in self._arguments[len(args) :])]
         hidden = values[0].reshape(-1, values[0].shape[-1])
         if len(values) == 1:
@@ -138,7 +138,7 @@ class FusedExperts(Mixture):
         return call.hidden[call.hidden.any(dim=1)] if call.index is None else call.hidden
 
     def intermediate(self, expert: int, X: Float[Tensor, "tokens in"]) -> Float[Tensor, "tokens inner"]:
-        """What the down projection of ``expert`` reads when the expert reads X: act(gate X) * up X, or act(up X)."""
+        """The input of the down projection of ``expert``, whose own input is X: act(gate X) * up X, or act(up X)."""
         inner = self._product(self.inner, expert, X)
         if not self.gated:
             return self._activate(inner)
@@ -220,13 +220,13 @@ class ListedExperts(Mixture):
 
     @property
     def widths(self) -> set[int]:
-        """What an expert reads."""
+        """The width of an expert's input."""
         return {self.sites[0].shape[1]}
 
 
 @dataclass
 class Found:
-    """What ``find_mixtures`` finds in a block: mixtures, the modules of routers by id, and what is not understood."""
+    """The mixtures of a block, the modules of its routers by id, and experts of an unknown form (hindrances)."""
 
     mixtures: list[Mixture] = field(default_factory=list)
     routers: set[int] = field(default_factory=set)
@@ -285,9 +285,9 @@ def _alike(modules: Sequence[nn.Module]) -> bool:
 
 
 def _gates(block: nn.Module, path: str, sizes: set[int], widths: set[int]) -> tuple[list[nn.Module], bool]:
-    """What chooses among the experts at ``path``, and weighs them; and whether something surely does choose.
+    """The routers and gates of the experts at ``path``, and whether one of them surely is a router.
 
-    It is beside the experts, or beside a module around them, the innermost with a router beside it. A router ends
+    A router is beside the experts, or beside a module around them, the innermost with one beside it. A router ends
     in as many numbers as there are experts, the gate of a shared expert in one; some routers choose among more
     than experts. What leads back to a width of hidden states is neither: shared experts, projections around the
     experts, attention.

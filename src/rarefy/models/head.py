@@ -34,7 +34,7 @@ def base_output(model: PreTrainedModel, ids: Int64[Tensor, "batch length"]) -> F
 
 
 def predicting(values: Float[Tensor, "batch length _"]) -> Float[Tensor, "rows _"]:
-    """All positions but each window's last, which predicts nothing, in one row after the other."""
+    """A row for each position of each window but its last, which predicts nothing."""
     return values[:, :-1].flatten(0, 1)
 
 

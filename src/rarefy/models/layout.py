@@ -1,4 +1,4 @@
-"""What the copy of a checkpoint is to hold: which tensors, of which dtype, and what they are before pruning."""
+"""Says which tensors the copy of a checkpoint holds, in which dtype, and with which values before pruning."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from rarefy.models.stored import CODES, StoredTensor
 def lay_out(
     model: PreTrainedModel, plan: Plan, shards: Shards, changed: Collection[str], cast: bool
 ) -> dict[str, CopiedTensor]:
-    """What a copy of the checkpoint holds for ``model``, whose parameters ``changed`` are to be written into it.
+    """The tensors of a copy of the checkpoint, into which the parameters ``changed`` of ``model`` are to be written.
 
     A tensor keeps its name, dtype and shape, but for these: quantised ones become ordinary weights in the
     model's dtype. If ``cast``, tensors that the model knows are in its dtype, and those that it has no place for
@@ -66,7 +66,7 @@ def _dequantized(group: Group, made: _DequantizedGroup, file: Path) -> dict[str,
 
 
 class _DequantizedGroup:
-    """What a group is written as, made together and taken one by one: the copy is written in this order."""
+    """The tensors that a group is written as: made together, taken one by one in the order of the copy."""
 
     def __init__(self, group: Group, model: PreTrainedModel, shards: Shards) -> None:
         self._group, self._model, self._shards = group, model, shards

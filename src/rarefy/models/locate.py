@@ -35,7 +35,9 @@ def locate(name: str) -> tuple[Kind, Path | None]:
         raise ModelError.sentence(f"{name} cannot be read: {reason}.") from error
     is_gguf = path.suffix.lower() == ".gguf"
     if is_folder:
-        return "folder", path / "model" if (path / "run.json").is_file() else path
+        # A packed run has the model's files beside its own.
+        is_run = (path / "run.json").is_file() and not (path / "config.json").is_file()
+        return "folder", path / "model" if is_run else path
     if exists and is_gguf:
         return "gguf", path
     if exists:

@@ -38,11 +38,18 @@ def free_bytes(device: torch.device) -> int:
         return torch.cuda.mem_get_info(device)[0]
     free = int(psutil.virtual_memory().available)
     with suppress(OSError, ValueError):  # "max" where a container has no limit
-        limit, used = (
-            int(Path(f"/sys/fs/cgroup/memory.{name}").read_text(encoding="ascii")) for name in ("max", "current")
-        )
-        free = min(free, limit - used)
+        free = min(free, _free_in_container(Path("/sys/fs/cgroup")))
     return max(0, free)
+
+
+def _free_in_container(group: Path) -> int:
+    """What is left of the limit of a control group (version 2). Raises OSError or ValueError where it has none.
+
+    Pages of files that were read and are not in use count as used there, but the kernel frees them when it must.
+    """
+    limit, used = (int((group / f"memory.{name}").read_text(encoding="ascii")) for name in ("max", "current"))
+    statistics = dict(line.split() for line in (group / "memory.stat").read_text(encoding="ascii").splitlines())
+    return limit - used + int(statistics.get("inactive_file", 0))
 
 
 def give_back() -> None:

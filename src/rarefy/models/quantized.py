@@ -61,7 +61,7 @@ def make_dequantizer(name: str, quantization: Mapping[str, Any]) -> HfQuantizer:
 
 
 def dequantizing_config(quantization: Mapping[str, Any]) -> Any:
-    """The same settings as transformers has them, with the wish that weights be dequantised while they are read."""
+    """The object that transformers has for these settings, set to dequantise weights while they are read."""
     return AutoQuantizationConfig.from_dict({**deepcopy(dict(quantization)), "dequantize": True})
 
 

@@ -1,4 +1,4 @@
-"""All of a model's folder but its weights: settings, tokenizer, chat templates, processors, licence.
+"""Reads and copies what is in a model's folder beside its weights: config, tokenizer, chat templates, licence.
 
 What is copied is what is in the folder, not what the installed transformers would write in its place: the
 config of a model that also sees or hears stays that of the whole model, for instance.
@@ -7,12 +7,12 @@ config of a model that also sees or hears stays that of the whole model, for ins
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from rarefy.errors import ModelError
-from rarefy.models.atomic import copy_file, refusals
+from rarefy.models.atomic import copy_file, refusals, replace_file
 
 #: The files that belong to a model beside its weights, also those that only some tokenizers have.
 SETTINGS = ("*.json", "*.jinja", "*.txt", "*.model", "*.model.v*", "*.tiktoken", "*.bpe", "LICENSE*", "NOTICE*")
@@ -22,19 +22,34 @@ _WEIGHTS_INDEX = ".index.json"
 _NOT_IN_CONFIG = {"quantization_config", "compression_config", "sparsity_config", "auto_map"}
 _NOT_IN_CONFIG |= {"_name_or_path", "_model_name_or_path"}
 _NOT_IN_TOKENIZER_CONFIG = {"auto_map", "name_or_path", "is_local", "local_files_only"}
+_MOST_LEVELS = 100
 _DTYPE_KEYS = ("dtype", "torch_dtype")  # older releases of transformers know the second only
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises ModelError where there is none."""
+    """The object in a JSON file. Raises ModelError where there is none, or it is nested too deeply."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
+        _refuse_deep(content)
     except (OSError, ValueError, RecursionError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".:")
         raise ModelError.sentence(f"{file} cannot be read as JSON: {reason}.") from error
     if not isinstance(content, dict):
         raise ModelError.sentence(f"{file} is JSON, but no object with keys.")
     return content
+
+
+def _refuse_deep(content: Any) -> None:
+    """Raise ValueError where JSON is nested more deeply than any settings are."""
+    level, depth = [content], 0
+    while level := [child for value in level for child in _children(value)]:
+        depth += 1
+        if depth > _MOST_LEVELS:
+            raise ValueError(f"it is nested in more than {_MOST_LEVELS} levels")
+
+
+def _children(value: Any) -> Iterable[Any]:
+    return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
 
 
 def settings_files(folder: Path) -> list[Path]:
@@ -44,10 +59,10 @@ def settings_files(folder: Path) -> list[Path]:
 
 
 def copy_settings(source: Path, folder: Path, dtype: str | None = None, sections: Sequence[str] = ()) -> None:
-    """Copy them into ``folder``, replacing what is there, without a word of quantisation, sparsity or places.
+    """Copy the settings of a model from ``source`` into ``folder``, replacing what is there.
 
-    ``dtype``: the config says this one from now on, for the model and in its ``sections``. Raises
-    OutputError where the disk refuses.
+    Every word of quantisation, sparsity and the places they came from is left out. Where ``dtype`` is given, the
+    config says it from now on, for the model and in its ``sections``. Raises OutputError where the disk refuses.
     """
     for file in settings_files(source):
         target = folder / file.relative_to(source)
@@ -105,4 +120,4 @@ def _drop_keys(file: Path, keys: set[str]) -> None:
 
 
 def _write_json(file: Path, content: dict[str, Any]) -> None:
-    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    replace_file(file, json.dumps(content, indent=2, ensure_ascii=False) + "\n")

@@ -36,6 +36,9 @@ from rarefy.models.quiet import cannot, first_line, quiet
 from rarefy.models.settings import SETTINGS, read_json, settings_files
 from rarefy.models.weight_files import SAFETENSORS, find_weight_files, possible_files
 
+#: What config.json of a packed model calls the method.
+PACKED = "rarefy"
+
 
 @dataclass(frozen=True)
 class ModelSource:
@@ -43,8 +46,8 @@ class ModelSource:
 
     ``path`` is the folder with config.json, or the GGUF file; for a model of the hub it is the folder
     of its settings in the local cache, to which ``fetch`` adds the weights. ``quantization`` is what
-    config.json says of quantised weights, which are dequantised while they are read; ``config`` does not
-    say it.
+    config.json says of quantised weights, which are dequantised while they are read, and ``packing`` what it
+    says of weights that Rarefy packed; ``config`` says neither.
     """
 
     name: str
@@ -52,6 +55,7 @@ class ModelSource:
     path: Path
     config: PreTrainedConfig = field(repr=False)
     quantization: dict[str, Any] | None = field(default=None, repr=False)
+    packing: dict[str, Any] | None = field(default=None, repr=False)
 
     @property
     def context(self) -> int | None:
@@ -89,22 +93,25 @@ class ModelSource:
         return folder
 
 
-def resolve_model(name: str) -> ModelSource:
+def resolve_model(name: str, packed: bool = False) -> ModelSource:
     """What ``name`` means, checked as far as that goes without loading weights.
 
     Of a model on the hub only the settings are fetched. A folder that ``rarefy prune`` wrote stands for
     the model in it. Raises ModelError where there is no such model, or it is damaged, an adapter, quantised
-    in a way that cannot be undone, or no decoder-only language model.
+    in a way that cannot be undone, or no decoder-only language model; and, unless ``packed``, where it is packed.
     """
     kind, path = _locate(name)
     if kind == "gguf":
         check_gguf(path)
         source = ModelSource(name, kind, path, read_gguf_config(name, path))
     else:
-        quantization = _check_settings(name, path)
+        quantization, packing = _check_settings(name, path)
+        if packing is not None and not packed:
+            raise ModelError.sentence(f"{name} is packed: `rarefy unpack` makes the ordinary model of it again.")
         if kind == "folder":
             _check_weights(name, path)
-        source = ModelSource(name, kind, path, read_config(name, path, quantization is not None), quantization)
+        config = read_config(name, path, quantization is not None)
+        source = ModelSource(name, kind, path, config, quantization, packing)
     _refuse_unless_causal(source)
     return source
 
@@ -140,8 +147,11 @@ def _from_hub(name: str, patterns: tuple[str, ...], show_progress: bool = False)
         raise ModelError.sentence(f"There is no folder {name}, and {reason}.") from error
 
 
-def _check_settings(name: str, folder: Path) -> dict[str, Any] | None:
-    """What the folder's config.json says of quantisation. Raises ModelError unless it is that of a model alone."""
+def _check_settings(name: str, folder: Path) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+    """What the folder's config.json says of quantisation, and what of packing.
+
+    Raises ModelError unless it is that of a model alone.
+    """
     adapter = folder / "adapter_config.json"
     if not (folder / "config.json").is_file():
         if adapter.is_file():
@@ -157,9 +167,11 @@ def _check_settings(name: str, folder: Path) -> dict[str, Any] | None:
     for file in settings_files(folder):
         refuse_outside(folder, file)
     quantization = quantization_of(read_json(folder / "config.json"))
+    if quantization is not None and quantization.get("quant_method") == PACKED:
+        return None, quantization
     if quantization is not None:
         make_dequantizer(name, quantization)
-    return quantization
+    return quantization, None
 
 
 def _check_weights(name: str, folder: Path) -> None:

@@ -67,7 +67,7 @@ def unnamed_files(files: WeightFiles) -> list[Path]:
 
 
 def possible_files(folder: Path) -> Iterator[WeightFiles]:
-    """What a model's weights may be in, in the order in which transformers looks: what an index names, or one file.
+    """The files that a model's weights may be in, in transformers' order: those that an index names, or one file.
 
     Raises ModelError for an index that is none, or that names what is not in its folder.
     """

@@ -1,12 +1,12 @@
-"""Rounds kept weights to codes of 8 or 4 bits, with a scale for each group of columns of a row.
+"""Kept weights as codes of 8 or 4 bits, with a scale for each group of columns of a row.
 
-The nearest code is taken; nothing is compensated (that is a method's business, which knows the layer problem).
+8 bits   weight = code * scale, code from -127 to 127
+4 bits   weight = (2 code - 15) * scale, code from 0 to 15
 
-8 bits   weight = code * scale, code from -127 to 127, scale = largest / 127
-4 bits   weight = (2 code - 15) * scale, code from 0 to 15, scale = largest / 15
-
-``largest`` is the greatest magnitude in the group. Zeros are in the mask, so 4 bits need no code for zero, and all 16
-stand for kept weights.
+Zeros are in the mask, so 4 bits need no code for zero, and all 16 stand for kept weights. A group that the method
+`quantize` has rounded shows its scale (layer/grid.py), and loses nothing. Any other group is rounded to the nearest
+code with the scale largest / 127 or largest / 15, where ``largest`` is its greatest magnitude; nothing is compensated
+(that is a method's business, which knows the layer problem).
 """
 
 from __future__ import annotations
@@ -15,10 +15,21 @@ import torch
 from jaxtyping import Float, Int, Int64, UInt8
 from torch import Tensor
 
-#: How many columns share a scale, by bits.
+from rarefy.layer.grid import LARGEST, find_scale, nearest
+
+#: How many columns share a scale where nothing shows it, by bits.
 GROUPS = {8: 128, 4: 64}
 
-_LARGEST = {8: 127, 4: 15}
+# Numbers of columns that may share one in a weight that has been rounded, and rows that are looked at to find it.
+_WIDTHS, _ROWS = (512, 256, 128, 64), 64
+
+
+def group_of(weight: Float[Tensor, "rows width"], bits: int) -> int:
+    """How many columns share a scale in a weight that has been rounded to ``bits``; else what is usual."""
+    for group in _WIDTHS:
+        if not find_scale(_grouped(weight[:_ROWS], group), bits).isnan().any():
+            return group
+    return GROUPS[bits]
 
 
 def encode(
@@ -28,17 +39,22 @@ def encode(
 
     What stands for a zero means nothing. Scales are rounded first, so codes are the nearest for the stored scale.
     """
+    grouped = _grouped(weight, group)
+    scale = (grouped.abs().amax(dim=2) / LARGEST[bits]).to(torch.float16)
+    if not find_scale(grouped[:1], bits).isnan().all():  # a row tells whether it is worth while
+        shown = find_scale(grouped, bits)
+        scale = torch.where(shown == shown.to(torch.float16), shown.to(torch.float16), scale)
+    whole = nearest(grouped, scale.float().unsqueeze(2), bits).view(len(weight), -1)[:, : weight.shape[1]]
+    return whole.to(torch.int8) if bits == 8 else whole.add_(LARGEST[4]).div_(2).to(torch.uint8), scale
+
+
+def _grouped(weight: Float[Tensor, "rows width"], group: int) -> Float[Tensor, "rows groups group"]:
+    """The weight in float32, its rows filled up with zeros to whole groups."""
     rows, width = weight.shape
     groups = -(-width // group)
     filled = torch.zeros(rows, groups * group, device=weight.device)
     filled[:, :width] = weight
-    filled = filled.view(rows, groups, group)
-    scale = (filled.abs().amax(dim=2) / _LARGEST[bits]).to(torch.float16)
-    step = scale.float().unsqueeze(2)
-    units = torch.where(step > 0, filled / step, 0.0).view(rows, -1)[:, :width]
-    if bits == 8:
-        return units.round_().clamp_(-127, 127).to(torch.int8), scale
-    return units.add_(15).div_(2).round_().clamp_(0, 15).to(torch.uint8), scale
+    return filled.view(rows, groups, group)
 
 
 def integers(codes: Int[Tensor, " count"]) -> Int[Tensor, " count"]:

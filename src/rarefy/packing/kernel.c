@@ -29,15 +29,17 @@ enum kind { BF16, FP16, FP32, INT8, INT4, KINDS };
 enum path { PLAIN, NEON, AVX2, AVX512, AVX512_BF16, PATHS };
 
 /* How a path wants the vectors: as they are in bfloat16, in float32, in float32 with the even columns of every 32
-   before the odd ones, or in 16-bit integers. */
-enum form { X_BF16, X_FLOAT, X_EVEN_ODD, X_INT };
+   before the odd ones, in 16-bit integers, or in these as high and low bytes, 64 of each in turn. */
+enum form { X_BF16, X_FLOAT, X_EVEN_ODD, X_INT, X_BYTES };
 
 #define CHUNK 64
 #define MOST_VECTORS 8
-/* Values are fetched this many bytes ahead of their use. One core of a server waits for memory most of the time;
-   without this it reads hardly more than half of what it can. */
-#define AHEAD 2048
+/* Values are fetched this many bytes ahead of their use, into the first cache and into the second. One core of a server
+   waits for memory most of the time; without this it reads hardly more than half of what it can. */
+#define AHEAD 1024
+#define FAR_AHEAD 4096
 #define INLINE static inline __attribute__((always_inline))
+#define UNROLL _Pragma("GCC unroll 8")
 
 struct task {
     const void *values;
@@ -47,6 +49,7 @@ struct task {
     int64_t count, rows, width, stride, chunks, group, groups; /* stride: bytes of mask a row */
     const void *x;       /* (vectors, x_stride), in the form of the path, zeros beyond the width */
     const float *x_scale; /* (vectors, groups); codes only */
+    const float *x_sum;   /* (vectors, groups): the sums of the vectors, for X_BYTES */
     int64_t x_stride;
 };
 
@@ -123,7 +126,9 @@ INLINE int row_bounds(const struct task *t, int64_t row, int64_t *begin, int64_t
     int used = __builtin_popcountll(m);                                                                                \
     if (used > end - at)                                                                                               \
         return 0;
-#define FETCH_AHEAD(VALUES, BYTES) __builtin_prefetch((const char *)(VALUES) + (BYTES) + AHEAD)
+#define FETCH_AHEAD(VALUES, BYTES)                                                                                     \
+    (__builtin_prefetch((const char *)(VALUES) + (BYTES) + AHEAD),                                                     \
+     __builtin_prefetch((const char *)(VALUES) + (BYTES) + FAR_AHEAD, 0, 2))
 
 /* --- Plain C ------------------------------------------------------------------------------------------------- */
 
@@ -206,9 +211,10 @@ PLAIN_KIND(INT4)
 #if defined(X86) || defined(ARM)
 
 /* For each byte of a mask, which of the next 8 values comes to which of 8 columns; 0x80 for a zero. The first
-   table moves values of one byte, the second values of two. */
+   table moves values of one byte, the second values of two, the third these to the upper half of four. */
 static uint8_t places[256][8] __attribute__((aligned(64)));
 static uint8_t places_of_two[256][16] __attribute__((aligned(64)));
+static uint8_t places_of_bfloat[256][32] __attribute__((aligned(64)));
 
 __attribute__((constructor)) static void fill_places(void) {
     for (int byte = 0; byte < 256; byte++)
@@ -217,6 +223,8 @@ __attribute__((constructor)) static void fill_places(void) {
             places[byte][column] = kept ? next : 0x80;
             places_of_two[byte][2 * column] = kept ? 2 * next : 0x80;
             places_of_two[byte][2 * column + 1] = kept ? 2 * next + 1 : 0x80;
+            memset(places_of_bfloat[byte] + 4 * column, 0x80, 2);
+            memcpy(places_of_bfloat[byte] + 4 * column + 2, places_of_two[byte] + 2 * column, 2);
             next += kept;
         }
 }
@@ -266,6 +274,13 @@ FOR_AVX2 INLINE __m128i avx2_two(uint64_t m, uint64_t before, int k, const uint8
     return _mm_shuffle_epi8(next, _mm_load_si128((const __m128i *)places_of_two[m >> 8 * k & 255]));
 }
 
+/* bfloat16 as float32: each value goes to the upper half of its column. */
+FOR_AVX2 INLINE __m256 avx2_bfloat(uint64_t m, uint64_t before, int k, const uint8_t *values) {
+    __m128i next = _mm_loadu_si128((const __m128i *)(values + 2 * (before >> 8 * k & 255)));
+    __m256i place = _mm256_load_si256((const __m256i *)places_of_bfloat[m >> 8 * k & 255]);
+    return _mm256_castsi256_ps(_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(next), place));
+}
+
 FOR_AVX2 INLINE __m256i avx2_four(uint64_t m, uint64_t before, int k, const uint8_t *values) {
     __m256i next = _mm256_loadu_si256((const __m256i *)(values + 4 * (before >> 8 * k & 255)));
     __m256i place = _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)places[m >> 8 * k & 255]));
@@ -296,6 +311,7 @@ FOR_AVX2 INLINE int avx2_float_dot(const struct task *t, int64_t row, float *y, 
     __m256 sums[MOST_VECTORS];
     uint8_t copy[4 * (CHUNK + 8)];
     int size = kind == FP32 ? 4 : 2;
+    UNROLL
     for (int i = 0; i < n; i++)
         sums[i] = _mm256_setzero_ps();
     FOR_EACH_CHUNK(t, row) {
@@ -304,6 +320,7 @@ FOR_AVX2 INLINE int avx2_float_dot(const struct task *t, int64_t row, float *y, 
         const uint8_t *values = readable(t, at, used, size, copy);
         const float *x = (const float *)t->x + CHUNK * j;
         FETCH_AHEAD(values, 0);
+        UNROLL
         for (int k = 0; k < 8; k++) {
             __m256 w;
             if (kind == FP32)
@@ -311,13 +328,14 @@ FOR_AVX2 INLINE int avx2_float_dot(const struct task *t, int64_t row, float *y, 
             else if (kind == FP16)
                 w = _mm256_cvtph_ps(avx2_two(m, before, k, values));
             else
-                w = _mm256_castsi256_ps(
-                    _mm256_slli_epi32(_mm256_cvtepu16_epi32(avx2_two(m, before, k, values)), 16));
+                w = avx2_bfloat(m, before, k, values);
+            UNROLL
             for (int i = 0; i < n; i++)
                 sums[i] = _mm256_fmadd_ps(w, _mm256_loadu_ps(x + i * t->x_stride + 8 * k), sums[i]);
         }
         at += used;
     }
+    UNROLL
     for (int i = 0; i < n; i++)
         y[i] = sum_256(sums[i]);
     return 1;
@@ -328,6 +346,7 @@ FOR_AVX2 INLINE int avx2_code_dot(const struct task *t, int64_t row, float *y, i
     __m256i parts[MOST_VECTORS];
     uint8_t copy[CHUNK + 8];
     int64_t per_group = t->group / CHUNK;
+    UNROLL
     for (int i = 0; i < n; i++) {
         sums[i] = _mm256_setzero_ps();
         parts[i] = _mm256_setzero_si256();
@@ -339,9 +358,11 @@ FOR_AVX2 INLINE int avx2_code_dot(const struct task *t, int64_t row, float *y, i
             kind == INT8 ? readable(t, at, used, 1, copy) : avx2_four_bits(t, at, used, copy);
         const int16_t *x = (const int16_t *)t->x + CHUNK * j;
         FETCH_AHEAD((const uint8_t *)t->values, kind == INT8 ? at : at / 2);
+        UNROLL
         for (int k = 0; k < 8; k += 2) {
             __m256i w = _mm256_cvtepi8_epi16(
                 _mm_unpacklo_epi64(avx2_one(m, before, k, values), avx2_one(m, before, k + 1, values)));
+            UNROLL
             for (int i = 0; i < n; i++)
                 parts[i] = _mm256_add_epi32(
                     parts[i],
@@ -351,6 +372,7 @@ FOR_AVX2 INLINE int avx2_code_dot(const struct task *t, int64_t row, float *y, i
         if ((j + 1) % per_group == 0 || j + 1 == t->chunks) {
             int64_t g = j / per_group;
             float scale = half_to_float(t->scale[row * t->groups + g]);
+            UNROLL
             for (int i = 0; i < n; i++) {
                 __m256 both = _mm256_set1_ps(scale * t->x_scale[i * t->groups + g]);
                 sums[i] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(parts[i]), both, sums[i]);
@@ -358,6 +380,7 @@ FOR_AVX2 INLINE int avx2_code_dot(const struct task *t, int64_t row, float *y, i
             }
         }
     }
+    UNROLL
     for (int i = 0; i < n; i++)
         y[i] = sum_256(sums[i]);
     return 1;
@@ -373,6 +396,7 @@ FOR_AVX2 INLINE int avx2_expand(const struct task *t, int64_t row, void *out, in
             kind == INT4 ? avx2_four_bits(t, at, used, copy) : readable(t, at, used, size, copy);
         int64_t columns = smaller(CHUNK, t->width - CHUNK * j);
         uint8_t *to = columns == CHUNK ? (uint8_t *)out + size * CHUNK * j : chunk;
+        UNROLL
         for (int k = 0; k < 8; k++)
             if (kind == FP32)
                 _mm256_storeu_si256((__m256i *)(to + 32 * k), avx2_four(m, before, k, values));
@@ -414,30 +438,35 @@ FOR_AVX512 INLINE __m512i avx512_two(uint32_t m, const uint16_t *values) {
     return _mm512_maskz_expandloadu_epi16(m, values);
 }
 
+/* The codes of a chunk in their columns, as bytes without sign: a code of 8 bits plus 128, twice a code of 4 bits.
+   Where nothing is kept stands what is zero then, 128 or 15. */
 FOR_AVX512 INLINE __m512i avx512_codes(const struct task *t, uint64_t m, int used, int64_t at, int kind) {
     const uint8_t *values = (const uint8_t *)t->values;
     if (kind == INT8) {
         FETCH_AHEAD(values, at);
-        return _mm512_maskz_expandloadu_epi8(m, values + at);
+        return _mm512_xor_si512(_mm512_maskz_expandloadu_epi8(m, values + at), _mm512_set1_epi8(-128));
     }
-    /* Bytes 4 k to 4 k + 7 in quadword k, of which 8 fields are shifted to the low half of a byte each. */
+    /* Bytes 4 k to 4 k + 7 go into quadword k. Of each, 8 fields that begin a bit before a code are shifted to a byte
+       of their own; only the code, times two, is left of it. Which half of a byte comes first depends on `at`. */
     const __m512i spread = _mm512_set_epi8(
         35, 34, 33, 32, 31, 30, 29, 28, 31, 30, 29, 28, 27, 26, 25, 24, 27, 26, 25, 24, 23, 22, 21, 20, 23, 22, 21,
         20, 19, 18, 17, 16, 19, 18, 17, 16, 15, 14, 13, 12, 15, 14, 13, 12, 11, 10, 9, 8, 11, 10, 9, 8, 7, 6, 5, 4,
         7, 6, 5, 4, 3, 2, 1, 0);
-    const __m512i shifts = _mm512_set1_epi64(0x1c1814100c080400);
-    uint64_t odd = at & 1, bytes = (used + odd + 1) / 2;
-    __m512i pairs = _mm512_maskz_loadu_epi8(((uint64_t)1 << bytes) - 1, values + at / 2);
+    static const uint64_t shifts[2] = {0x1b17130f0b07033f, 0x1f1b17130f0b0703};
+    __m512i pairs;
+    if (t->count - at >= 2 * CHUNK + 2)
+        pairs = _mm512_loadu_si512(values + at / 2);
+    else
+        pairs = _mm512_maskz_loadu_epi8(((uint64_t)1 << (used + (at & 1) + 1) / 2) - 1, values + at / 2);
     FETCH_AHEAD(values, at / 2);
-    __m512i codes = _mm512_multishift_epi64_epi8(
-        _mm512_add_epi8(shifts, _mm512_set1_epi8(4 * odd)), _mm512_permutexvar_epi8(spread, pairs));
-    codes = _mm512_and_si512(codes, _mm512_set1_epi8(15));
-    codes = _mm512_sub_epi8(_mm512_add_epi8(codes, codes), _mm512_set1_epi8(15));
-    return _mm512_maskz_expand_epi8(m, codes);
+    __m512i fields = _mm512_multishift_epi64_epi8(
+        _mm512_set1_epi64(shifts[at & 1]), _mm512_permutexvar_epi8(spread, pairs));
+    return _mm512_mask_expand_epi8(_mm512_set1_epi8(15), m, _mm512_and_si512(fields, _mm512_set1_epi8(30)));
 }
 
 FOR_AVX512 INLINE int avx512_float_dot(const struct task *t, int64_t row, float *y, int n, int kind) {
     __m512 sums[MOST_VECTORS], others[MOST_VECTORS];
+    UNROLL
     for (int i = 0; i < n; i++)
         sums[i] = others[i] = _mm512_setzero_ps();
     FOR_EACH_CHUNK(t, row) {
@@ -446,6 +475,7 @@ FOR_AVX512 INLINE int avx512_float_dot(const struct task *t, int64_t row, float 
         FETCH_AHEAD(t->values, at * (kind == FP32 ? 4 : 2));
         if (kind == FP32)
             FETCH_AHEAD(t->values, at * 4 + 64);
+        UNROLL
         for (int k = 0; k < 2; k++) {
             uint32_t part = (uint32_t)(m >> 32 * k);
             __m512 w, v;
@@ -464,6 +494,7 @@ FOR_AVX512 INLINE int avx512_float_dot(const struct task *t, int64_t row, float 
                 }
             }
             at += __builtin_popcount(part);
+            UNROLL
             for (int i = 0; i < n; i++) {
                 const float *xi = x + i * t->x_stride + 32 * k;
                 sums[i] = _mm512_fmadd_ps(w, _mm512_loadu_ps(xi), sums[i]);
@@ -471,6 +502,7 @@ FOR_AVX512 INLINE int avx512_float_dot(const struct task *t, int64_t row, float 
             }
         }
     }
+    UNROLL
     for (int i = 0; i < n; i++)
         y[i] = _mm512_reduce_add_ps(_mm512_add_ps(sums[i], others[i]));
     return 1;
@@ -478,6 +510,7 @@ FOR_AVX512 INLINE int avx512_float_dot(const struct task *t, int64_t row, float 
 
 FOR_AVX512_BF16 INLINE int avx512_bf16_dot(const struct task *t, int64_t row, float *y, int n) {
     __m512 sums[MOST_VECTORS], others[MOST_VECTORS];
+    UNROLL
     for (int i = 0; i < n; i++)
         sums[i] = others[i] = _mm512_setzero_ps();
     FOR_EACH_CHUNK(t, row) {
@@ -487,52 +520,67 @@ FOR_AVX512_BF16 INLINE int avx512_bf16_dot(const struct task *t, int64_t row, fl
         __m512i w = avx512_two((uint32_t)m, values);
         __m512i v = avx512_two((uint32_t)(m >> 32), values + __builtin_popcount((uint32_t)m));
         at += used;
+        UNROLL
         for (int i = 0; i < n; i++) {
             const uint16_t *xi = x + i * t->x_stride;
             sums[i] = _mm512_dpbf16_ps(sums[i], (__m512bh)w, (__m512bh)_mm512_loadu_si512(xi));
             others[i] = _mm512_dpbf16_ps(others[i], (__m512bh)v, (__m512bh)_mm512_loadu_si512(xi + 32));
         }
     }
+    UNROLL
     for (int i = 0; i < n; i++)
         y[i] = _mm512_reduce_add_ps(_mm512_add_ps(sums[i], others[i]));
     return 1;
 }
 
+/* Sums of unsigned codes times signed bytes. With code = byte - zero, the sum of code * x is that of byte * x less zero
+   times the sum of x in the group, which has been counted once for all rows. */
 FOR_AVX512 INLINE int avx512_code_dot(const struct task *t, int64_t row, float *y, int n, int kind) {
-    __m512 sums[MOST_VECTORS];
-    __m512i parts[MOST_VECTORS], others[MOST_VECTORS];
-    int64_t per_group = t->group / CHUNK;
+    __m512 sums[MOST_VECTORS], corrections[MOST_VECTORS];
+    __m512i high[MOST_VECTORS], low[MOST_VECTORS];
+    float scales[MOST_VECTORS][16];
+    UNROLL
     for (int i = 0; i < n; i++) {
-        sums[i] = _mm512_setzero_ps();
-        parts[i] = others[i] = _mm512_setzero_si512();
+        sums[i] = corrections[i] = _mm512_setzero_ps();
+        high[i] = low[i] = _mm512_setzero_si512();
     }
-    int64_t left = per_group, g = 0;
+    int64_t per_group = t->group / CHUNK, left = per_group, g = 0, base = -16;
     FOR_EACH_CHUNK(t, row) {
         NEXT_BITS(t)
+        if (g == base + 16) { /* the scales of the next 16 groups */
+            __mmask16 there = (__mmask16)((1u << smaller(16, t->groups - g)) - 1);
+            __m512 scale = _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(there, t->scale + row * t->groups + g));
+            UNROLL
+            for (int i = 0; i < n; i++) {
+                const float *x_scale = t->x_scale + i * t->groups + g, *x_sum = t->x_sum + i * t->groups + g;
+                _mm512_storeu_ps(scales[i], _mm512_mul_ps(scale, _mm512_maskz_loadu_ps(there, x_scale)));
+                corrections[i] = _mm512_fmadd_ps(scale, _mm512_maskz_loadu_ps(there, x_sum), corrections[i]);
+            }
+            base = g;
+        }
         __m512i codes = avx512_codes(t, m, used, at, kind);
-        const int16_t *x = (const int16_t *)t->x + CHUNK * j;
-        __m512i w = _mm512_cvtepi8_epi16(_mm512_castsi512_si256(codes));
-        __m512i v = _mm512_cvtepi8_epi16(_mm512_extracti64x4_epi64(codes, 1));
+        const int8_t *x = (const int8_t *)t->x + 2 * CHUNK * j;
         at += used;
+        UNROLL
         for (int i = 0; i < n; i++) {
-            const int16_t *xi = x + i * t->x_stride;
-            parts[i] = _mm512_dpwssd_epi32(parts[i], w, _mm512_loadu_si512(xi));
-            others[i] = _mm512_dpwssd_epi32(others[i], v, _mm512_loadu_si512(xi + 32));
+            const int8_t *xi = x + i * t->x_stride;
+            high[i] = _mm512_dpbusd_epi32(high[i], codes, _mm512_loadu_si512(xi));
+            low[i] = _mm512_dpbusd_epi32(low[i], codes, _mm512_loadu_si512(xi + CHUNK));
         }
         if (--left == 0 || j + 1 == t->chunks) {
-            float scale = _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(t->scale[row * t->groups + g])));
+            UNROLL
             for (int i = 0; i < n; i++) {
-                __m512 both = _mm512_set1_ps(scale * t->x_scale[i * t->groups + g]);
-                __m512 part = _mm512_cvtepi32_ps(_mm512_add_epi32(parts[i], others[i]));
-                sums[i] = _mm512_fmadd_ps(part, both, sums[i]);
-                parts[i] = others[i] = _mm512_setzero_si512();
+                __m512 part = _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32(high[i], 8), low[i]));
+                sums[i] = _mm512_fmadd_ps(part, _mm512_set1_ps(scales[i][g - base]), sums[i]);
+                high[i] = low[i] = _mm512_setzero_si512();
             }
             left = per_group;
             g++;
         }
     }
+    UNROLL
     for (int i = 0; i < n; i++)
-        y[i] = _mm512_reduce_add_ps(sums[i]);
+        y[i] = _mm512_reduce_add_ps(sums[i]) - (kind == INT8 ? 128 : 15) * _mm512_reduce_add_ps(corrections[i]);
     return 1;
 }
 
@@ -541,9 +589,12 @@ FOR_AVX512 INLINE int avx512_expand(const struct task *t, int64_t row, void *out
         NEXT_BITS(t)
         int64_t columns = smaller(CHUNK, t->width - CHUNK * j);
         uint64_t within = columns == CHUNK ? ~(uint64_t)0 : ((uint64_t)1 << columns) - 1;
-        if (kind >= INT8)
-            _mm512_mask_storeu_epi8((int8_t *)out + CHUNK * j, within, avx512_codes(t, m, used, at, kind));
-        else if (kind == FP32)
+        if (kind >= INT8) {
+            __m512i zero = _mm512_set1_epi8(kind == INT8 ? -128 : 15);
+            __m512i codes = _mm512_sub_epi8(avx512_codes(t, m, used, at, kind), zero);
+            _mm512_mask_storeu_epi8((int8_t *)out + CHUNK * j, within, codes);
+        } else if (kind == FP32)
+            UNROLL
             for (int k = 0, next = 0; k < 4; k++) {
                 uint16_t part = (uint16_t)(m >> 16 * k);
                 __m512i w = _mm512_maskz_expandloadu_epi32(part, (const uint32_t *)t->values + at + next);
@@ -552,6 +603,7 @@ FOR_AVX512 INLINE int avx512_expand(const struct task *t, int64_t row, void *out
                 next += __builtin_popcount(part);
             }
         else
+            UNROLL
             for (int k = 0, next = 0; k < 2; k++) {
                 uint32_t part = (uint32_t)(m >> 32 * k);
                 __m512i w = avx512_two(part, (const uint16_t *)t->values + at + next);
@@ -596,6 +648,7 @@ INLINE int8x8_t neon_one(uint64_t m, uint64_t before, int k, const uint8_t *valu
 INLINE int neon_float_dot(const struct task *t, int64_t row, float *y, int n, int kind) {
     float32x4_t sums[MOST_VECTORS], others[MOST_VECTORS];
     uint8_t copy[2 * (CHUNK + 8)];
+    UNROLL
     for (int i = 0; i < n; i++)
         sums[i] = others[i] = vdupq_n_f32(0);
     FOR_EACH_CHUNK(t, row) {
@@ -604,6 +657,7 @@ INLINE int neon_float_dot(const struct task *t, int64_t row, float *y, int n, in
         const uint8_t *values = readable(t, at, used, 2, copy);
         const float *x = (const float *)t->x + CHUNK * j;
         FETCH_AHEAD(values, 0);
+        UNROLL
         for (int k = 0; k < 8; k++) {
             uint16x8_t both = vreinterpretq_u16_u8(neon_two(m, before, k, values));
             float32x4_t w, v;
@@ -614,6 +668,7 @@ INLINE int neon_float_dot(const struct task *t, int64_t row, float *y, int n, in
                 w = vreinterpretq_f32_u32(vshll_n_u16(vget_low_u16(both), 16));
                 v = vreinterpretq_f32_u32(vshll_n_u16(vget_high_u16(both), 16));
             }
+            UNROLL
             for (int i = 0; i < n; i++) {
                 const float *xi = x + i * t->x_stride + 8 * k;
                 sums[i] = vfmaq_f32(sums[i], w, vld1q_f32(xi));
@@ -622,6 +677,7 @@ INLINE int neon_float_dot(const struct task *t, int64_t row, float *y, int n, in
         }
         at += used;
     }
+    UNROLL
     for (int i = 0; i < n; i++)
         y[i] = vaddvq_f32(vaddq_f32(sums[i], others[i]));
     return 1;
@@ -632,6 +688,7 @@ INLINE int neon_code_dot(const struct task *t, int64_t row, float *y, int n, int
     int32x4_t parts[MOST_VECTORS];
     uint8_t copy[CHUNK + 8];
     int64_t per_group = t->group / CHUNK;
+    UNROLL
     for (int i = 0; i < n; i++) {
         sums[i] = vdupq_n_f32(0);
         parts[i] = vdupq_n_s32(0);
@@ -641,8 +698,10 @@ INLINE int neon_code_dot(const struct task *t, int64_t row, float *y, int n, int
         uint64_t before = counts_before(m);
         const uint8_t *values = kind == INT8 ? readable(t, at, used, 1, copy) : four_bits(t, at, used, copy);
         const int16_t *x = (const int16_t *)t->x + CHUNK * j;
+        UNROLL
         for (int k = 0; k < 8; k++) {
             int16x8_t w = vmovl_s8(neon_one(m, before, k, values));
+            UNROLL
             for (int i = 0; i < n; i++) {
                 int16x8_t xi = vld1q_s16(x + i * t->x_stride + 8 * k);
                 parts[i] = vmlal_s16(parts[i], vget_low_s16(w), vget_low_s16(xi));
@@ -653,12 +712,14 @@ INLINE int neon_code_dot(const struct task *t, int64_t row, float *y, int n, int
         if ((j + 1) % per_group == 0 || j + 1 == t->chunks) {
             int64_t g = j / per_group;
             float scale = half_to_float(t->scale[row * t->groups + g]);
+            UNROLL
             for (int i = 0; i < n; i++) {
                 sums[i] = vfmaq_n_f32(sums[i], vcvtq_f32_s32(parts[i]), scale * t->x_scale[i * t->groups + g]);
                 parts[i] = vdupq_n_s32(0);
             }
         }
     }
+    UNROLL
     for (int i = 0; i < n; i++)
         y[i] = vaddvq_f32(sums[i]);
     return 1;
@@ -734,7 +795,7 @@ int rarefy_can(int path) {
 
 static enum form form_of(int path, int kind) {
     if (kind >= INT8)
-        return X_INT;
+        return path >= AVX512 ? X_BYTES : X_INT;
     if (kind == BF16 && path == AVX512_BF16)
         return X_BF16;
     return kind == BF16 && path == AVX512 ? X_EVEN_ODD : X_FLOAT;
@@ -759,9 +820,16 @@ INLINE float x_at(const void *x, int bfloat, int64_t i) {
     return bfloat ? bfloat_to_float(((const uint16_t *)x)[i]) : ((const float *)x)[i];
 }
 
-/* One vector rounded to 16 bits, each group by its own scale; NaN where the group holds something that is not finite. */
-INLINE void round_vector(const void *x, int bfloat, int64_t width, int64_t group, int16_t *codes, float *scales) {
-    for (int64_t start = 0; start < width; start += group, scales++) {
+/* The largest 16-bit integer of which both bytes have a sign of their own: 127 * 256 + 127. */
+#define LARGEST 32639
+
+/* One vector rounded to 16 bits, each group by its own scale, and the sum of each group; NaN where a group holds what
+   is not finite. As bytes, 64 high ones come before the 64 low ones of a chunk. */
+INLINE void round_vector(
+    const void *x, int bfloat, int64_t width, int64_t group, int bytes, void *to, float *scales, float *group_sums) {
+    int16_t *integers = to;
+    int8_t *planes = to;
+    for (int64_t start = 0; start < width; start += group, scales++, group_sums++) {
         int64_t end = smaller(width, start + group);
         int32_t largest_word = 0; /* of positive floats, and NaN, the order is that of their words */
         for (int64_t c = start; c < end; c++) {
@@ -774,29 +842,40 @@ INLINE void round_vector(const void *x, int bfloat, int64_t width, int64_t group
         float largest;
         memcpy(&largest, &largest_word, 4);
         int finite = largest < INFINITY, usable = finite && largest > 1e-30f; /* else its inverse is none */
-        *scales = usable ? largest / 32767 : finite ? 0 : NAN;
-        float factor = usable ? 32767 / largest : 0;
+        *scales = usable ? largest / LARGEST : finite ? 0 : NAN;
+        float factor = usable ? LARGEST / largest : 0;
+        int32_t sum = 0;
         for (int64_t c = start; c < end; c++) {
             float scaled = x_at(x, bfloat, c) * factor;
-            codes[c] = usable ? (int16_t)(scaled + copysignf(0.5f, scaled)) : 0;
+            int32_t integer = usable ? (int32_t)(scaled + copysignf(0.5f, scaled)) : 0;
+            sum += integer;
+            if (bytes) {
+                int32_t low = (int8_t)integer;
+                planes[2 * (c & ~63) + (c & 63)] = (int8_t)((integer - low) >> 8);
+                planes[2 * (c & ~63) + 64 + (c & 63)] = (int8_t)low;
+            } else
+                integers[c] = (int16_t)integer;
         }
+        *group_sums = *scales * (float)sum;
     }
 }
 
 /* The vectors in the form of the path, in this thread's memory, zeros up to a whole number of chunks and for those
    that are missing to `padded`; false where there is no memory. */
 INLINE int prepare(struct task *t, enum form form, const void *x, int bfloat, int vectors, int padded) {
-    int64_t stride = CHUNK * t->chunks, size = form == X_BF16 || form == X_INT ? 2 : 4;
-    char *memory = workspace(padded * (stride * size + t->groups * sizeof(float)) + 64);
+    int64_t stride = CHUNK * t->chunks, size = form == X_FLOAT || form == X_EVEN_ODD ? 4 : 2;
+    int64_t total = padded * (stride * size + 2 * t->groups * (int64_t)sizeof(float));
+    char *memory = workspace(total + 64);
     if (!memory)
         return 0;
-    float *scales = (float *)(memory + padded * stride * size);
-    memset(memory, 0, padded * (stride * size + t->groups * sizeof(float)));
+    float *scales = (float *)(memory + padded * stride * size), *sums = scales + padded * t->groups;
+    memset(memory, 0, total);
     for (int i = 0; i < vectors; i++) {
         const void *from = (const char *)x + i * t->width * (bfloat ? 2 : 4);
         char *to = memory + i * stride * size;
-        if (form == X_INT)
-            round_vector(from, bfloat, t->width, t->group, (int16_t *)to, scales + i * t->groups);
+        if (form == X_INT || form == X_BYTES)
+            round_vector(
+                from, bfloat, t->width, t->group, form == X_BYTES, to, scales + i * t->groups, sums + i * t->groups);
         else if (form == X_BF16 && bfloat)
             memcpy(to, from, 2 * t->width);
         else
@@ -811,9 +890,28 @@ INLINE int prepare(struct task *t, enum form form, const void *x, int bfloat, in
             }
     }
     t->x = memory;
-    t->x_stride = stride;
+    t->x_stride = form == X_BYTES ? 2 * stride : stride;
     t->x_scale = scales;
+    t->x_sum = sums;
     return 1;
+}
+
+/* A row of codes times their scales. */
+INLINE void decode(const struct task *t, int64_t row, const int8_t *codes, void *to, int bfloat) {
+    for (int64_t g = 0; g < t->groups; g++) {
+        float factor = half_to_float(t->scale[row * t->groups + g]);
+        int64_t end = smaller(t->width, (g + 1) * t->group);
+        if (bfloat)
+            for (int64_t c = g * t->group; c < end; c++)
+                ((uint16_t *)to)[c] = float_to_bfloat((float)codes[c] * factor);
+        else
+            for (int64_t c = g * t->group; c < end; c++)
+                ((float *)to)[c] = (float)codes[c] * factor;
+    }
+}
+
+static void decode_plainly(const struct task *t, int64_t row, const int8_t *codes, void *to, int bfloat) {
+    decode(t, row, codes, to, bfloat);
 }
 
 static int prepare_plainly(struct task *t, enum form form, const void *x, int bfloat, int vectors, int padded) {
@@ -825,8 +923,13 @@ static int prepare_plainly(struct task *t, enum form form, const void *x, int bf
 FOR_AVX2 static int prepare_avx2(struct task *t, enum form form, const void *x, int bfloat, int vectors, int padded) {
     return prepare(t, form, x, bfloat, vectors, padded);
 }
+
+FOR_AVX2 static void decode_avx2(const struct task *t, int64_t row, const int8_t *codes, void *to, int bfloat) {
+    decode(t, row, codes, to, bfloat);
+}
 #else
 #define prepare_avx2 prepare_plainly
+#define decode_avx2 decode_plainly
 #endif
 
 /* --- What is called ------------------------------------------------------------------------------------------------- */
@@ -907,20 +1010,10 @@ int rarefy_unpack(
             char *to = (char *)out + row * width * size;
             if (wrong & 2)
                 continue;
-            if (!expand(&t, row, kind >= INT8 ? (void *)codes : to)) {
+            if (!expand(&t, row, kind >= INT8 ? (void *)codes : to))
                 wrong |= 1;
-                continue;
-            }
-            for (int64_t g = 0; g < t.groups; g++) {
-                float factor = half_to_float(scale[row * t.groups + g]);
-                int64_t end = smaller(width, (g + 1) * group);
-                if (bfloat)
-                    for (int64_t c = g * group; c < end; c++)
-                        ((uint16_t *)to)[c] = float_to_bfloat((float)codes[c] * factor);
-                else
-                    for (int64_t c = g * group; c < end; c++)
-                        ((float *)to)[c] = (float)codes[c] * factor;
-            }
+            else if (kind >= INT8)
+                (path >= AVX2 ? decode_avx2 : decode_plainly)(&t, row, codes, to, bfloat);
         }
         free(codes);
     }

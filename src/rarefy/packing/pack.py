@@ -21,9 +21,9 @@ from rarefy.models.blocks import find_blocks
 from rarefy.models.conversion import Group, plan_conversion
 from rarefy.models.settings import copy_settings, read_json
 from rarefy.models.shards import Shards
-from rarefy.models.source import ModelSource
+from rarefy.models.source import PACKED, ModelSource
 from rarefy.packing.card import write_card
-from rarefy.packing.codes import GROUPS
+from rarefy.packing.codes import GROUPS, group_of
 from rarefy.packing.places import Place, place_of
 from rarefy.packing.summary import PackedLayer, Summary
 from rarefy.packing.weight import CHECK, FORMAT, MASK, PACKABLE, SCALE, PackedWeight, mask_bytes
@@ -37,24 +37,30 @@ BITS = {"int8": 8, "int4": 4}
 #: A weight with fewer zeros than this stays dense: its product would gain nothing in time (docs/log.md).
 LEAST_ZEROS = 0.3
 
-METHOD = "rarefy"
 
-
-def pack(source: ModelSource, out: Path, values: str = "auto", watch: Watch = lambda done, count: None) -> Summary:
+def pack(
+    source: ModelSource,
+    out: Path,
+    values: str = "auto",
+    watch: Watch = lambda done, count: None,
+    finish: Callable[[Path, Summary], None] = lambda folder, summary: None,
+) -> Summary:
     """Write the model of ``source`` packed into ``out``, which must be new or empty.
 
     ``values``: "auto" keeps the dtype of the files, "bf16" casts kept weights to bfloat16, "int8" and "int4" round
-    them to the nearest code. ``watch`` is told how many of the parameters have been written. Needs memory for the
-    largest parameter, or for one stack of experts.
+    them to the nearest code, which changes nothing where the method `quantize` has rounded them already. ``watch`` is
+    told how many of the parameters have been written; ``finish`` may add to the folder before it gets its name. Needs
+    memory for the largest parameter, or for one stack of experts.
 
     Raises ModelError where there are no safetensors files or no layer has enough zeros, and OutputError where ``out``
     cannot be used or the disk refuses; nothing is left then.
     """
     if values not in ("auto", "bf16", *BITS):
-        raise InputError("values", values, "auto, bf16, int8 or int4")
+        raise InputError("--values", values, "auto, bf16, int8 or int4")
     check_new(out)
     checkpoint = _Checkpoint(source)
-    counted = [counts for group in checkpoint.groups() for counts in _count(checkpoint, group, values)]
+    width = _width_of_groups(checkpoint, values)
+    counted = [counts for group in checkpoint.groups() for counts in _count(checkpoint, group, values, width)]
     chosen = {count.name: count for count in counted if count.zeros >= LEAST_ZEROS * count.size}
     if not chosen:
         most = max((count.zeros / count.size for count in counted), default=0.0)
@@ -64,13 +70,14 @@ def pack(source: ModelSource, out: Path, values: str = "auto", watch: Watch = la
     files = checkpoint.layout(chosen)
     size = sum(form.size for forms in files.values() for form in forms.values())
     with new_folder(out, size) as folder:
-        _write(checkpoint, folder, files, chosen, values, watch)
+        rounded = _write(checkpoint, folder, files, chosen, values, watch)
         copy_settings(checkpoint.shards.folder, folder)
-        _say_packed(folder / "config.json", GROUPS[BITS[values]] if values in BITS else 0)
+        _say_packed(folder / "config.json", width)
         layers = [count.layer(count.name in chosen) for count in counted]
         dense = sum(tensor.size for tensor in checkpoint.shards.tensors.values())
-        summary = Summary(values, layers, dense, size)
-        write_card(folder, checkpoint.shards.folder, summary)
+        summary = Summary(values, layers, dense, size, width, rounded)
+        write_card(folder, checkpoint.shards.folder, summary.facts())
+        finish(folder, summary)
     return summary
 
 
@@ -156,7 +163,22 @@ class Count:
         return PackedLayer(self.name, self.size, self.zeros, dense, nbytes)
 
 
-def _count(checkpoint: _Checkpoint, group: Group, values: str) -> Iterator[Count]:
+def _width_of_groups(checkpoint: _Checkpoint, values: str) -> int:
+    """How many columns share a scale, as the first weight that may be packed shows it; 0 where there are no codes."""
+    if values not in BITS:
+        return 0
+    weights = (
+        place.turned(tensor).flatten(0, -2)
+        for group in checkpoint.groups()
+        for name, tensor in checkpoint.load(group).items()
+        if checkpoint.may_pack(name) and tensor.dtype in PACKABLE
+        for place in [place_of(checkpoint.model, name)]
+    )
+    first = next(weights, None)
+    return GROUPS[BITS[values]] if first is None else group_of(first, BITS[values])
+
+
+def _count(checkpoint: _Checkpoint, group: Group, values: str, width: int) -> Iterator[Count]:
     for name, tensor in checkpoint.load(group).items():
         if not checkpoint.may_pack(name):
             continue
@@ -167,7 +189,7 @@ def _count(checkpoint: _Checkpoint, group: Group, values: str) -> Iterator[Count
         stored = int(((kept + 1) // 2).sum()) if values == "int4" else int(kept.sum())
         bits = BITS.get(values)
         dtype = {8: torch.int8, 4: torch.uint8}[bits] if bits else _cast(tensor[:0], values).dtype
-        yield Count(name, place, tensor.dtype, dtype, int(kept.sum()), stored, GROUPS[bits] if bits else 0)
+        yield Count(name, place, tensor.dtype, dtype, int(kept.sum()), stored, width)
 
 
 def _write(
@@ -177,8 +199,9 @@ def _write(
     chosen: Mapping[str, Count],
     values: str,
     watch: Watch,
-) -> None:
-    """Write all tensors to their places, and the index where there are several files."""
+) -> int:
+    """Write all tensors to their places, and the index of several files; how many weights were rounded."""
+    rounded = 0
     shards = {file: NewShard(folder / file, forms) for file, forms in files.items()}
     where = {name: shards[file] for file, forms in files.items() for name in forms}
     groups = [group for group in checkpoint.groups() if not chosen.keys().isdisjoint(group.targets)]
@@ -189,6 +212,8 @@ def _write(
                 packed = PackedWeight.pack(weight, BITS.get(values), chosen[name].group)
                 for ending, part in packed.tensors().items():
                     where[name + ending].write(name + ending, part)
+                if values in BITS:
+                    rounded += int((packed.unpack(weight.dtype) != weight).sum())
             else:
                 where[name].write(name, tensor)
         watch(done + 1, len(groups))
@@ -199,6 +224,7 @@ def _write(
         shard.finish()
     if checkpoint.shards.index is not None:
         write_index(folder, files)
+    return rounded
 
 
 def _cast(tensor: Tensor, values: str) -> Tensor:
@@ -208,7 +234,7 @@ def _cast(tensor: Tensor, values: str) -> Tensor:
 def _say_packed(file: Path, group: int) -> None:
     """Let config.json name the method, so that loaders that do not know it refuse the folder."""
     config = read_json(file)
-    config["quantization_config"] = {"quant_method": METHOD, "format": FORMAT, "group_size": group}
+    config["quantization_config"] = {"quant_method": PACKED, "format": FORMAT, "group_size": group}
     replace_file(file, (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode())
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,11 @@ from rarefy.models.conversion import Group, plan_conversion
 from rarefy.models.quiet import quiet
 from rarefy.models.settings import copy_settings, read_json
 from rarefy.models.shards import Shards
-from rarefy.models.source import ModelSource
+from rarefy.models.source import PACKED, ModelSource
 from rarefy.models.stored import StoredTensor
 from rarefy.packing.card import write_unpacked_card
 from rarefy.packing.loading import check_format, find_packed, refuse_missing
-from rarefy.packing.pack import METHOD, Watch
+from rarefy.packing.pack import Watch
 from rarefy.packing.places import Place, model_names
 from rarefy.packing.weight import CHECK, PackedWeight
 from rarefy.packing.writing import Form, NewShard, check_new, new_folder, write_index
@@ -33,7 +34,7 @@ class PackedCheckpoint:
 
     def __init__(self, folder: Path) -> None:
         settings = read_json(folder / "config.json").get("quantization_config")
-        if not isinstance(settings, dict) or settings.get("quant_method") != METHOD:
+        if not isinstance(settings, dict) or settings.get("quant_method") != PACKED:
             raise ModelError.sentence(f"{folder} is not packed: its config.json does not say so.")
         self.group = settings.get("group_size", 0)
         check_format(folder, str(settings.get("format")), self.group)
@@ -81,12 +82,17 @@ def dense_skeleton(folder: Path) -> PreTrainedModel:
     return ModelSource(str(folder), "folder", folder, config).skeleton()
 
 
-def unpack(packed: Path, out: Path, watch: Watch = lambda done, count: None) -> None:
+def unpack(
+    packed: Path,
+    out: Path,
+    watch: Watch = lambda done, count: None,
+    finish: Callable[[Path], None] = lambda folder: None,
+) -> None:
     """Write the ordinary model folder of ``packed`` into ``out``, which must be new or empty.
 
     Weights whose values are no codes are bit for bit what was packed (-0.0 became 0.0); codes become weights of the
-    model's dtype. Raises ModelError where ``packed`` is damaged, and OutputError where ``out`` cannot be used or the
-    disk refuses; nothing is left then.
+    model's dtype. ``watch`` and ``finish`` are those of ``pack``. Raises ModelError where ``packed`` is damaged, and
+    OutputError where ``out`` cannot be used or the disk refuses; nothing is left then.
     """
     check_new(out)
     checkpoint = PackedCheckpoint(packed)
@@ -109,6 +115,7 @@ def unpack(packed: Path, out: Path, watch: Watch = lambda done, count: None) -> 
             write_index(folder, files)
         copy_settings(packed, folder)
         write_unpacked_card(folder, packed)
+        finish(folder)
 
 
 def _layout(checkpoint: PackedCheckpoint) -> tuple[list[Group], dict[str, dict[str, Form]], set[str]]:

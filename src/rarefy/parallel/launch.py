@@ -1,4 +1,4 @@
-"""One process of several that torchrun started to do one command: it joins the others, and one of them speaks."""
+"""Runs a command in each of several processes that torchrun started: they join, and only the first prints."""
 
 from __future__ import annotations
 

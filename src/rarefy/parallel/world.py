@@ -94,7 +94,7 @@ class World:
                 raise _error(*outcome)
 
     def gather(self, value: T) -> list[T]:
-        """The values of all processes, by rank. They are pickled."""
+        """Gather the values of all processes, by rank. They are pickled."""
         if self.size == 1:
             return [value]
         import torch.distributed as dist
@@ -105,7 +105,7 @@ class World:
         return values  # type: ignore[return-value]
 
     def from_first(self, make: Callable[[], T]) -> T:
-        """What ``make`` returns on rank 0, where alone it is called; its error is everybody's."""
+        """Broadcast what ``make`` returns on rank 0, the only one that calls it; an error there is one on all."""
         if self.size == 1:
             return make()
         import torch.distributed as dist
@@ -119,7 +119,7 @@ class World:
         return value[0]  # type: ignore[return-value]
 
     def sum_(self, tensors: Iterable[Tensor]) -> None:
-        """Replace each tensor by the sum over all processes, which is the same bits on all."""
+        """All-reduce each tensor: replace it by the sum over all processes, which is the same bits on all."""
         if self.size > 1:
             import torch.distributed as dist
 
@@ -128,7 +128,7 @@ class World:
                     dist.all_reduce(tensor)
 
     def broadcast_(self, tensor: Tensor, rank: int) -> None:
-        """Replace a contiguous tensor, of any dtype, by that of process ``rank``."""
+        """Broadcast a contiguous tensor, of any dtype, from process ``rank`` to all."""
         if self.size > 1:
             import torch
             import torch.distributed as dist
@@ -194,7 +194,7 @@ def _short(text: str) -> str:
 
 
 class Meeting:
-    """What the processes have in common even when some of them have ended; ``store`` is torch's."""
+    """The key-value store that processes share even when some of them have ended; ``store`` is torch's."""
 
     _KEY = "rarefy: one has said why the run ends"
 

@@ -17,7 +17,8 @@ from rarefy.models.memory import peak_bytes
 from rarefy.models.sites import Site
 from rarefy.parallel.sharing import Piece, share_out
 from rarefy.parallel.world import World
-from rarefy.pruning.collect import collect_grams
+from rarefy.pruning.collect import collect_grams, reading_order
+from rarefy.pruning.drift import Drifts
 from rarefy.pruning.parts import Part, join
 from rarefy.pruning.records import LayerRecord, three_digits
 from rarefy.pruning.settings import PruneSettings
@@ -35,23 +36,31 @@ def prune_layers(
     settings: PruneSettings,
     counter: PartCounter,
     masks: Masks | None = None,
+    drifts: Drifts | None = None,
 ) -> Iterator[LayerRecord]:
     """Prune the layers of one block, which all processes have in memory, and yield their records in order.
 
     ``entering`` are the hidden states that enter the block. The block is in the dtype of computation only while
     it runs: beside a solve it takes no more memory than as it is stored. ``masks``, if given, is filled with the
-    mask of every site. Raises NumericalError where a layer has NaN or infinity, or, if the settings are strict,
-    could not be solved.
+    mask of every site; ``drifts`` are those of drift.py, by site. Raises NumericalError where a layer has NaN or
+    infinity, or, if the settings are strict, could not be solved.
     """
-    for sites in gram_groups(block.sites):
-        grams, notes = collect_grams(
-            world, block, sites, entering, means=settings.method.needs_means, on_batch=counter.count
-        )
-        # One process has the record of a layer as soon as it is solved; several share out all layers at hand.
-        for some in [[site] for site in sites] if world.size == 1 else [sites]:
-            for record in _prune_sites(world, some, block.index, grams, settings, counter, entering.device, masks):
-                record.details |= notes[record.name]
-                yield record
+    for together in gram_groups(block.sites):
+        parts = reading_order(world, block, together, entering) if settings.refresh else [together]
+        for sites in parts:
+            # Progress counts one pass over the windows, the last, which is the longest.
+            on_batch = counter.count if sites is parts[-1] else None
+            grams, notes = collect_grams(
+                world, block, sites, entering, means=settings.method.needs_means, on_batch=on_batch
+            )
+            # One process has the record of a layer as soon as it is solved; several share out all layers at hand.
+            for some in [[site] for site in sites] if world.size == 1 else [sites]:
+                solved = _prune_sites(
+                    world, some, block.index, grams, settings, counter, entering.device, masks, drifts
+                )
+                for record in solved:
+                    record.details |= notes[record.name]
+                    yield record
 
 
 def _prune_sites(
@@ -63,6 +72,7 @@ def _prune_sites(
     counter: PartCounter,
     device: torch.device,
     masks: Masks | None,
+    drifts: Drifts | None,
 ) -> list[LayerRecord]:
     """Solve and write some layers of a block, and take their Grams away; their records, in order."""
     can_be_cut = [settings.method.rows_independent(settings.pattern_of(site)) for site in sites]
@@ -75,7 +85,8 @@ def _prune_sites(
             gram = grams.pop(site.name)  # freed, with its factorisations, after the last layer that shares it
             own = [piece for piece in pieces if (piece.layer, piece.rank) == (layer, world.rank)]
             for piece in own:
-                solved[piece], mask = solve_piece(site, piece, block, gram, settings)
+                D = drifts.get(site.name) if drifts else None
+                solved[piece], mask = solve_piece(site, piece, block, gram, settings, D)
                 if masks is not None:
                     masks[site.name][piece.rows] = mask
             if own:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import torch
+
 from rarefy.calibration.collect import collect, collect_all_tokens, starved
 from rarefy.calibration.experts import Grams
+from rarefy.calibration.linears import Reads, watching
 from rarefy.calibration.stream import HiddenStates
 from rarefy.models.blocks import Block
 from rarefy.models.sites import Site
@@ -25,7 +28,7 @@ def collect_grams(
     entering: HiddenStates,
     *,
     means: bool,
-    on_batch: Callable[[], None],
+    on_batch: Callable[[], None] | None,
 ) -> tuple[Grams, Notes]:
     """The Gram of each site, by name, summed over all windows; and what its record should say of its tokens.
 
@@ -44,3 +47,23 @@ def collect_grams(
         for site in short:
             notes[site.name][STARVED] = f"solved with {grams[site.name].num_tokens} tokens, all of the block's"
     return grams, notes
+
+
+def reading_order(world: World, block: Block, sites: Sequence[Site], entering: HiddenStates) -> list[list[Site]]:
+    """The sites in groups that read the same, in the order in which the block calls them; experts come last.
+
+    One batch on the first process shows it.
+    """
+    if all(site.expert is not None for site in sites):
+        return [list(sites)]
+
+    def names() -> list[list[str]]:
+        reads, linears = Reads(), [site for site in sites if site.expert is None]
+        batch, windows = next(entering.slices())
+        with torch.no_grad(), computing_in(block.module, entering.compute_dtype), watching(linears, reads.note):
+            entering.run(block.module, block.index, batch, windows)
+        return [[site.name for site in group.sites] for group in reads.groups()]
+
+    groups, by_name = world.from_first(names), {site.name: site for site in sites}
+    ordered = [[by_name.pop(name) for name in group] for group in groups]
+    return [*ordered, list(by_name.values())] if by_name else ordered

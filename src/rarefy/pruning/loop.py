@@ -21,6 +21,7 @@ from itertools import zip_longest
 from jaxtyping import Int64
 from torch import Tensor, nn
 
+from rarefy.allocation.names import UNIFORM
 from rarefy.calibration.check import check_blocks
 from rarefy.calibration.collect import gram_groups
 from rarefy.calibration.stream import convert_calls
@@ -33,10 +34,11 @@ from rarefy.parallel.world import World
 from rarefy.pruning.advance import advance
 from rarefy.pruning.block import Masks, OnProgress, PartCounter, prune_layers
 from rarefy.pruning.collect import STARVED
+from rarefy.pruning.drift import advance_dense
 from rarefy.pruning.matching import Matching
 from rarefy.pruning.precision import compute_dtype, full_float32
 from rarefy.pruning.records import LayerRecord, Report
-from rarefy.pruning.settings import PatternOf, PruneSettings, as_pattern_of
+from rarefy.pruning.settings import PatternOf, PruneSettings, allocated, as_pattern_of
 from rarefy.pruning.steps import PrunedBlock
 from rarefy.pruning.stores import BlockStore
 from rarefy.pruning.write import OVERFLOWED
@@ -55,6 +57,9 @@ def prune(
     exclude: Sequence[str] = (),
     strict: bool = False,
     matching: Matching | None = None,
+    drift: float = 0.0,
+    refresh: bool = False,
+    allocation: str = UNIFORM,
     on_progress: OnProgress | None = None,
     on_layer: Callable[[LayerRecord], None] | None = None,
 ) -> Report:
@@ -63,18 +68,26 @@ def prune(
     ``windows`` (num, length) are int64 token ids for calibration, replayed ``batch_size`` at a time. ``pattern`` is
     one for all layers, or a function that gives the pattern of a ``Site``.
     ``include`` and ``exclude`` are globs on full module names. ``matching`` trains what is kept of each block to
-    match the dense model. ``on_progress(done, total, note)`` and
-    ``on_layer(record)`` are called as the run goes on. What torch.compile or data parallelism wraps around a
-    model is taken off. Raises ModelError for a model that cannot be pruned, such as one with adapters or quantised
-    weights, PatternError before anything changes where the pattern does not fit a layer, NumericalError for NaN
-    or infinity, and, if ``strict``, for a layer whose status is a failure.
+    match the dense model. ``drift`` is the share of the drift from the dense path that targets correct (0 = off),
+    and ``refresh`` lets each group of a block's layers see what was pruned before it in the block. ``allocation``
+    spreads the zeros of a pattern over the layers: "uniform", "profile", or a .json or .csv file.
+    ``on_progress(done, total, note)`` and ``on_layer(record)`` are called as the run goes on. What torch.compile or
+    data parallelism wraps around a model is taken off. Raises ModelError for a model that cannot be pruned, such as
+    one with adapters or quantised weights, PatternError before anything changes where the pattern does not fit a
+    layer, NumericalError for NaN or infinity, and, if ``strict``, for a layer whose status is a failure.
 
     Where torch.distributed's default group is initialised, all of its processes call this alike, with the
     same model, all windows and the same settings; they share the work, and each ends with the pruned model
     and the report. Raises InputError where they differ, RankError where one of them is gone.
     """
     steps = [matching] if matching is not None else []
-    settings = PruneSettings(as_pattern_of(pattern), method, batch_size, include, exclude, strict, steps)
+    pattern_of = as_pattern_of(pattern)
+    if allocation != UNIFORM:
+        if not isinstance(pattern, Pattern):
+            raise InputError("allocation", allocation, f'"{UNIFORM}" beside a function that gives each layer its own')
+        blocks = select_sites(find_blocks(unwrapped(model)), include, exclude)
+        pattern_of = allocated(allocation, pattern, blocks)
+    settings = PruneSettings(pattern_of, method, batch_size, include, exclude, strict, steps, drift, refresh)
     return prune_model(model, windows, settings, on_progress, on_layer)
 
 
@@ -134,9 +147,13 @@ def prune_blocks(
         with ExitStack() as scope:
             with world.together():
                 scope.enter_context(store.loaded(block, following))
-            if dense is not None:
+            drifts = None
+            drifting = any(other.sites for other in blocks[: block.index])  # before it, both paths are the same
+            if dense is not None and settings.drift > 0 and block.sites and drifting:
+                drifts = advance_dense(world, block, entering, dense, counter.count)
+            elif dense is not None:
                 advance(world, block, dense, counter.count)
-            for layer in prune_layers(world, block, entering, settings, counter, masks):
+            for layer in prune_layers(world, block, entering, settings, counter, masks, drifts):
                 done.append(layer)
                 if on_layer:
                     on_layer(layer)
@@ -199,12 +216,13 @@ def _own(world: World, windows: Tensor) -> tuple[Tensor, int]:
 
 def _check_alike(world: World, model: nn.Module, windows: Tensor, settings: PruneSettings) -> None:
     """Raise InputError, on all processes, where they are not about to do the same."""
+    compared = ("batch_size", "include", "exclude", "strict", "steps", "drift", "refresh")
     given = {
         "model": [(name, tuple(each.shape), each.dtype) for name, each in model.named_parameters()],
         "windows": hashlib.sha256(windows.cpu().numpy().tobytes()).hexdigest(),
         "pattern": [str(settings.pattern_of(site)) for block in find_blocks(model) for site in block.sites],
         "method": re.sub(r" at 0x\w+", "", repr(settings.method)),  # addresses of what a method of one's own holds
-        **{key: str(getattr(settings, key)) for key in ("batch_size", "include", "exclude", "strict", "steps")},
+        **{key: str(getattr(settings, key)) for key in compared},
     }
     everyone = world.gather(given)
     for key in given:

@@ -17,8 +17,9 @@ start: a block is never left worse than it was, on windows that it was not train
 Sources: Rethinking Pruning (EMNLP 2024) for inputs of the pruned path and targets of the dense one, EBFT
 (arXiv 2402.12419) for AdamW at 2e-4, falling linearly. Differences: held-out windows choose the pass; masters are
 in float32; weight decay is 0.
-Cost: per pass, a forward and a backward pass of the block over all windows. Memory: the block four times in float32
-(weights, gradients, two moments), the activations of one batch, and the states of both paths.
+Cost: per pass, a forward and a backward pass of the block over all windows. Memory: the block seven times in float32
+(masters, gradients, two moments, the start, the best pass, and the block that runs), the activations of one batch,
+and the states of both paths.
 """
 
 from __future__ import annotations
@@ -29,13 +30,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from rarefy.calibration.stream import HiddenStates
 from rarefy.errors import InputError
 from rarefy.models.blocks import Block
 from rarefy.parallel.world import World
+from rarefy.pruning.precision import computing_in
 from rarefy.pruning.steps import PrunedBlock
 
 
@@ -48,7 +50,7 @@ class Matching:
     pass, at least one; ``seed`` orders the batches. Raises InputError where one of them is out of range.
     """
 
-    passes: int = 5
+    passes: int = 3
     learning_rate: float = 2e-4
     batch_size: int = 4
     held_out: float = 0.1
@@ -102,9 +104,11 @@ class _Trainer:
         self.sites = pruned.block.sites
         self.masks = pruned.masks
         self.on_part = on_part
-        self.parameters = [each for each in self.module.parameters() if each.is_floating_point()]
-        # The states are held in the dtype of the model; products are in that of computation.
-        self.autocast = pruned.entering.compute_dtype in (torch.bfloat16, torch.float16)
+        self.trained = [each for each in self.module.parameters() if each.is_floating_point()]
+        self.masters: list[nn.Parameter] = []
+        # The range of float16 is too small for gradients: there products are in bfloat16, weights in float32.
+        self.autocast = pruned.entering.compute_dtype == torch.float16
+        self.dtype = torch.float32 if self.autocast else pruned.entering.compute_dtype
         batches = list(self.entering.slices())
         num_held_out = settings._num_held_out(len(batches))
         generator = torch.Generator().manual_seed(settings.seed + self.index)
@@ -115,18 +119,22 @@ class _Trainer:
 
     @contextmanager
     def float32_masters(self) -> Iterator[None]:
-        """Within the scope, parameters are in float32 and have gradients; afterwards as before, and masked."""
-        stored = [(each, each.dtype, each.requires_grad) for each in self.parameters]
+        """Within the scope, parameters have gradients, and masters in float32; afterwards as before, and masked.
+
+        Parameters are in the dtype of computation, so that a pass casts nothing; where that is float32, they are
+        the masters.
+        """
+        stored = [(each, each.requires_grad) for each in self.trained]
         try:
-            for parameter in self.parameters:
-                parameter.data = parameter.data.float()
-                parameter.requires_grad_(True)
-            yield
+            with computing_in(self.module, self.dtype):
+                for parameter in self.trained:
+                    self.masters.append(nn.Parameter(parameter.detach().float()))
+                    parameter.requires_grad_(True)
+                yield
         finally:
-            for parameter, dtype, requires_grad in stored:
+            for parameter, requires_grad in stored:
                 parameter.requires_grad_(requires_grad)
                 parameter.grad = None
-                parameter.data = parameter.data.to(dtype)
             self._apply_masks()
 
     def train(self, settings: Matching) -> None:
@@ -134,8 +142,9 @@ class _Trainer:
         step_batches = max(1, math.ceil(settings.batch_size / self.entering.batch_size))
         most_batches = max(self.world.gather(len(self.batches)))  # all processes take as many steps
         steps = settings.passes * math.ceil(most_batches / step_batches)
+        # Fused: one pass over memory for each matrix in place of ten.
         optimizer = torch.optim.AdamW(
-            self.parameters, lr=settings.learning_rate, betas=(0.9, 0.95), weight_decay=0.0, foreach=False
+            self.masters, lr=settings.learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True
         )
         schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=steps)
         best = self._held_out_loss()
@@ -154,22 +163,36 @@ class _Trainer:
             self._restore(start)
 
     def _step(self, optimizer: torch.optim.Optimizer, batches: list[tuple[int, slice]]) -> None:
-        optimizer.zero_grad(set_to_none=False)
-        for parameter in self.parameters:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
+        """(2) and (3). A weight outside of its mask is 0 and has a gradient of 0, so AdamW leaves it at 0."""
+        for master in self.masters:
+            master.grad = torch.zeros_like(master)
         size = torch.tensor(float(sum(self.entering.states[windows].shape[0] for _, windows in batches)))
         with self.world.together():
             for batch, windows in batches:
                 (self._loss(batch, windows) * self.entering.states[windows].shape[0]).backward()
+                self._take_gradients()
                 self.on_part()
-        self.world.sum_([size, *(each.grad for each in self.parameters if each.grad is not None)])
-        for parameter in self.parameters:
-            assert parameter.grad is not None
-            parameter.grad.div_(max(1.0, float(size)))
+        gradients = [master.grad for master in self.masters if master.grad is not None]
+        self.world.sum_([size, *gradients])
+        for gradient in gradients:
+            gradient.div_(max(1.0, float(size)))
         self._mask_gradients()
         optimizer.step()
-        self._apply_masks()
+        self._cast()
+
+    def _take_gradients(self) -> None:
+        """Add what the last backward pass has left in the parameters to the gradients of the masters."""
+        for parameter, master in zip(self.trained, self.masters):
+            if parameter.grad is not None and master.grad is not None:
+                master.grad += parameter.grad
+                parameter.grad = None
+
+    def _cast(self) -> None:
+        """Round the masters to the parameters with which the block runs."""
+        with torch.no_grad():
+            for parameter, master in zip(self.trained, self.masters):
+                if parameter.data_ptr() != master.data_ptr():
+                    parameter.copy_(master)
 
     def _loss(self, batch: int, windows: slice) -> Float[Tensor, ""]:
         """(1) on one batch: the mean over its windows of the squared error by the energy of the target."""
@@ -197,7 +220,7 @@ class _Trainer:
     def _better_as_stored(self, start: list[Tensor], kept: list[Tensor]) -> bool:
         """Whether ``kept`` has less held-out loss than ``start`` when both are rounded to the stored dtype."""
         dtype = self.entering.states.dtype
-        if dtype == torch.float32:
+        if dtype == self.dtype:  # the held-out losses were those of rounded parameters
             return True
         losses = []
         for state in (start, kept):
@@ -207,25 +230,24 @@ class _Trainer:
         return losses[1] < losses[0]
 
     def _copy(self) -> list[Tensor]:
-        return [parameter.detach().clone() for parameter in self.parameters]
+        return [master.detach().clone() for master in self.masters]
 
     def _restore(self, state: list[Tensor]) -> None:
         with torch.no_grad():
-            for parameter, kept in zip(self.parameters, state):
-                parameter.copy_(kept)
+            for master, kept in zip(self.masters, state):
+                master.copy_(kept)
+        self._cast()
 
     def _mask_gradients(self) -> None:
+        of = {id(parameter): master.grad for parameter, master in zip(self.trained, self.masters)}
         for site in self.sites:
-            gradient = site.parameter.grad
-            if gradient is not None:
-                _mask_(site.view(gradient), self.masks[site.name])
+            gradient = of[id(site.parameter)]
+            assert gradient is not None
+            site.view(gradient).mul_(self.masks[site.name])
 
     def _apply_masks(self) -> None:
+        """Set what is outside of the masks to +0, which it was but for its sign."""
         with torch.no_grad():
             for site in self.sites:
-                _mask_(site.view(site.parameter.detach()), self.masks[site.name])
-
-
-def _mask_(tensor: Float[Tensor, "out inputs"], mask: Bool[Tensor, "out inputs"]) -> None:
-    """Set ``tensor`` to +0 where ``mask`` is False, in place."""
-    tensor.copy_(torch.where(mask, tensor, 0))
+                weight = site.view(site.parameter.detach())
+                weight.copy_(torch.where(self.masks[site.name], weight, 0))

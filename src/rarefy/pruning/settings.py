@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+from rarefy.allocation.allocate import allocate
+from rarefy.errors import InputError
 from rarefy.layer.pattern import Pattern
 from rarefy.methods.base import Method
+from rarefy.models.blocks import Block
 from rarefy.models.sites import Site
 from rarefy.pruning.steps import BlockStep
 
@@ -25,12 +29,37 @@ class Uniform:
     def __str__(self) -> str:
         return str(self.pattern)
 
+    def describe(self) -> str:
+        """The pattern as a clause for people."""
+        return self.pattern.describe()
+
+
+@dataclass(frozen=True)
+class PerLayer:
+    """A pattern for each pruned site, by name; ``pattern`` is that of all together, spread by ``allocation``."""
+
+    patterns: Mapping[str, Pattern]
+    pattern: Pattern
+    allocation: str
+
+    def __call__(self, site: Site) -> Pattern:
+        return self.patterns.get(site.name, self.pattern)
+
+    def __str__(self) -> str:
+        return f"{Path(self.allocation).name} {self.pattern}"
+
+    def describe(self) -> str:
+        """The pattern as a clause for people."""
+        return f"{self.pattern} on average, of each layer as the allocation ({Path(self.allocation).name}) has it"
+
 
 @dataclass(frozen=True)
 class PruneSettings:
     """The arguments of ``rarefy.prune`` that say what is done; that function's docstring explains them.
 
     ``pattern_of`` gives the pattern of a site. ``steps`` come after the layers of a block are written, in order.
+    ``drift`` is the share of the drift that targets correct (drift.py), ``refresh`` whether a block's Grams are
+    collected again after each group of layers that read the same.
     """
 
     pattern_of: PatternOf
@@ -40,16 +69,28 @@ class PruneSettings:
     exclude: Sequence[str] = ()
     strict: bool = False
     steps: Sequence[BlockStep] = ()
+    drift: float = 0.0
+    refresh: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.drift <= 1:
+            raise InputError("drift", self.drift, "a number from 0 to 1")
 
     @property
     def needs_dense_path(self) -> bool:
-        """Whether a step needs the hidden states of the dense model beside those of the pruned one."""
-        return any(step.needs_dense_path for step in self.steps)
+        """Whether the hidden states of the dense model are needed beside those of the pruned one."""
+        return self.drift > 0 or any(step.needs_dense_path for step in self.steps)
 
     @property
     def pattern_name(self) -> str:
         """The pattern in a few words, for titles."""
-        return str(self.pattern_of) if isinstance(self.pattern_of, Uniform) else "a pattern per layer"
+        return str(self.pattern_of) if isinstance(self.pattern_of, Uniform | PerLayer) else "a pattern per layer"
+
+
+def allocated(allocation: str, pattern: Pattern, blocks: Sequence[Block]) -> Uniform | PerLayer:
+    """The pattern of each site of ``blocks``. Raises InputError, PatternError (``allocate``)."""
+    patterns = allocate(allocation, pattern, blocks)
+    return PerLayer(patterns, pattern, allocation) if patterns else Uniform(pattern)
 
 
 def as_pattern_of(pattern: Pattern | PatternOf) -> PatternOf:

@@ -14,6 +14,7 @@ from rarefy.layer.solution import Solution
 from rarefy.methods.base import Method, run
 from rarefy.models.sites import Site
 from rarefy.parallel.sharing import Piece
+from rarefy.pruning.drift import corrected
 from rarefy.pruning.parts import Energies, Part
 from rarefy.pruning.precision import full_float32
 from rarefy.pruning.records import LayerRecord
@@ -37,14 +38,21 @@ def solve(
 
 
 def solve_piece(
-    site: Site, piece: Piece, block: int, gram: Gram, settings: PruneSettings
+    site: Site, piece: Piece, block: int, gram: Gram, settings: PruneSettings, D: Tensor | None = None
 ) -> tuple[Part, Bool[Tensor, "rows inputs"]]:
-    """Solve a layer, or some rows of it, and write it; its record, graded from what was written, and its mask."""
+    """Solve a layer, or some rows of it, and write it; its record, graded from what was written, and its mask.
+
+    ``D`` (in, in) corrects the drift of what is aimed at (drift.py), and grades are those of that target.
+    """
     whole = pattern = settings.pattern_of(site)
     if piece.stop - piece.start < site.shape[0]:
         pattern = whole.rows(piece.start, piece.stop, site.shape)
     with torch.no_grad():
-        problem = LayerProblem(site.read(piece.rows), gram)
+        target = site.read(piece.rows)
+        if D is not None:
+            gram.check(site.name)
+            target = corrected(target, gram, D, settings.drift)
+        problem = LayerProblem(target, gram)
         solution = run(settings.method, problem, pattern, name=site.name, graded=False)  # as it is written, below
         if settings.strict and solution.status.failed:
             reason = solution.details.get("failure", solution.status.value)

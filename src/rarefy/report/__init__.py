@@ -1,1 +1,1 @@
-"""What a run tells its user: records of its layers, tables, the model card."""
+"""Runs and sweeps on one HTML page that opens without a network."""

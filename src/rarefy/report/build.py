@@ -162,7 +162,7 @@ class _Writer:
         from rarefy.models.source import resolve_model
         from rarefy.runs.texts import PROMPTS, write_texts
 
-        model, tokenizer = load_model(resolve_model(name), self.device)
+        model, tokenizer = load_model(resolve_model(name, packed=True), self.device)
         if tokenizer is None:
             raise ModelError.sentence(f"{name} has no tokenizer.")
         return list(zip(PROMPTS, write_texts(model, tokenizer)))

@@ -123,6 +123,19 @@ def error_curves(layers: Sequence[LayerRecord], title: str) -> Picture:
     return _lines(lines, title, alt, "block", "relative error")
 
 
+def sparsity_curves(layers: Sequence[LayerRecord], title: str) -> Picture:
+    """Sparsity over the blocks, a line for each kind of linear."""
+    kinds: dict[str, list[LayerRecord]] = {}
+    for layer in layers:
+        kinds.setdefault(layer.kind, []).append(layer)
+    lines = {kind: _curve((one.block, one.sparsity) for one in group) for kind, group in kinds.items()}
+    least, most = (limit(one.sparsity for one in layers) for limit in (min, max))
+    alt = (
+        f"Sparsity over the blocks, one line for each of {', '.join(kinds)}, {title}: from {least:.1%} to {most:.1%}."
+    )
+    return _lines(lines, title, alt, "block", "sparsity")
+
+
 def learning_curve(
     steps: Sequence[Mapping[str, float]], held_out: Sequence[Mapping[str, float]], title: str
 ) -> Picture:

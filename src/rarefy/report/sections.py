@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rarefy.errors import PatternError
 from rarefy.pruning.records import Report, three_digits
 from rarefy.report.plots import (
     Picture,
@@ -14,6 +15,7 @@ from rarefy.report.plots import (
     block_curves,
     error_curves,
     error_map,
+    sparsity_curves,
     times,
     traces,
 )
@@ -66,7 +68,7 @@ def sweep_summary(view: SweepView) -> list[Part]:
         f"tokens, calibrated on {settings['num_samples']:,} windows of {settings['sequence_length']:,} tokens from "
         f"{settings['calibration']}"
         + (f", mean ± standard deviation over {seeds} seeds." if seeds > 1 else ".")
-        + (f" {len(view.failed)} cells failed." if view.failed else "")
+        + (f" {len(view.failed)} cell{'s' * (len(view.failed) > 1)} failed." if view.failed else "")
     )
     pieces = _narrow(table(everything, view.dense))
     parts = [Part(heading=view.name, text=text, rows=pieces.pop("loss and cost"))]
@@ -152,7 +154,7 @@ _NAMES = {
 
 
 def _point(summary: Summary, key: str) -> Point:
-    """The standard error of an accuracy of one seed, over its items."""
+    """A summary as a point; the bar of an accuracy of one seed is its standard error over the task's items."""
     bar = summary.deviation.get(key, summary.mean.get(f"{key}_stderr", 0.0))
     return Point(summary.method, summary.pattern, summary.sparsity, summary.mean[key], bar, summary.in_groups)
 
@@ -180,10 +182,10 @@ def errors(runs: Sequence[RunView], cells: Sequence[RunView]) -> list[Part]:
     curves = [error_curves(view.layers, f"by block, {_titled(view, shown)}") for view in runs if view.layers]
     parts.append(Part(pictures=[*maps, *curves] if len(shown) == 1 else maps))
     if len(shown) > 1:
-        patterns = dict.fromkeys(view.facts["pattern"].rpartition(" ")[2] for view in shown)
+        patterns = dict.fromkeys(_budget(view.facts) for view in shown)
         pictures = []
         for pattern in patterns:
-            same = [view for view in shown if view.facts["pattern"].rpartition(" ")[2] == pattern]
+            same = [view for view in shown if _budget(view.facts) == pattern]
             methods = [view.facts["method"] for view in same]
             plain = len(set(methods)) == len(methods)
             group = {view.facts["method"] if plain else _titled(view, shown): view.layers for view in same}
@@ -213,14 +215,16 @@ def proof(view: RunView) -> Part:
     """The zeros that a run promised and those in its files."""
     report = Report(list(view.layers))
     kinds = report.by_kind()
+    spread = len({layer.pattern for layer in view.layers}) > 1
+    pictures = [sparsity_curves(view.layers, f"allocation, {view.label}")] if spread else []
     if not view.proof:
         rows = [["linear", "layers", "pattern", "zeros", "sparsity"]]
         rows += [
-            [kind, str(len(part.layers)), part.layers[0].pattern, f"{part.pruned:,}", f"{part.sparsity:.4%}"]
+            [kind, str(len(part.layers)), _pattern_words(part), f"{part.pruned:,}", f"{part.sparsity:.4%}"]
             for kind, part in kinds.items()
         ]
         text = "No model was written; these are the masks' exact counts."
-        return Part(heading=view.label, text=text, rows=rows)
+        return Part(heading=view.label, text=text, rows=rows, pictures=pictures)
     proofs = {one.name: one for one in view.proof}
     rows = [
         ["linear", "layers", "pattern", "zeros promised", "zeros in the files", "sparsity in the files", "promise"]
@@ -233,7 +237,7 @@ def proof(view: RunView) -> Part:
             [
                 kind,
                 str(len(mine)),
-                part.layers[0].pattern,
+                _pattern_words(part),
                 f"{part.pruned:,}",
                 f"{counted:,}",
                 f"{counted / size:.4%}" if size else "",
@@ -244,11 +248,17 @@ def proof(view: RunView) -> Part:
     text = "The written files, read again: " + (
         "; ".join(problems) + "." if problems else "every layer holds at least the promised zeros, in its pattern."
     )
-    return Part(heading=view.label, text=text, rows=rows)
+    return Part(heading=view.label, text=text, rows=rows, pictures=pictures)
+
+
+def _pattern_words(part: Report) -> str:
+    """The pattern of layers of one kind; the first and the last by sparsity where an allocation gave each its own."""
+    least, most = (limit(part.layers, key=lambda layer: layer.sparsity).pattern for limit in (min, max))
+    return least if least == most else f"{least} to {most}"
 
 
 def sweep_proof(sweep: SweepView) -> Part:
-    """The same for all cells of a sweep."""
+    """The zeros that the cells of a sweep promised, and those in the files of the models that it wrote."""
     rows = [["method", "pattern", "seed", "layers", "zeros", "sparsity", "in files", "promise"]]
     for cell in sweep.cells:
         report = Report(list(cell.layers))
@@ -371,6 +381,20 @@ def _titled(view: RunView, views: Sequence[RunView]) -> str:
     """The view's label, with its folder where another has the same one."""
     same = [one for one in views if one.label == view.label]
     return view.label if len(same) == 1 else f"{view.label} ({view.name})"
+
+
+def _budget(facts: Facts) -> str:
+    """The zeros that a run was asked for, by which runs are compared: N:M, or a sparsity, whatever its scope.
+
+    The pattern's name where the run does not say its spec.
+    """
+    from rarefy.layer.pattern import pattern_from_spec
+
+    try:
+        pattern = pattern_from_spec(facts.get("pattern_spec", {}))
+    except PatternError:
+        return str(facts["pattern"])
+    return str(pattern) if pattern.group > 1 else f"{100 * pattern.nominal_sparsity():.4g}%"
 
 
 def _versions(facts: Facts) -> str:

@@ -1,4 +1,4 @@
-"""The section of the report about tunings: how near the dense model, step by step."""
+"""The section of the report about tunings: the distance from the dense model, step by step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the report is told of runs and sweeps, and the pieces that its sections are made of."""
+"""The runs and sweeps as the report sees them, and the pieces that its sections are made of."""
 
 from __future__ import annotations
 

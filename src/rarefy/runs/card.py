@@ -1,6 +1,6 @@
 """The model card: README.md of the model folder, with the front matter that the hub reads.
 
-It says what was done and what was measured, and it does not promise a smaller or faster model.
+It says what was done and what was measured, and promises a smaller or faster model only where it is packed.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, UndefinedError
 
 from rarefy.errors import InputError
 from rarefy.models.quiet import quiet
+from rarefy.packing.card import packed_section
 from rarefy.pruning.records import three_digits
 
 #: Models that Rarefy knows by a name of its own.
@@ -67,6 +68,7 @@ def _card(run: Mapping[str, Any]) -> str:
             + (f"without {pattern}" if shrunk else f"pruned ({run['method']}, {pattern})"),
             "calibration_words": _calibration_words(run["calibration"]),
             "speed": _SPEED[run["pattern_spec"] == {"kind": "n:m", "keep": 2, "of": 4}],
+            "packed_section": packed_section(run["packed"]) if run.get("packed") else "",
         }
     )
 

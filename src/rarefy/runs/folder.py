@@ -5,6 +5,8 @@ OUT/layers.jsonl   one line per pruned layer (pruning/records.py)
 OUT/model/         an ordinary Hugging Face folder
 OUT/run.json       command, versions, times, results; written last: a folder without it is unfinished
 OUT/unfinished/    while a run is under way, what is finished of it (journal.py)
+
+A packed run (packed.py) has the model's files beside these, instead of in a folder of their own.
 """
 
 from __future__ import annotations
@@ -26,13 +28,16 @@ JOURNAL = "journal.json"
 
 
 class RunFolder:
-    """The output folder of one run; it does nothing on disk until it is told to."""
+    """The output folder of one run; it changes nothing on disk until it is told to."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.recipe = self.path / "recipe.yaml"
         self.layers = self.path / "layers.jsonl"
         self.model = self.path / "model"
+        with suppress(OSError):  # of a name that no file can have
+            if (self.path / "config.json").is_file():
+                self.model = self.path
         self.run = self.path / "run.json"
         self.unfinished = self.path / "unfinished"
 
@@ -82,8 +87,8 @@ class RunFolder:
     def writing(self, keep: Callable[[BaseException], bool] = lambda _: False) -> Iterator[None]:
         """Make the folder, and take back all that was written if the block inside fails.
 
-        Nothing is taken back after an error for which ``keep`` is true, and ``unfinished`` never is. Raises
-        OutputError where the disk refuses.
+        No file is taken back after an error for which ``keep`` is true, ``unfinished`` never is, and folders that
+        were made and stayed empty always are. Raises OutputError where the disk refuses.
         """
         made = [folder for folder in (self.path, *self.path.absolute().parents) if not folder.exists()]
         try:
@@ -91,15 +96,15 @@ class RunFolder:
                 self.path.mkdir(parents=True, exist_ok=True)
                 yield
         except BaseException as error:
-            if keep(error):
-                raise
-            for file in (self.run, self.layers, self.recipe):
-                file.unlink(missing_ok=True)
-            shutil.rmtree(self.model, ignore_errors=True)
+            kept = keep(error)
+            if not kept:
+                for file in (self.run, self.layers, self.recipe):
+                    file.unlink(missing_ok=True)
+                shutil.rmtree(self.model, ignore_errors=True)
             for folder in made:
                 if folder.is_dir() and not any(folder.iterdir()):
                     folder.rmdir()
-            if isinstance(error, OutputError):
+            if not kept and isinstance(error, OutputError):
                 raise OutputError.sentence(f"{str(error).rstrip('.')}; nothing was left there.") from error
             raise
 
@@ -164,7 +169,7 @@ def _usable(path: Path) -> Iterator[None]:
             raise OutputError("--output", str(path), "a folder, not a file")
         yield
         existing = path
-        while not existing.exists():
+        while not existing.exists() and existing != existing.parent:  # a drive of Windows may be missing
             existing = existing.parent
         # Permission bits do not tell all (root, read-only file systems): try it.
         Path(tempfile.mkdtemp(prefix=".rarefy-", dir=existing)).rmdir()

@@ -17,11 +17,11 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 from rarefy.calibration.spill import StatesPart
 from rarefy.errors import InputError, OutputError, RankError
@@ -38,13 +38,13 @@ from rarefy.pruning.records import LayerRecord
 from rarefy.runs.fingerprint import Fingerprint
 from rarefy.runs.folder import JOURNAL, is_unfinished_run
 from rarefy.runs.schema import parse_records, validated
-from rarefy.runs.unfinished import UnfinishedFolder
+from rarefy.runs.unfinished import UnfinishedFolder, checksum_of
 
 _FORMAT = 2
 
 
 class _DamageError(OutputError):
-    """What is finished is damaged, so the same command cannot go on."""
+    """A file of the finished blocks is missing or damaged, so the same command cannot go on."""
 
 
 class Journal(UnfinishedFolder):
@@ -116,7 +116,7 @@ class Journal(UnfinishedFolder):
 
     @property
     def position(self) -> tuple[int, dict[str, int], list[StatesPart]]:
-        """What ``follow`` takes: the number of finished blocks, what is kept of them, and where the states are."""
+        """The number of finished blocks, the checksums of their files, and where the states are, for ``follow``."""
         return self._finished, self._files, self.states
 
     def follow(self, position: tuple[int, dict[str, int], list[StatesPart]]) -> None:
@@ -242,7 +242,7 @@ class Journal(UnfinishedFolder):
             "files": self._files,
             "states": [asdict(part) for part in self.states],
         }
-        text = json.dumps({"checksum": _checksum(content), **content}, indent=1)
+        text = json.dumps({"checksum": checksum_of(content), **content}, indent=1)
         replace_file((folder or self.folder) / JOURNAL, text)
 
     def _read_journal(self) -> Fingerprint:
@@ -250,7 +250,7 @@ class Journal(UnfinishedFolder):
         try:
             content = json.loads(self._journal.read_bytes())
             checksum = content.pop("checksum")
-            if checksum != _checksum(content) or content["format"] != _FORMAT:
+            if checksum != checksum_of(content) or content["format"] != _FORMAT:
                 raise ValueError("another checksum or format")
             fingerprint = validated(Fingerprint, content["fingerprint"])
             finished, files = validated(int, content["finished"]), validated(dict[str, int], content["files"])
@@ -283,7 +283,3 @@ def finished_blocks(number: int) -> str:
 
 def _records_of(index: int) -> str:
     return f"block-{index:05d}.jsonl"
-
-
-def _checksum(content: Mapping[str, Any]) -> int:
-    return zlib.crc32(json.dumps(content, sort_keys=True).encode())

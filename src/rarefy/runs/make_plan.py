@@ -36,7 +36,7 @@ def make_plan(recipe: Recipe, output: Path | None = None, offload: Path | None =
     from rarefy.models.checkpoint import resolve_device
     from rarefy.models.source import resolve_model
     from rarefy.pruning.loop import check_patterns
-    from rarefy.pruning.settings import Uniform
+    from rarefy.pruning.settings import allocated
     from rarefy.pruning.stores import kept_windows
     from rarefy.runs.journal import Journal
     from rarefy.runs.memory import check_own_text_fits
@@ -50,7 +50,8 @@ def make_plan(recipe: Recipe, output: Path | None = None, offload: Path | None =
         raise InputError("--num-samples", recipe.window_shape[0], f"at least {world.size}, a window for each process")
     skeleton = source.skeleton()
     blocks = select_sites(find_blocks(skeleton), recipe.include, recipe.exclude)
-    check_patterns(blocks, Uniform(pattern))
+    pattern_of = allocated(recipe.allocation, pattern, blocks)
+    check_patterns(blocks, pattern_of)
     check_blocks(skeleton, blocks)
     windows = None
     if text is not SELF:
@@ -61,7 +62,9 @@ def make_plan(recipe: Recipe, output: Path | None = None, offload: Path | None =
         windows = kept_windows(output) if output else None
         recipe = recipe.model_copy(update={"bos": False})  # what the model writes begins with it anyway
     streams = source.kind != "gguf"
-    plan = Plan(recipe, method, pattern, device, source, skeleton, blocks, windows, streams, offload, world.size)
+    plan = Plan(
+        recipe, method, pattern, pattern_of, device, source, skeleton, blocks, windows, streams, offload, world.size
+    )
     if output and (journal := Journal.find(output)) and windows is not None and source.kind != "hub":
         journal.check(plan.fingerprint(windows))
     if windows is None and plan.streams:

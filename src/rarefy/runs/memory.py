@@ -28,9 +28,9 @@ _TEXTS_SHARE = 0.25
 # No layer takes less than this many (out, in), because it is checked and graded, and products have buffers of
 # their own: seen with Wanda and ALPS on blocks of LLaMA-2-7B's widths (docs/log.md).
 _LEAST_BUFFERS = 7.0
-# Matching holds a block in float32: weights, gradients, two moments, the best state and the start. Of a batch it
-# keeps activations for the backward pass, in multiples of the hidden width and of the widest layer.
-_MATCHED = 6
+# Matching holds a block in float32: masters, gradients, two moments, the best state, the start, and the block that
+# runs. Of a batch it keeps activations for the backward pass, in multiples of the hidden width and the widest layer.
+_MATCHED = 7
 _KEPT_HIDDEN, _KEPT_INNER = 24, 8
 
 
@@ -98,8 +98,9 @@ def _pruning_bytes(plan: Plan) -> int:
     stored = _dtype(plan).itemsize
     item = compute_dtype(_dtype(plan), plan.device).itemsize
     matching = plan.recipe.match > 0
+    paths = 1 + (matching or plan.recipe.drift > 0)
     on_host = plan.offload is not None or plan.device.type == "cuda"
-    states = 0 if on_host else (1 + matching) * num * length * hidden * stored
+    states = 0 if on_host else paths * num * length * hidden * stored
     tokens = min(plan.recipe.batch_size, num) * length
     sizes = {block.index: _nbytes(block.module.parameters(), 1) for block in plan.blocks}
     last = max(block.index for block in plan.blocks if block.sites)
@@ -115,6 +116,11 @@ def _pruning_bytes(plan: Plan) -> int:
         inner = max((max(site.shape) for site in block.sites), default=hidden)
         batch = item * tokens * (6 * hidden + 3 * inner)
         grams, solving = _block_bytes(plan, block.sites)
+        if (
+            plan.recipe.drift > 0
+        ):  # one more matrix for each distinct input, one for its correction, and a float32 batch
+            grams, solving = 2 * grams, solving + 2 * grams
+            batch += 8 * tokens * inner
         each.append(max(running + batch + grams, kept + solving))
         if matching and block.sites:
             each.append(

@@ -155,9 +155,11 @@ class OnDiskModel(RunModel):
         return self._with_whole(self.plan.source, lambda model, _: self._own_text_of(model))
 
     def store(self, journal: Journal) -> BlockStore:
+        from rarefy.pruning.loop import changed_parameters
         from rarefy.pruning.stores import StreamedStore
 
-        changed = [site.parameter_name for block in self.plan.blocks for site in block.sites]
+        settings = self.plan.recipe.prune_settings(self.plan.pattern_of)
+        changed = [name for block in self.plan.blocks for name in changed_parameters(block, settings)]
         store = StreamedStore(self.streamed, journal, self.plan.device, self.plan.offload, changed)
         store.prepare(1 + max(block.index for block in self.plan.blocks if block.sites))
         return store

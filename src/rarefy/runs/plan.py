@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rarefy.allocation.names import UNIFORM
 from rarefy.runs.fingerprint import versions
-
-#: The share of the blocks' weights in no linear from which on a run says that they stay dense.
-_MUCH = 0.1
 
 if TYPE_CHECKING:
     import torch
@@ -19,8 +18,12 @@ if TYPE_CHECKING:
     from rarefy.methods.base import Method
     from rarefy.models.blocks import Block
     from rarefy.models.source import ModelSource
+    from rarefy.pruning.settings import PerLayer, Uniform
     from rarefy.runs.fingerprint import Fingerprint
     from rarefy.runs.recipe import Recipe
+
+#: From this share of the blocks' weights on, a run says that weights outside of linears stay dense.
+_MUCH = 0.1
 
 
 @dataclass
@@ -29,7 +32,9 @@ class Plan:
 
     recipe: Recipe
     method: Method
+    #: That of all layers together, and that of each.
     pattern: Pattern
+    pattern_of: Uniform | PerLayer
     device: torch.device
     source: ModelSource
     skeleton: PreTrainedModel
@@ -50,6 +55,9 @@ class Plan:
         made_by = {name: versions()[name] for name in ("rarefy", "torch", "transformers")}
         # Which GPU it is does not matter; another process of the run has another one.
         settings = self.recipe.model_dump() | {"device": self.device.type, **made_by}
+        if self.recipe.allocation != UNIFORM:  # of which a file may have changed
+            specs = [self.pattern_of(site).spec() for block in self.blocks for site in block.sites]
+            settings["the sparsity of layers"] = hashlib.sha256(repr(specs).encode()).hexdigest()[:12]
         return Fingerprint.of(settings, self.source.path, windows)
 
     @property

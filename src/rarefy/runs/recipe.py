@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from rarefy.allocation.names import ALLOWED, is_allocation
 from rarefy.errors import InputError, MethodError, PatternError, RecipeError
 from rarefy.methods.settings import check
 from rarefy.runs.arguments import DEVICE_WORDS, DEVICES
@@ -24,7 +25,7 @@ from rarefy.runs.recipe_file import read_yaml
 if TYPE_CHECKING:
     from rarefy.layer.pattern import Pattern
     from rarefy.methods.base import Method
-    from rarefy.pruning.settings import PruneSettings
+    from rarefy.pruning.settings import PatternOf, PruneSettings
 
 DEFAULT_METHOD = "alps"
 DEFAULT_SPARSITY = 0.5
@@ -90,6 +91,9 @@ class Recipe(BaseModel):
     match: Whole = Field(0, ge=0, description="a whole number of at least 0 (passes over the windows; 0 = off)")
     match_lr: Number = Field(2e-4, gt=0, lt=1, description="a number between 0 and 1, the learning rate")
     match_batch: Whole = Field(4, ge=1, description="a whole number of at least 1 (windows)")
+    drift: Number = Field(0.0, ge=0, le=1, description="a number from 0 to 1, the share of the drift (0 = off)")
+    refresh: bool = Field(False, description="true or false")
+    allocation: str = Field("uniform", min_length=1, description=ALLOWED)
 
     @classmethod
     def read(cls, options: Mapping[str, Any], file: Path | None = None, *, allow_code: bool = False) -> Self:
@@ -144,6 +148,9 @@ class Recipe(BaseModel):
             raise kind(written(key), _as_number(merged[key]), cls._allowed(key)) from None
         if recipe.pattern is not None:
             parse_pattern(recipe.pattern, written("pattern"))
+        if not is_allocation(recipe.allocation):
+            kind = RecipeError if from_file("allocation") else InputError
+            raise kind(written("allocation"), recipe.allocation, ALLOWED)
         if ":" in recipe.method and from_file("method") and not allow_code:
             raise RecipeError.sentence(
                 f"{written('method')} is {recipe.method!r}, which is code from outside Rarefy: --allow-code lets a "
@@ -192,19 +199,21 @@ class Recipe(BaseModel):
         scope = self.scope or self.build_method().default_scope
         return PerRow(sparsity) if scope == "row" else Unstructured(sparsity)
 
-    def prune_settings(self) -> PruneSettings:
-        """What the loop over blocks is to do. Raises MethodError, PatternError."""
+    def prune_settings(self, pattern_of: PatternOf | None = None) -> PruneSettings:
+        """What the loop over blocks is to do; ``pattern_of`` None: the same pattern for all. Raises MethodError."""
         from rarefy.pruning.matching import Matching
         from rarefy.pruning.settings import PruneSettings, Uniform
 
         return PruneSettings(
-            Uniform(self.build_pattern()),
+            pattern_of or Uniform(self.build_pattern()),
             self.build_method(),
             self.batch_size,
             self.include,
             self.exclude,
             self.strict,
             [Matching(self.match, self.match_lr, self.match_batch, seed=self.seed)] if self.match else [],
+            self.drift,
+            self.refresh,
         )
 
     def resolved(self, context: int | None) -> Self:

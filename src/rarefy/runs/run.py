@@ -120,9 +120,9 @@ def forecast(
 
 def forecast_of(plan: Plan, texts: bool) -> Forecast:
     """The forecast of a plan; ``texts``: the models write some for the report."""
-    shapes = [site.shape for block in plan.blocks for site in block.sites]
-    size = sum(rows * inputs for rows, inputs in shapes)
-    kept = sum(plan.pattern.count(shape) for shape in shapes)
+    sites = [site for block in plan.blocks for site in block.sites]
+    size = sum(site.shape[0] * site.shape[1] for site in sites)
+    kept = sum(plan.pattern_of(site).count(site.shape) for site in sites)
     return Forecast(plan, size, size - kept, estimated_bytes(plan, texts))
 
 
@@ -204,7 +204,7 @@ def _prune(plan: Plan, store: BlockStore, windows: torch.Tensor, events: Events)
         events.note(f"{finished_blocks(store.finished)} there; the run goes on with the next")
     linears = [(block.index, site.name) for block in plan.blocks for site in block.sites]
     with events.watch("pruning", [each for each in linears if each[0] >= store.finished]) as stage:
-        return prune_blocks(store, windows, plan.recipe.prune_settings(), stage, stage.layer)
+        return prune_blocks(store, windows, plan.recipe.prune_settings(plan.pattern_of), stage, stage.layer)
 
 
 @contextmanager
@@ -293,7 +293,8 @@ def _facts(plan: Plan, report: Report, command: Sequence[str], began: datetime, 
         "paper": plan.method.paper,
         "pattern": report.pattern,
         "pattern_spec": plan.pattern.spec(),
-        "pattern_words": plan.pattern.describe(),
+        "pattern_words": plan.pattern_of.describe(),
+        "allocation": recipe.allocation,
         "layers": len(report.layers),
         "failed": [layer.name for layer in report.failed],
         "size": report.size,

@@ -1,4 +1,4 @@
-"""What the JSON files of runs and sweeps hold; a file that holds something else is refused in one sentence.
+"""The content of the JSON files of runs and sweeps; a file with another content is refused in one sentence.
 
 Only what is read again is named here. A file may say more, and it may say less where it has a default.
 """
@@ -123,6 +123,7 @@ class RunFacts(_Content):
     seconds: dict[str, float] = {}
     peak_bytes: Count = 0
     relative_error: Value = None
+    pattern_spec: dict[str, Any] = {}
     perplexity: list[_Perplexity] = []
     divergence: list[_Divergence] = []
     tasks: dict[str, _Task] = {}
@@ -215,7 +216,7 @@ def validated(kind: type[_T], values: object) -> _T:
 
 
 def _contradiction(record: LayerRecord) -> str | None:
-    """What cannot be true of a layer, though each value is of its type."""
+    """The first thing in a record that cannot be true of a layer, though every value is of its type; else None."""
     if not record.name or not (record.name + record.pattern + record.status).isprintable():
         return "name, pattern or status cannot be printed"
     if len(record.shape) != 2 or not all(1 <= length <= _LONGEST for length in record.shape):

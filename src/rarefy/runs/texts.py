@@ -1,4 +1,4 @@
-"""What a model writes for a few prompts, so that a reader can see what pruning did to it."""
+"""Lets a model go on with a few prompts, so that a reader can see what pruning did to it."""
 
 from __future__ import annotations
 
@@ -38,7 +38,6 @@ def write_texts(
     settings = GenerationConfig(
         max_new_tokens=num_tokens, do_sample=False, num_beams=1, eos_token_id=end, pad_token_id=pad or 0
     )
-    own, model.generation_config = model.generation_config, settings
     generate: Any = model.generate
     # All prompts in one batch, filled up on the left, which takes the time of one.
     rows: list[list[int]] = [tokenizer(prompt)["input_ids"] for prompt in prompts]
@@ -46,6 +45,7 @@ def write_texts(
     ids = torch.tensor([[pad or 0] * (width - len(row)) + row for row in rows], device=model.device)
     check_token_ids(ids, model.config, "the model")
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=model.device)
+    own, model.generation_config = model.generation_config, settings
     try:
         with quiet(), torch.inference_mode():
             written = generate(ids, attention_mask=mask, generation_config=settings)

@@ -77,15 +77,19 @@ def tune(
     world = World.current()
     folder = RunFolder(output)
     with world.together():
-        wanted = recipe if isinstance(recipe, TuneRecipe) else _read(recipe, allow_code)
+        wanted = _recipe(recipe, allow_code)
         if world.leads:
             folder.check()
         plan = make_tune_plan(wanted)
     command = ["rarefy", "tune", "--recipe", str(folder.recipe), "-o", str(folder.path)]
+    if wanted.needs_code:
+        command.append("--allow-code")
     return execute_tuning(plan, folder, command, events)
 
 
-def _read(recipe: Mapping[str, Any] | str | Path, allow_code: bool) -> TuneRecipe:
+def _recipe(recipe: TuneRecipe | Mapping[str, Any] | str | Path, allow_code: bool) -> TuneRecipe:
+    if isinstance(recipe, TuneRecipe):
+        return TuneRecipe.read(recipe.model_dump(exclude_unset=True))
     if isinstance(recipe, Mapping):
         return TuneRecipe.read(recipe)
     return TuneRecipe.read({}, Path(recipe), allow_code=allow_code)
@@ -99,30 +103,31 @@ def execute_tuning(plan: TunePlan, folder: RunFolder, command: Sequence[str], ev
             return _end_finished(plan, folder) if world.leads else None
     began = datetime.now(UTC)
     journal = TuneJournal(folder.path, world)
-    with folder.writing(lambda error: _goes_on(error, journal)) if world.leads else nullcontext():
+
+    def keep(error: BaseException) -> bool:
+        # The same command would end in the same way unless it is the machine that fails.
+        again = isinstance(error, RarefyError) and not isinstance(error, OutputError | ModelError | RankError)
+        return not journal.opened or (not again and (journal.steps > 0 or journal.recorded is not None))
+
+    with folder.writing(keep) if world.leads else nullcontext(), journal:
         try:
-            with journal:
-                return _Run(plan, folder, journal, events, world).carry_out(command, began)
+            return _Run(plan, folder, journal, events, world).carry_out(command, began)
         except BaseException as error:
-            if not _goes_on(error, journal):
+            if not keep(error):
                 journal.remove()
-            elif journal.steps:
+            elif journal.opened and journal.steps:
                 events.note(f"{journal.steps:,} steps are kept, and the same command goes on from there")
             raise
-
-
-def _goes_on(error: BaseException, journal: TuneJournal) -> bool:
-    """Whether what is kept is of use: the same command would not end in the same way."""
-    again = isinstance(error, RarefyError) and not isinstance(error, OutputError | ModelError | RankError)
-    return not again and (journal.steps > 0 or journal.recorded is not None)
 
 
 def _end_finished(plan: TunePlan, folder: RunFolder) -> TuneResult:
     """Remove the journal of a tuning that was killed when nothing else was left to do."""
     if not folder.recipe.is_file() or folder.recipe.read_bytes() != plan.recipe.to_yaml().encode():
         raise OutputError("--output", str(folder.path), "a new or empty folder; this one holds another run")
+    facts = folder.read_run()
     TuneJournal(folder.path).remove()
-    return TuneResult(folder, folder.read_run(), went_on=True)
+    folder.remove_partial()
+    return TuneResult(folder, facts, went_on=True)
 
 
 class _Run:
@@ -173,7 +178,7 @@ class _Run:
     # --- Stages --------------------------------------------------------------------------------------------
 
     def _windows(self) -> tuple[Tensor, int]:
-        """All windows, and how many of them, the last, are held out; the dense model writes those of ``self``."""
+        """All windows, and how many of the last are held out; the dense model writes those of the source ``self``."""
         texts = self.plan.texts
         held_out = sum(text.held_out for text in texts)
         if all(text.windows is not None for text in texts):
@@ -227,7 +232,7 @@ class _Run:
                     self.journal.keep_state(tuner.step, tuner.state())
                     self._state_kept = time.monotonic()
 
-            # Of a model from which blocks or neurons were taken out, there may be no zeros to keep.
+            # A model from which blocks or neurons were taken out may have no zeros to keep.
             keeps = self.plan.recipe.parametrisation == "full" and any(record.pruned for record in self.plan.records)
             with keep_zeros(tuner.model) if keeps else nullcontext():
                 tuner.run(after_step, after_measurement, at_rest)
@@ -262,13 +267,13 @@ class _Run:
     # --- What is written -----------------------------------------------------------------------------------
 
     def _write(self, trained: Trained) -> dict[str, Any]:
-        """Write recipe, records and model; the texts that it writes, for ``run.json``."""
-        model, tokenizer = trained.tuner.model, trained.tokenizer
-        for name, parameter in model.named_parameters():
-            parameter.data = parameter.data.to(trained.dtypes[name])
+        """Write recipe, records and model; returns the texts that the model writes, for ``run.json``."""
         from rarefy.models.saving import save_model
         from rarefy.runs.texts import kept_texts
 
+        model, tokenizer = trained.tuner.model, trained.tokenizer
+        for name, parameter in model.named_parameters():
+            parameter.data = parameter.data.to(trained.dtypes[name])
         texts: list[dict[str, str]] = []
         try:
             with self.events.watch("writing texts"):
@@ -285,7 +290,7 @@ class _Run:
     def _verify(self) -> dict[str, int]:
         """Read the written files again: promises first, then every mask against that of the files before.
 
-        How many tensors of each kind they hold.
+        Returns how many tensors of each kind they hold. Raises VerificationError.
         """
         from rarefy.models.source import resolve_model
 
@@ -354,7 +359,10 @@ class _Run:
 
 
 def curve(records: Sequence[StepRecord]) -> list[dict[str, float]]:
-    """The numbers of the steps, means over as many neighbours as leave no more than 100 points, with four digits."""
+    """The records of all steps as a curve for run.json: at most 100 points with four digits.
+
+    Where there are more steps, a point is the mean over several neighbours.
+    """
     size = max(1, -(-len(records) // _POINTS))
     groups = [records[first : first + size] for first in range(0, len(records), size)]
     return [

@@ -29,9 +29,9 @@ from rarefy.parallel.world import World
 from rarefy.runs.fingerprint import Fingerprint
 from rarefy.runs.folder import JOURNAL, is_unfinished_run
 from rarefy.runs.schema import validated
-from rarefy.runs.unfinished import UnfinishedFolder
+from rarefy.runs.unfinished import UnfinishedFolder, checksum_of
 
-#: Of no pruning run's journal.
+#: No pruning run's journal says this.
 _FORMAT = "tuning 1"
 
 
@@ -39,7 +39,7 @@ class TuneJournal(UnfinishedFolder):
     """The journal in the output folder of one tuning; one run at a time holds it. Use it as a context.
 
     Of several processes of a run (``world``), each keeps what it holds, and the first says in journal.json what
-    all have kept.
+    all have kept. ``opened`` says whether the folder is this run's: until then, what is in it may be another's.
     """
 
     def __init__(self, output: Path, world: World | None = None) -> None:
@@ -47,6 +47,7 @@ class TuneJournal(UnfinishedFolder):
         super().__init__(output, leads=self._world.leads)
         self._own = self.folder if self._world.leads else self.folder / f"process-{self._world.rank}"
         self._content: dict[str, Any] = {"format": _FORMAT, "state": None, "best": None, "recorded": None}
+        self.opened = False
 
     def open(self, fingerprint: Fingerprint) -> Self:
         """Begin, or go on with what is there. Raises OutputError where another tuning or process is at work here."""
@@ -68,6 +69,7 @@ class TuneJournal(UnfinishedFolder):
         except BaseException:
             self.close()
             raise
+        self.opened = True
         return self
 
     def check(self, fingerprint: Fingerprint) -> None:
@@ -76,13 +78,13 @@ class TuneJournal(UnfinishedFolder):
             return
         try:
             content = json.loads(self._journal.read_bytes())
-            if content.get("format") != _FORMAT:
-                raise ValueError("another format")
+            if content.pop("checksum") != checksum_of(content) or content["format"] != _FORMAT:
+                raise ValueError("another checksum or format")
             difference = validated(Fingerprint, content["fingerprint"]).difference(fingerprint)
             for key in ("state", "best"):
                 validated(int | None, content[key])  # type: ignore[arg-type]
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise self._damaged(self._journal) from error
+            raise self.damaged(self._journal) from error
         if difference:
             raise OutputError.sentence(
                 f"{self.folder.parent} holds an unfinished tuning {difference}: repeat its command to go on with it, "
@@ -97,12 +99,12 @@ class TuneJournal(UnfinishedFolder):
 
     @property
     def recorded(self) -> dict[str, Any] | None:
-        """What is recorded of the dense model, as ``note_recorded`` was told; None where nothing is."""
+        """The description of the dense model's recorded files that ``note_recorded`` got; None where none are."""
         found: dict[str, Any] | None = self._content["recorded"]
         return found
 
     def note_recorded(self, what: Mapping[str, Any]) -> None:
-        """All that is recorded of the dense model is on the disk."""
+        """Note that the files recorded of the dense model are on the disk; ``what`` describes them."""
         self._content["recorded"] = dict(what)
         if self._world.leads:
             self._write()
@@ -124,11 +126,11 @@ class TuneJournal(UnfinishedFolder):
         self._remove_stale_files()
 
     def state(self) -> dict[str, Any] | None:
-        """What was kept of the last state; None where nothing was. Raises OutputError where it is damaged."""
+        """The last state that was kept; None where none was. Raises OutputError where it is damaged."""
         return self._load("state")
 
     def best(self) -> dict[str, Tensor] | None:
-        """What was kept as the best; None where nothing was. Raises OutputError where it is damaged."""
+        """The best parameters that were kept; None where none were. Raises OutputError where they are damaged."""
         return self._load("best")
 
     # --- Files ---------------------------------------------------------------------------------------------
@@ -144,17 +146,19 @@ class TuneJournal(UnfinishedFolder):
         try:
             found: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:
-            raise self._damaged(file) from error
+            raise self.damaged(file) from error
         return found
 
-    def _damaged(self, file: Path) -> OutputError:
+    def damaged(self, file: Path) -> OutputError:
+        """The error for a file that is not there, or holds something else than was written."""
         return OutputError.sentence(
             f"{file} is missing or damaged, so the unfinished tuning cannot go on: remove {self.folder} to begin "
             "anew."
         )
 
     def _write(self, folder: Path | None = None) -> None:
-        replace_file((folder or self.folder) / JOURNAL, json.dumps(self._content, indent=1))
+        content = {"checksum": checksum_of(self._content), **self._content}
+        replace_file((folder or self.folder) / JOURNAL, json.dumps(content, indent=1))
 
     def _remove_stale_files(self) -> None:
         """Remove what journal.json does not speak of; where that fails, nothing is lost but space."""

@@ -1,4 +1,4 @@
-"""The memory forecast of a tuning: numbers are bytes."""
+"""The memory forecast of a tuning, in bytes."""
 
 from __future__ import annotations
 
@@ -43,8 +43,10 @@ def _recording_bytes(plan: TunePlan) -> int:
 
 
 def _training_bytes(plan: TunePlan) -> int:
-    """Masters, gradients, AdamW's two moments, masks, a copy of the head and of weights in half precision,
-    activations of the windows that run at once, and a slice of logits."""
+    """Bytes of training: masters, gradients, AdamW's two moments and masks; activations and a slice of logits.
+
+    A copy of the head and of the linears in half precision comes on top where products are computed in that.
+    """
     recipe, skeleton = plan.recipe, plan.skeleton
     total = sum(parameter.numel() for parameter in skeleton.parameters())
     trained = trained_numbers(plan)
@@ -62,7 +64,7 @@ def _training_bytes(plan: TunePlan) -> int:
 
 
 def _activation_bytes(plan: TunePlan) -> int:
-    """What all blocks keep for their gradients, or one block where it is computed anew."""
+    """Bytes of activations that all blocks keep for their gradients, or one block where they are computed anew."""
     recipe = plan.recipe
     config = plan.source.config.get_text_config()
     assert recipe.sequence_length is not None
@@ -78,7 +80,7 @@ def _activation_bytes(plan: TunePlan) -> int:
 
 
 def _logits_bytes(plan: TunePlan) -> int:
-    """A slice of logits with what is computed of it, or the logits of all positions where they must be whole."""
+    """Bytes of a slice of logits with all that is computed from it."""
     from rarefy.models.head import vocabulary_size
     from rarefy.tuning.logits import LOGIT_BYTES
 

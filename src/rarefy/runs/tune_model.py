@@ -45,9 +45,9 @@ class Trained:
 def record_dense(
     plan: TunePlan, journal: TuneJournal, windows: Tensor, events: Events, world: World
 ) -> dict[str, Any]:
-    """Record the dense model once, unless it is to be beside the trained one; what the journal says of it.
+    """Record the dense model once, unless it is to be beside the trained one; returns what the journal says of it.
 
-    Raises ModelError where states are asked for and the head is another one.
+    Raises ModelError where --teacher states is asked for and the trained model has another head.
     """
     if journal.recorded is not None:
         return journal.recorded
@@ -121,9 +121,9 @@ def _has_head(plan: TunePlan, head: nn.Module) -> bool:
 def _make_teacher(plan: TunePlan, journal: TuneJournal, recorded: Mapping[str, Any], logits: Logits) -> Teacher:
     from rarefy.models.blocks import find_blocks
     from rarefy.tuning.logits import Logits
-    from rarefy.tuning.teacher import ModelTeacher, StatesTeacher, TopTeacher, mapped
+    from rarefy.tuning.teacher import ModelTeacher, StatesTeacher, TopTeacher
 
-    kind, folder = recorded["kind"], journal.folder
+    kind = recorded["kind"]
     if kind == "model":
         dense = _load_dense(plan)
         wanted = find_blocks(dense) if plan.recipe.hidden_weight else []
@@ -131,9 +131,20 @@ def _make_teacher(plan: TunePlan, journal: TuneJournal, recorded: Mapping[str, A
     shape = tuple(recorded["shape"])
     if kind == "states":
         dtype = getattr(torch, str(recorded["dtype"]).removeprefix("torch."))
-        return StatesTeacher(mapped(folder / "dense-states", shape, dtype), logits, plan.device)
-    tokens = mapped(folder / "dense-tokens", shape, torch.int32)
-    return TopTeacher(tokens, mapped(folder / "dense-log-p", shape, torch.float16), plan.device)
+        return StatesTeacher(_recorded_tensor(journal, "dense-states", shape, dtype), logits, plan.device)
+    tokens = _recorded_tensor(journal, "dense-tokens", shape, torch.int32)
+    return TopTeacher(tokens, _recorded_tensor(journal, "dense-log-p", shape, torch.float16), plan.device)
+
+
+def _recorded_tensor(journal: TuneJournal, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """What was recorded of the dense model in a file beside the journal. Raises OutputError where it is damaged."""
+    from rarefy.tuning.teacher import mapped
+
+    file = journal.folder / name
+    try:
+        return mapped(file, shape, dtype)
+    except (OSError, ValueError) as error:
+        raise journal.damaged(file) from error
 
 
 # --- The model that is trained ------------------------------------------------------------------------------

@@ -7,14 +7,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
-from rarefy.calibration.sources import parse_source
+from rarefy.calibration.sources import has_columns, parse_source
 from rarefy.errors import InputError, ModelError
 from rarefy.models.locate import locate
 from rarefy.parallel.world import World
 from rarefy.pruning.records import LayerRecord
 from rarefy.runs.folder import RunFolder
+from rarefy.runs.recipe_file import read_yaml
 from rarefy.runs.tune_recipe import TuneRecipe, split_share
 from rarefy.runs.tune_windows import Text, read_texts
 
@@ -22,11 +21,12 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
+    from rarefy.calibration.documents import Source
     from rarefy.models.blocks import Block
     from rarefy.models.source import ModelSource
     from rarefy.runs.fingerprint import Fingerprint
 
-#: A model with fewer zeros than this in its blocks was not pruned: dense weights hold some by chance, those of
+#: A model with a smaller share of zeros in its blocks was not pruned: dense weights hold some by chance, those of
 #: quantised origin up to a few in a hundred.
 LEAST_SPARSITY = 0.05
 _DEFAULT_WINDOWS = (32, 1024)
@@ -42,19 +42,20 @@ class TunePlan:
     skeleton: PreTrainedModel
     blocks: list[Block]
     records: list[LayerRecord]
-    #: What run.json says of the pruning run, nothing where the model is of no run.
+    #: What run.json says of the pruning run; empty where no run folder was named.
     facts: Mapping[str, Any]
     texts: list[Text]
     device: torch.device
     precision: torch.dtype
 
     def fingerprint(self, windows: torch.Tensor) -> Fingerprint:
-        """All that the result depends on."""
+        """All that the result depends on; each process keeps a state of its own, so their number is part of it."""
         from rarefy.runs.fingerprint import Fingerprint, file_digests, versions
 
         made_by = {name: versions()[name] for name in ("rarefy", "torch", "transformers")}
         dense = {f"dense {name}": digest for name, digest in file_digests(self.dense.path).items()}
         settings = self.recipe.model_dump() | {"device": self.device.type, "precision": str(self.precision)}
+        settings["processes"] = World.current().size
         return Fingerprint.of(settings | made_by | dense, self.source.path, windows)
 
     @property
@@ -69,7 +70,7 @@ class TunePlan:
 def make_tune_plan(recipe: TuneRecipe) -> TunePlan:
     """Find every mistake that can be found before a model is loaded, the cheapest first.
 
-    Raises InputError and what it is the base of, each with one sentence.
+    Raises InputError, or one of the errors that are derived from it.
     """
     run = RunFolder.find(recipe.model)
     locate(recipe.model)
@@ -82,7 +83,7 @@ def make_tune_plan(recipe: TuneRecipe) -> TunePlan:
         )
     with _as_against():
         locate(recipe.against)
-    sources = [(parse_source(name), share) for name, share in (split_share(text, "") for text in recipe.calibration)]
+    sources = _sources(recipe)
 
     # What follows imports torch, which takes seconds.
     import torch
@@ -124,23 +125,37 @@ def make_tune_plan(recipe: TuneRecipe) -> TunePlan:
 
 
 def _with_runs_settings(recipe: TuneRecipe, run: RunFolder | None) -> TuneRecipe:
-    """The recipe, with what is not said taken from the pruning run: dense model, text, windows and seed."""
-    told: dict[str, Any] = {}
-    if run is not None and run.recipe.is_file():
-        content = yaml.safe_load(run.recipe.read_text(encoding="utf-8"))
-        told = content if isinstance(content, dict) else {}
+    """The recipe, with what it does not say taken from the pruning run: dense model, text, windows and seed.
+
+    Raises RecipeError where the run's own recipe is damaged.
+    """
+    told = read_yaml(run.recipe) if run is not None and run.recipe.is_file() else {}
     filled: dict[str, Any] = {}
     if recipe.against is None:
         filled["against"] = told.get("against") or told.get("model")
     if not recipe.calibration:
         text = told.get("calibration") or "self"
         filled["calibration"] = text if isinstance(text, list) else [text]
-        filled["bos"] = recipe.bos or bool(told.get("bos"))
+        filled["bos"] = recipe.bos or told.get("bos", False)
+        filled["text_column"] = recipe.text_column or told.get("text_column")
     for key, default in zip(("num_samples", "sequence_length", "seed"), (*_DEFAULT_WINDOWS, 0)):
         if getattr(recipe, key) is None:
             value = told.get(key)
-            filled[key] = value if isinstance(value, int) else default
-    return recipe.model_copy(update=filled)
+            filled[key] = default if value is None else value
+    return recipe.filled(filled, told=f"{run.recipe}" if run is not None else "the recipe")
+
+
+def _sources(recipe: TuneRecipe) -> list[tuple[Source, float]]:
+    """The sources of text with their shares. Raises CalibrationError, and InputError for a column that none has."""
+    column, found, used = recipe.text_column, [], False
+    for text in recipe.calibration:
+        name, share = split_share(text, "--calibration")
+        chosen = column is not None and has_columns(name)
+        used = used or chosen
+        found.append((parse_source(name, text_column=column if chosen else None), share))
+    if column is not None and not used:
+        raise InputError("--text-column", column, "left out, because no text has columns")
+    return found
 
 
 @contextmanager
@@ -153,7 +168,7 @@ def _as_against() -> Iterator[None]:
 
 
 def _check_pair(recipe: TuneRecipe, source: ModelSource, dense: ModelSource) -> None:
-    """Raises InputError or ModelError unless both models read and predict the same tokens."""
+    """Raise InputError or ModelError unless both models read and predict the same tokens."""
     from rarefy.models.checkpoint import load_tokenizer
 
     if source.quantization is not None:
@@ -190,7 +205,7 @@ def _check_forms(recipe: TuneRecipe, blocks: list[Block]) -> None:
 
 
 def _check_teacher(recipe: TuneRecipe, skeleton: PreTrainedModel, dense: ModelSource) -> None:
-    """What can be said of the teacher from settings alone."""
+    """Raise InputError where the settings of both models show that the teacher cannot be had."""
     from rarefy.models.blocks import find_blocks
     from rarefy.models.head import vocabulary_size
 
@@ -221,9 +236,9 @@ def _records(
     dense: ModelSource,
     blocks: list[Block],
 ) -> list[LayerRecord]:
-    """One record for each layer with what must stay zero; of a folder that is no run, as its files are.
+    """One record for each layer, which says how many zeros must stay: as the run promised, else as in the files.
 
-    Raises InputError where nothing was pruned and nothing taken out.
+    Raises ModelError where the files break a promise, InputError where nothing was pruned and nothing taken out.
     """
     from rarefy.runs.verify import inspect_folder
 

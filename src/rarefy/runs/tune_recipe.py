@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from rarefy.errors import InputError, RecipeError
 from rarefy.runs.arguments import DEVICE_WORDS, DEVICES
-from rarefy.runs.recipe import Number, Whole, _as_number
+from rarefy.runs.recipe import Number, Whole, _as_number, _no_bool
 from rarefy.runs.recipe_file import read_yaml
 from rarefy.tuning.settings import TuneSettings
 
@@ -31,6 +31,7 @@ class TuneRecipe(BaseModel):
     model: str = Field(min_length=1, description="a folder that `rarefy prune` wrote, or any model folder")
     against: str | None = Field(None, min_length=1, description="the dense model: a hub id, a folder or a .gguf file")
     calibration: list[str] = Field([], description="sources of text, each SOURCE or SOURCE=SHARE")
+    text_column: str | None = Field(None, min_length=1, description="the name of a column of the texts' rows")
     num_samples: Whole | None = Field(None, ge=1, description=f"{_WHOLE} 1 (windows)")
     sequence_length: Whole | None = Field(None, ge=2, description=f"{_WHOLE} 2 (tokens)")
     held_out: Whole = Field(4, ge=0, description=f"{_WHOLE} 0 (windows)")
@@ -56,7 +57,7 @@ class TuneRecipe(BaseModel):
     gradient_checkpointing: bool = Field(False, description="true or false")
     precision: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto, float32 or bfloat16")
     device: str = Field("auto", pattern=DEVICES, description=DEVICE_WORDS)
-    seed: Whole | None = Field(None, ge=0, description=f"{_WHOLE} 0")
+    seed: Annotated[int, BeforeValidator(_no_bool)] | None = Field(None, ge=0, lt=2**63, description=f"{_WHOLE} 0")
 
     @classmethod
     def read(cls, options: Mapping[str, Any], file: Path | None = None, *, allow_code: bool = False) -> Self:
@@ -79,7 +80,8 @@ class TuneRecipe(BaseModel):
         if unknown:
             nearest = difflib.get_close_matches(str(unknown[0]), cls.model_fields, n=1)
             hint = f"; did you mean {nearest[0]}?" if nearest else f"; its keys are {', '.join(cls.model_fields)}."
-            raise RecipeError.sentence(f"{str(unknown[0])[:100]} in {file} is no key of a tuning's recipe{hint}")
+            where = f" in {file}" if file is not None and unknown[0] in base else ""
+            raise RecipeError.sentence(f"{str(unknown[0])[:100]}{where} is no key of a tuning's recipe{hint}")
         try:
             recipe = cls.model_validate(merged)
         except ValidationError as error:
@@ -89,15 +91,20 @@ class TuneRecipe(BaseModel):
             raise kind(written(key), _as_number(merged[key]), allowed) from None
         recipe._check(written)
         from_file = file is not None and "optimizer" in base and "optimizer" not in options
-        if from_file and not allow_code and not recipe.optimizer.startswith(("adamw", "torch.optim:")):
+        if from_file and not allow_code and recipe.needs_code:
             raise RecipeError.sentence(
                 f"{written('optimizer')} is {recipe.optimizer!r}, which is code from outside torch: --allow-code "
                 "lets a recipe run it, and so does --optimizer with that name."
             )
         return recipe
 
-    def _check(self, written: Any) -> None:
-        """What one key says of another."""
+    @property
+    def needs_code(self) -> bool:
+        """Whether the optimiser is code from outside torch, which runs when it is imported."""
+        return self.optimizer != "adamw" and not self.optimizer.startswith("torch.optim:")
+
+    def _check(self, written: Callable[[str], str]) -> None:
+        """Raise InputError where two keys contradict each other; ``written`` names a key as its user wrote it."""
         if self.micro_batch is not None and self.batch_size % self.micro_batch:
             given, batch = written("micro_batch"), written("batch_size")
             raise InputError(given, self.micro_batch, f"a divisor of {batch}, which is {self.batch_size}")
@@ -111,13 +118,23 @@ class TuneRecipe(BaseModel):
         for text in self.calibration:
             split_share(text, written("calibration"))
 
+    def filled(self, values: Mapping[str, Any], told: str) -> Self:
+        """The same recipe with these ``values`` of another, which errors call ``told``. Raises RecipeError."""
+        fields = type(self).model_fields
+        try:
+            return self.model_validate({**self.model_dump(exclude_unset=True), **values})
+        except ValidationError as error:
+            key = str(error.errors()[0]["loc"][0])
+            allowed = fields[key].description or "something else"
+            raise RecipeError(f"{key} in {told}", values[key], allowed) from None
+
     def top_k(self) -> int | None:
         """How many tokens of each position are kept, where the teacher is top-K."""
         found = re.fullmatch(r"top-([1-9][0-9]{0,5})", self.teacher)
         return int(found[1]) if found else None
 
     def settings(self) -> TuneSettings:
-        """What the loop is to do. ``micro_batch`` is one window where it is not said."""
+        """What the loop is to do; ``micro_batch`` is one window unless the recipe says another number."""
         return TuneSettings(
             learning_rate=self.learning_rate or LEARNING_RATES[self.parametrisation],
             micro_batch=self.micro_batch or 1,

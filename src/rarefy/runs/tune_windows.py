@@ -57,7 +57,7 @@ def read_texts(
     from rarefy.runs.make_plan import read_tokens
 
     counts = apportion(num, [share for _, share in sources])
-    # Of what is held out, each has the same part as of the rest, rounded; small shares may have none.
+    # Each source has the same share of the held-out windows as of the others, rounded: a small share may have none.
     ends = [held_out * sum(counts[: i + 1]) // num for i in range(len(counts))]
     held_counts = [end - begin for begin, end in zip([0, *ends], ends)]
     texts = []
@@ -81,7 +81,10 @@ def joined(texts: Sequence[Text]) -> tuple[Int64[Tensor, "windows length"], int]
 def draw(
     tokens: Int64[Tensor, " tokens"], text: Text, length: int, bos_id: int | None
 ) -> Int64[Tensor, "windows length"]:
-    """Windows to train on, and as many to hold out as asked for, none of which has a token of those."""
+    """The windows of one text: first those to train on, then those to hold out, which share no token with them.
+
+    Raises CalibrationError where the text has no room for as many.
+    """
     from rarefy.calibration.windows import draw_windows
 
     name = f"the text of {text.source.name}"

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import errno
+import json
 import sys
+import zlib
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from filelock import FileLock, Timeout
 
@@ -64,3 +67,8 @@ class UnfinishedFolder:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def checksum_of(content: Mapping[str, Any]) -> int:
+    """A number that changes with what a journal says."""
+    return zlib.crc32(json.dumps(content, sort_keys=True).encode())

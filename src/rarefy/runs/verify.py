@@ -23,9 +23,11 @@ from rarefy.errors import ModelError
 from rarefy.layer.pattern import Pattern, pattern_from_spec
 from rarefy.models.blocks import LinearSite, Site, find_blocks
 from rarefy.models.conversion import Plan, plan_conversion
+from rarefy.models.gguf import block_matrices
 from rarefy.models.losses import lost_tensors, missing_parameters
 from rarefy.models.shards import Shards
 from rarefy.models.source import ModelSource, resolve_model
+from rarefy.packing.unpack import PackedCheckpoint
 from rarefy.pruning.records import LayerRecord
 from rarefy.runs.folder import RunFolder
 
@@ -34,7 +36,8 @@ from rarefy.runs.folder import RunFolder
 class LayerInspection:
     """What the file holds of one linear; ``problems`` says in words which promise it breaks.
 
-    ``shape`` is [out, in], ``pattern`` what was checked ("" where nothing was promised).
+    ``shape`` is [out, in], ``pattern`` what was checked ("" where nothing was promised), ``type`` how a GGUF file
+    holds it.
     """
 
     name: str
@@ -42,6 +45,7 @@ class LayerInspection:
     zeros: int = 0
     pattern: str = ""
     problems: list[str] = field(default_factory=list)
+    type: str = ""
 
     @property
     def size(self) -> int:
@@ -113,21 +117,25 @@ def inspect_folder(name: str | Path, pattern: Pattern | None = None, source: Mod
 
     ``name`` is a run folder or its ``model``: then the layers of ``layers.jsonl`` must hold at least
     the zeros it says, in its pattern, and all tensors that ``run.json`` counts must be there. It may be any other
-    model with files of weights, too: then its linears are listed. ``pattern`` is checked in addition,
-    and so is that nothing is lost of ``source``, the model that it was made from. Tensors are read one at a
-    time, but for experts that the model keeps in one stack: these block by block.
+    model with files of weights, packed ones too, or a GGUF file: then its linears are listed. ``pattern`` is
+    checked in addition, and so is that nothing is lost of ``source``, the model that it was made from. Tensors are
+    read one at a time, but for experts that the model keeps in one stack: these block by block.
     Raises ModelError where there is no model, or none that can be read in parts, InputError where the run
     folder is damaged.
     """
+    if Path(name).suffix.lower() == ".gguf" and Path(name).is_file():
+        return _inspect_gguf(Path(name), pattern)
     run = RunFolder.find(name)
-    written = resolve_model(str(run.model if run else name))
+    written = resolve_model(str(run.model if run else name), packed=True)
     if written.kind == "gguf":
-        raise ModelError("MODEL", str(name), "a folder with files of weights, which are what inspect reads")
+        return _inspect_gguf(written.path, pattern)
     shards = Shards.open(written.fetch())
     model = written.skeleton()
     sites = {site.name: site for block in find_blocks(model) for site in block.sites}
     records = {record.name: record for record in run.read_layers()} if run else {}
     weights = _StoredWeights(model, shards, quantizer := written.dequantizer())
+    if written.packing is not None:
+        weights = _PackedWeights(model, shards, PackedCheckpoint(shards.folder))
 
     layers = []
     for layer_name in records or sites:
@@ -145,11 +153,11 @@ def inspect_folder(name: str | Path, pattern: Pattern | None = None, source: Mod
             layer.shape = list(site.shape)
             _inspect(layer, weight, record, pattern)
     known = {site.parameter_name for site in sites.values()}  # whose loss is said above
-    missing = missing_parameters(model, shards, quantizer)
+    missing = [] if written.packing is not None else missing_parameters(model, shards, quantizer)
     lost = [f"{name}: it is not in the files" for name in missing if name not in known]
     if source is not None:
         lost += [f"{name}: it was in the files of {source.name}" for name in lost_tensors(source, shards)]
-    elif run and run.run.is_file():
+    elif run and run.run.is_file() and written.packing is None:
         lost += _uncounted(shards.tensors, run.read_run().get("tensors"))
     return Inspection(str(shards.folder), bool(run), layers, lost, [*shards.tensors])
 
@@ -165,6 +173,16 @@ def _uncounted(names: Iterable[str], promised: Any) -> Iterator[str]:
     for kind, number in promised.items() if isinstance(promised, Mapping) else ():
         if there.get(kind, 0) < number:
             yield f"{kind}: the files hold {there.get(kind, 0):,} tensors of this name, promised were {number:,}"
+
+
+def _inspect_gguf(file: Path, pattern: Pattern | None) -> Inspection:
+    """The same for a GGUF file, whose matrices are read one at a time."""
+    layers = []
+    for name, kind, weight in block_matrices(file):
+        layer = LayerInspection(name, list(weight.shape), type=kind)
+        _inspect(layer, weight, None, pattern)
+        layers.append(layer)
+    return Inspection(str(file), False, layers)
 
 
 def _inspect(layer: LayerInspection, weight: Tensor, record: LayerRecord | None, pattern: Pattern | None) -> None:
@@ -232,3 +250,19 @@ class _StoredWeights:
     def _plan(self) -> Plan:
         stored = {name: tensor.meta() for name, tensor in self._tensors.items() if tensor.known}
         return plan_conversion(self._model, stored, self._quantizer)
+
+
+class _PackedWeights(_StoredWeights):
+    """Reads weights from a packed folder, in which some are packed and others dense."""
+
+    def __init__(self, model: PreTrainedModel, shards: Shards, checkpoint: PackedCheckpoint) -> None:
+        super().__init__(model, shards, None)
+        self._checkpoint = checkpoint
+
+    def read(self, site: Site) -> Tensor | None:
+        name = site.parameter_name
+        if name not in self._checkpoint.packed:
+            return super().read(site)
+        if name not in self._made:
+            self._made = {name: self._checkpoint.read(name)}  # one parameter at most: a stack has many sites
+        return site.view(self._made[name])

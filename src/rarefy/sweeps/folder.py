@@ -94,7 +94,7 @@ class SweepFolder:
         """The facts of all finished cells except the dense one, each with its folder's name under ``cell``."""
         names = sorted(file.parent.name for file in self.cells.glob("*/run.json"))
         kept = [name for name in names if name != "dense" and not name.startswith(".")]
-        return [{**(self.read_cell(name) or {}), "cell": name} for name in kept]
+        return [{"seed": 0, "reason": "", **(self.read_cell(name) or {}), "cell": name} for name in kept]
 
     def write_cell(self, name: str, fill: Callable[[RunFolder], None]) -> None:
         """Let ``fill`` write into a folder, which becomes the cell once it has returned. Raises OutputError."""

@@ -1,4 +1,4 @@
-"""What the user asks of a sweep, checked as far as that goes without a model: torch is not imported."""
+"""The options of a sweep, checked as far as that goes without a model: torch is not imported."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a sweep is to do: its cells and what is measured of them, with every mistake found that can be.
+"""Makes the plan of a sweep: its cells and their measurements. All mistakes that need no weights are found here.
 
 torch and transformers are imported once all that is plain has been checked.
 """

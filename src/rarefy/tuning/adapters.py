@@ -130,9 +130,10 @@ def merge(adapter: Any, model: PreTrainedModel | None = None) -> PreTrainedModel
     ``adapter`` is the folder in which PEFT saved it, with ``model`` the pruned model it was trained on, in memory;
     or a ``PeftModel``. Returns the model, an ordinary one: each weight is W + M (delta), where M is False at the
     zeros of W. Adapters that were trained under ``keep_zeros`` lose nothing by it, others what they did through
-    zeros. Adapters that change no more than weights of linears, which is nearly all of them.
+    zeros. Only adapters whose changes are to weights can be merged, which is nearly all of them.
 
-    Raises InputError where there is no adapter, ModelError where it does not fit the model.
+    Raises InputError where there is no adapter, ModelError where it is damaged, does not fit the model, or cannot be
+    merged.
     """
     peft = _peft()
     if isinstance(adapter, (str, Path)):
@@ -140,15 +141,12 @@ def merge(adapter: Any, model: PreTrainedModel | None = None) -> PreTrainedModel
             raise InputError.sentence("model is missing: name the pruned model that the adapter was trained on.")
         if not (Path(adapter) / "adapter_config.json").is_file():
             raise InputError("adapter", str(adapter), "a folder with adapter_config.json, as PEFT saves it")
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                adapter = peft.PeftModel.from_pretrained(model, str(adapter))
-        except (ValueError, RuntimeError, OSError) as error:
-            reason = " ".join(str(error).split())
-            raise ModelError.sentence(f"The adapter {adapter} does not fit the model: {reason[:300]}.") from error
+        adapter = _load_adapter(model, str(adapter))
     elif not isinstance(adapter, peft.PeftModel):
         raise InputError("adapter", type(adapter).__name__, "a PeftModel, or the folder of an adapter")
+    if not hasattr(adapter, "merge_and_unload"):
+        kind = type(adapter.active_peft_config).__name__.removesuffix("Config")
+        raise ModelError.sentence(f"An adapter of the kind {kind} changes no weights, so it cannot be merged.")
     mask_adapters(adapter)  # plain LoRA is merged in float32, and rounded once
     zeros = {
         name: (base.weight, base.weight.detach() == 0)
@@ -164,8 +162,21 @@ def merge(adapter: Any, model: PreTrainedModel | None = None) -> PreTrainedModel
     return merged  # type: ignore[no-any-return]
 
 
+def _load_adapter(model: PreTrainedModel, folder: str) -> Any:
+    """The model with the adapter that PEFT saved in ``folder``. Raises ModelError where PEFT cannot load it."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return _peft().PeftModel.from_pretrained(model, folder)
+    except Exception as error:  # what damage makes of PEFT's files is not foreseen
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ModelError.sentence(
+            f"The adapter {folder} is damaged, or does not fit the model: {reason[:300].rstrip('.')}."
+        ) from error
+
+
 def _base(module: nn.Module) -> Any:
-    """The layer under an adapter, where it has a weight of its own with zeros beside other values."""
+    """The layer under an adapter; None where its weight does not hold zeros beside other values."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     if not isinstance(module, BaseTunerLayer):

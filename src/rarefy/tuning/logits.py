@@ -1,4 +1,4 @@
-"""How the logits of a model come about, slice by slice, and what is seen of its blocks on the way."""
+"""Computes a model's logits, a slice of positions at a time, and collects the outputs of its blocks."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ if TYPE_CHECKING:
 #: Logits of this many bytes exist at once in float32; larger slices get nothing faster.
 LOGIT_BYTES = 64 * 2**20
 
-#: Tokens on which it is found out how the logits come about.
+#: Tokens on which the model's logits are compared with the output of its head alone.
 _PROBE = 8
 
 
 class Logits:
-    """The logits of one model: one row for each predicted position, and what makes logits of rows.
+    """Computes the logits of one model in two steps: a row for each predicted position, then logits from some rows.
 
-    Rows are what enters the head where the logits are its output and nothing more (``alone``): then a slice of
+    Rows are the inputs of the head where the logits are its output and nothing more (``alone``): then a slice of
     them at a time goes through the head. Else, as with logits that are scaled or capped, they are the logits.
 
-    Products are computed in ``precision``. The head is not trained, so that a copy of it in this dtype is made once,
-    where it is kept in another.
+    Products are computed in ``precision``. The head is not trained, so where it is kept in another dtype, a copy in
+    this one is made once.
     """
 
     def __init__(self, model: PreTrainedModel, precision: torch.dtype) -> None:

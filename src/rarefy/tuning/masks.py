@@ -161,7 +161,7 @@ def _gradient_hook(weight: _Weight) -> Any:
 
 
 def _step_hook(weights: dict[int, _Weight]) -> Any:
-    """After a step of any optimiser: those of its parameters that are ours."""
+    """A hook for after a step of any optimiser: it masks those of its parameters that are watched."""
 
     @torch.no_grad()
     def hook(optimizer: Optimizer, *_: Any) -> None:

@@ -1,4 +1,4 @@
-"""What a tuning does: which parameters are trained, how far, towards what."""
+"""The settings of the training loop: how many steps, at which learning rate, with which loss."""
 
 from __future__ import annotations
 

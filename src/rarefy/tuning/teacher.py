@@ -13,6 +13,7 @@ model need not be in memory beside the one that is trained.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ import torch
 from jaxtyping import Float, Int32, Int64
 from torch import Tensor, nn
 
+from rarefy.calibration.spill import take_space
+from rarefy.models.atomic import refusals, sync
 from rarefy.tuning.distill import FullTarget, Target, TopTarget, top_of
 from rarefy.tuning.logits import Logits, block_outputs
 
@@ -30,7 +33,7 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Rows:
-    """One row for each predicted position of some windows, and what makes the dense model's targets of them."""
+    """The dense model's targets for all predicted positions of some windows, and the hidden states of its blocks."""
 
     to_target: Callable[[slice], Target]
     hidden: list[Float[Tensor, "batch length hidden"]]
@@ -44,7 +47,7 @@ class Teacher(ABC):
 
     @abstractmethod
     def rows(self, numbers: Int64[Tensor, " batch"], ids: Int64[Tensor, "batch length"]) -> Rows:
-        """The targets of all predicted positions of these windows, in one row after the other."""
+        """The targets of all predicted positions of these windows, a row for each position."""
 
 
 class ModelTeacher(Teacher):
@@ -105,10 +108,10 @@ class TopTeacher(Teacher):
 def record_states(
     logits: Logits, windows: Int64[Tensor, "windows length"], file: Path, progress: Progress | None = None
 ) -> Float[Tensor, "windows positions hidden"]:
-    """Run the dense model over the windows and keep what enters its head in ``file``.
+    """Run the dense model over the windows and keep what enters its head in ``file``, which is then on the disk.
 
-    Of each window all positions but the last, which predicts nothing; in the dtype of ``logits``, the dense
-    model's, whose head must stand alone.
+    The last position of each window, which predicts nothing, is left out. ``logits`` is the dense model's, whose
+    head must stand alone, and says the dtype. Raises OutputError where the disk is full.
     """
     states: Tensor | None = None
     for number in range(len(windows)):
@@ -119,6 +122,8 @@ def record_states(
         if progress:
             progress(number + 1, len(windows))
     assert states is not None  # there is at least one window
+    with refusals(file):
+        sync(file)
     return states
 
 
@@ -132,7 +137,8 @@ def record_top(
 ) -> tuple[Int32[Tensor, "windows positions k"], Float[Tensor, "windows positions k"]]:
     """Run the dense model over the windows and keep its k likeliest tokens of each predicted position.
 
-    Two files: token ids, int32, and log probabilities, float16.
+    Two files, which are then on the disk: token ids, int32, and log probabilities, float16. Raises OutputError where
+    the disk is full.
     """
     shape = (len(windows), windows.shape[1] - 1, k)
     tokens = mapped(files[0], shape, torch.int32, write=True)
@@ -144,15 +150,22 @@ def record_top(
             tokens[number, part], log_p[number, part] = top.tokens.to(tokens), top.log_p.to(log_p)
         if progress:
             progress(number + 1, len(windows))
+    for file in files:
+        with refusals(file):
+            sync(file)
     return tokens, log_p
 
 
 def mapped(file: Path, shape: tuple[int, ...], dtype: torch.dtype, *, write: bool = False) -> Tensor:
-    """A tensor whose memory is a file, made in its full size where it is to be written."""
-    size = 1
-    for length in shape:
-        size *= length
+    """A tensor whose memory is a file; to ``write``, the file is made in its full size.
+
+    Raises OutputError where the disk has no space for that, OSError or ValueError where a file to read is missing or
+    of another size, which torch would fill up with zeros.
+    """
+    size = math.prod(shape)
     if write:
-        with file.open("wb") as opened:
-            opened.truncate(size * dtype.itemsize)
+        with refusals(file), file.open("wb") as opened:
+            take_space(opened.fileno(), size * dtype.itemsize)
+    elif file.stat().st_size != size * dtype.itemsize:
+        raise ValueError(f"{file} has not the size of a {dtype} tensor of shape {shape}")
     return torch.from_file(str(file), shared=True, size=size, dtype=dtype).view(shape)

@@ -275,6 +275,8 @@ def make_optimizer(parameters: list[nn.Parameter], settings: TuneSettings) -> to
     try:
         kind = getattr(importlib.import_module(module), name)
         made: torch.optim.Optimizer = kind(parameters, **options)
+        if not isinstance(made, torch.optim.Optimizer):
+            raise TypeError(f"it makes a {type(made).__name__}, not one of torch's optimisers")
     except (ImportError, AttributeError, ValueError, TypeError) as error:
         reason = " ".join(str(error).split())
         raise InputError.sentence(

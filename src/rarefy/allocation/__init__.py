@@ -1,0 +1,1 @@
+"""Sparsity of each layer: rules that say where zeros cost least, at the same total."""

@@ -1,0 +1,13 @@
+"""The names of the rules, which the command line checks before torch is loaded."""
+
+from __future__ import annotations
+
+UNIFORM, PROFILE = "uniform", "profile"
+NAMES = (UNIFORM, PROFILE)
+FILES = (".json", ".csv")
+ALLOWED = f"{', '.join(NAMES)}, or a .json or .csv file of globs and sparsities"
+
+
+def is_allocation(text: str) -> bool:
+    """Whether ``text`` names a rule, or could be the path of a file."""
+    return text in NAMES or text.endswith(FILES)
