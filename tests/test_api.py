@@ -18,9 +18,9 @@ from rarefy.methods.base import Method
 
 README = Path(__file__).parents[1] / "README.md"
 
-FUNCTIONS = {"solve", "prune", "run", "forecast", "inspect_folder", "keep_zeros", "merge", "tune"}
-LAYER = {"Gram", "LayerProblem", "Solution", "Status", "Unstructured", "PerRow", "NM", "Fixed"}
-RUN = {"Report", "Recipe", "RunResult", "Matching", "TuneRecipe", "TuneResult"}
+FUNCTIONS = {"solve", "prune", "run", "forecast", "inspect_folder", "keep_zeros", "merge", "tune", "shrink"}
+LAYER = {"Gram", "LayerProblem", "Solution", "Status", "Unstructured", "PerRow", "NM", "Fixed", "Columns"}
+RUN = {"Report", "Recipe", "RunResult", "Matching", "TuneRecipe", "TuneResult", "ShrinkRecipe", "ShrinkResult"}
 METHOD = {"Method", "IterativeMethod", "Magnitude", "Wanda", "RIA", "SparseGPT", "Then", "BestOf"}
 ERRORS = {
     name
@@ -87,7 +87,7 @@ def test_errors_are_one_tree() -> None:
 
 
 def test_patterns_are_patterns() -> None:
-    for name in ("Unstructured", "PerRow", "NM", "Fixed"):
+    for name in ("Unstructured", "PerRow", "NM", "Fixed", "Columns"):
         assert issubclass(getattr(rarefy, name), Pattern)
 
 

@@ -13,7 +13,6 @@ import yaml
 import rarefy
 from cli_for_tests import Rarefy, is_one_sentence
 from models_for_tests import make_tokenizer, save_folder
-from rarefy.runs.shrink_recipe import ShrinkRecipe
 from test_shrink import deep
 
 
@@ -139,13 +138,11 @@ def test_a_file_that_is_no_recipe(rarefy_: Rarefy, llama: Path) -> None:
 
 
 def test_from_python(shelf: Path, llama: Path, tmp_path: Path) -> None:
-    from rarefy.runs.shrink import shrink
-
-    recipe = ShrinkRecipe.read(
+    recipe = rarefy.ShrinkRecipe.read(
         {"model": str(llama), "neurons": 0.5, "multiple": 8, "calibration": str(shelf / "text.txt")}
         | {"num_samples": 4, "sequence_length": 32}
     )
-    result = shrink(recipe, tmp_path / "out")
+    result = rarefy.shrink(recipe, tmp_path / "out")
     assert result.facts["shrink"]["after"]["blocks"] == 5
     records = result.facts["shrink"]["parts"]
     assert all(record["error"] < record["masked_error"] for record in records)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         RecipeError,
         VerificationError,
     )
+    from rarefy.layer.columns import Columns
     from rarefy.layer.gram import Gram
     from rarefy.layer.pattern import NM, Fixed, PerRow, Unstructured
     from rarefy.layer.problem import LayerProblem
@@ -42,6 +43,8 @@ if TYPE_CHECKING:
     from rarefy.pruning.solve import solve
     from rarefy.runs.recipe import Recipe
     from rarefy.runs.run import RunResult, forecast, run
+    from rarefy.runs.shrink import ShrinkResult, shrink
+    from rarefy.runs.shrink_recipe import ShrinkRecipe
     from rarefy.runs.tune import TuneResult, tune
     from rarefy.runs.tune_recipe import TuneRecipe
     from rarefy.runs.verify import inspect_folder
@@ -60,6 +63,7 @@ __all__ = [
     "Backsolve",
     "BestOf",
     "CalibrationError",
+    "Columns",
     "DSnoT",
     "Fixed",
     "Gram",
@@ -82,6 +86,8 @@ __all__ = [
     "RecipeError",
     "Report",
     "RunResult",
+    "ShrinkRecipe",
+    "ShrinkResult",
     "Solution",
     "SparseFW",
     "SparseGPT",
@@ -99,6 +105,7 @@ __all__ = [
     "merge",
     "prune",
     "run",
+    "shrink",
     "solve",
     "tune",
 ]
@@ -118,6 +125,7 @@ _HOME = {
         "RecipeError",
         "VerificationError",
     ),
+    "rarefy.layer.columns": ("Columns",),
     "rarefy.layer.gram": ("Gram",),
     "rarefy.layer.pattern": ("NM", "Fixed", "PerRow", "Unstructured"),
     "rarefy.layer.problem": ("LayerProblem",),
@@ -141,6 +149,8 @@ _HOME = {
     "rarefy.pruning.solve": ("solve",),
     "rarefy.runs.recipe": ("Recipe",),
     "rarefy.runs.run": ("RunResult", "forecast", "run"),
+    "rarefy.runs.shrink": ("ShrinkResult", "shrink"),
+    "rarefy.runs.shrink_recipe": ("ShrinkRecipe",),
     "rarefy.runs.tune": ("TuneResult", "tune"),
     "rarefy.runs.tune_recipe": ("TuneRecipe",),
     "rarefy.runs.verify": ("inspect_folder",),
