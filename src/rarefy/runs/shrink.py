@@ -165,6 +165,7 @@ class _Run:
             )
         kept = tuple(index for index in range(sets.number) if index not in chosen.remove)
         smaller = shrunk(model, Removal(kept))
+        sets.confirm(smaller, kept)
         return smaller, {
             "by": recipe.by,
             "number": sets.number,

@@ -26,6 +26,10 @@ from rarefy.models.head import base_output, head_alone, predicting, vocabulary_s
 #: Logits of this many bytes exist at once in float32.
 LOGIT_BYTES = 64 * 2**20
 
+#: Tokens on which a smaller model is compared with the dense one, and how far they may be apart: both do the same
+#: products in the same order, but for what a model derives from the number of its blocks.
+_PROBE, _SAME = 32, 1e-3
+
 Progress = Callable[[int, int], None]
 
 
@@ -94,6 +98,19 @@ class BlockSets:
         for index, distance in distances.items():
             self._known[len(self.windows), frozenset(kept) - {index}] = distance
         return distances
+
+    def confirm(self, smaller: PreTrainedModel, kept: Collection[int]) -> None:
+        """Raise ModelError unless a model of the ``kept`` blocks alone computes what was measured of them."""
+        ids = self.windows[:1, :_PROBE].to(self.model.device)
+        with torch.no_grad():
+            with self._standing_in(_Run(kept)):
+                expected = self.model(input_ids=ids, use_cache=False).logits.float()
+            found = smaller(input_ids=ids, use_cache=False).logits.float()
+        if not float((found - expected).norm()) <= _SAME * float(expected.norm()):
+            raise ModelError.sentence(
+                f"{type(self.model).__name__} without some of its blocks does not compute what it does with these "
+                "blocks handing their input on, so that Rarefy cannot remove them."
+            )
 
     def _batches(self, num: int) -> Iterator[Tensor]:
         # Batches are always the same, as the dense model's rows are kept of each.
