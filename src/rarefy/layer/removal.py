@@ -229,7 +229,8 @@ class _Search:
     def _blocks(self, matrix: Float[Tensor, "in in"]) -> Float[Tensor, "groups group group"]:
         """The blocks on the diagonal."""
         g = self.group
-        return matrix.unflatten(0, (-1, g)).unflatten(2, (-1, g)).diagonal(dim1=0, dim2=2).movedim(2, 0).clone()
+        blocks: Tensor = matrix.unflatten(0, (-1, g)).unflatten(2, (-1, g)).diagonal(dim1=0, dim2=2).movedim(2, 0)
+        return blocks.clone()
 
     def _squares(self, matrix: Float[Tensor, "out in"]) -> Float[Tensor, "groups group group"]:
         """M_g^T M_g for the columns of every group."""

@@ -91,14 +91,16 @@ def find_parts(model: PreTrainedModel, kind: Kind) -> Parts:
     config, blocks = model.config, find_blocks(model)
     name = type(model).__name__
     tried = _neurons(config, blocks) if kind == "neurons" else _heads(name, config)
-    reason = ""
+    reasons = []
     for fixed, entries, number, fused in tried:
         try:
             return _parts(model, blocks, kind, fixed, entries, number, fused)
         except ModelError as error:
-            reason = reason or str(error)
+            reasons.append(str(error))
+    # Entries that count other things than neurons are refused for reasons that say nothing of these.
+    telling = [reason for reason in reasons if kind == "heads" or "experts" in reason]
     raise ModelError.sentence(
-        reason or f"{name} has no {WORDS[kind]} of which its config could have fewer in every block."
+        next(iter(telling), f"{name} has no {WORDS[kind]} of which its config could have fewer in every block.")
     )
 
 
