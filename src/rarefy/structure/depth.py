@@ -53,7 +53,7 @@ class BlockSets:
         self.model, self.windows, self.batch_size = model, windows, batch_size
         self.blocks = [block.module for block in find_blocks(model)]
         self.block_tokens = 0
-        self._run: _Run | None = None
+        self._output: Any = None  # what a block puts out, for its form
         self._forwards = [block.forward for block in self.blocks]
         with torch.no_grad():
             self._alone = head_alone(model, windows)
@@ -185,7 +185,7 @@ class BlockSets:
                 )
                 self._output = output
                 return output
-            if not hasattr(self, "_output"):
+            if self._output is None:
                 return hidden
             place = hidden_place(self._output)
             return mapped(self._output, lambda where, leaf: hidden if where == place else leaf)
