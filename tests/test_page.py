@@ -253,7 +253,7 @@ def test_no_model_is_loaded_unless_asked_for(
     (cell / "recipe.yaml").write_text(re.sub(r"model: .*", "model: somebody/else", recipe, count=1))
     asked: list[str] = []
 
-    def resolve(name: str) -> None:
+    def resolve(name: str, **_: bool) -> None:
         asked.append(name)
         raise InputError.sentence("It is not there.")
 

@@ -13,7 +13,7 @@ from torch import Tensor
 import rarefy
 import reference
 from problems import FAMILIES
-from rarefy.errors import MethodError
+from rarefy.errors import InputError, MethodError
 from rarefy.layer.gram import Gram
 from rarefy.layer.grid import LARGEST, choose_scale, find_scale, nearest, scales
 from rarefy.layer.pattern import NM, Fixed, PerRow, Unstructured
@@ -26,6 +26,9 @@ from rarefy.methods.magnitude import Magnitude
 from rarefy.methods.quantize import Quantize
 from rarefy.methods.refit import PCG
 from rarefy.methods.wanda import Wanda
+from rarefy.pruning.matching import Matching
+from rarefy.pruning.settings import PruneSettings, Uniform
+from rarefy.runs.recipe import Recipe
 
 each_bits = pytest.mark.parametrize("bits", [8, 4])
 
@@ -241,3 +244,12 @@ def test_two_to_four_stays_two_to_four() -> None:
 def draw_tensors() -> tuple[Tensor, Tensor]:
     problem = draw("correlated")
     return problem.W0, problem.H
+
+
+def test_nothing_comes_after_it() -> None:
+    with pytest.raises(MethodError, match="quantize rounds what other parts found, so it can only be the last part"):
+        build("wanda+quantize+pcg")
+    with pytest.raises(InputError, match="off the grid"):
+        PruneSettings(Uniform(Unstructured(0.5)), build("wanda+quantize"), steps=[Matching(passes=1)])
+    with pytest.raises(InputError, match="--match does not go with --method wanda\\+quantize"):
+        Recipe.read({"model": "model", "method": "wanda+quantize", "match": 1})

@@ -81,6 +81,8 @@ class Method(ABC):
     needs_start: ClassVar[bool] = False
     #: Whether it can go on from a start; one that cannot is only ever the first of a combination.
     takes_start: ClassVar[bool] = False
+    #: Whether its weights lie on a grid that nothing after it may leave.
+    comes_last: ClassVar[bool] = False
 
     def __str__(self) -> str:
         return self.name

@@ -58,6 +58,7 @@ class Quantize(Method):
     paper: ClassVar[str] = "arXiv 2210.17323, arXiv 2309.01885"
     needs_start: ClassVar[bool] = True
     takes_start: ClassVar[bool] = True
+    comes_last: ClassVar[bool] = True
 
     bits: int = hyper(8, "of a kept weight", choices=(8, 4))
     group: int = hyper(128, "columns of a row that share a scale", choices=(64, 128, 256, 512))

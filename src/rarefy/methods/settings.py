@@ -31,6 +31,7 @@ class Settable(Protocol):
     name: ClassVar[str]
     needs_start: ClassVar[bool]
     takes_start: ClassVar[bool]
+    comes_last: ClassVar[bool]
 
 
 AnyMethod = TypeVar("AnyMethod", bound=Settable)
@@ -98,9 +99,11 @@ def _bounds(low: float | None, high: float | None) -> str:
 # --- From what the user wrote to methods ------------------------------------------------------------------
 
 
-def check(name: str, settings: Mapping[str, Setting] | None = None) -> None:
-    """Raise MethodError where ``build`` would, without importing any method of Rarefy's."""
-    check_order(assemble(name, settings, _described))
+def check(name: str, settings: Mapping[str, Setting] | None = None) -> list[Settable]:
+    """The parts of a method, without importing any of Rarefy's. Raises MethodError where ``build`` would."""
+    parts = assemble(name, settings, _described)
+    check_order(parts)
+    return parts
 
 
 def assemble(
@@ -121,8 +124,14 @@ def assemble(
 
 
 def check_order(parts: Iterable[Settable]) -> None:
-    """Raise MethodError unless the first of ``parts`` needs no start and the others take one."""
+    """Raise MethodError unless the first of ``parts`` needs no start, the others take one, and the last one may end.
+
+    What ``comes_last`` leaves its weights on a grid, which any later part would leave again.
+    """
     first, *others = parts
+    for part in [first, *others][:-1]:
+        if part.comes_last:
+            raise MethodError.sentence(f"{part} rounds what other parts found, so it can only be the last part.")
     for part in others:
         if not part.takes_start:
             raise MethodError.sentence(f"{part} starts afresh, so it can only be the first part of a combination.")

@@ -74,7 +74,7 @@ def described() -> dict[str, dict[str, Any]]:
     """What ``described.json`` holds: of each method what ``settings.check`` looks at, which does not import it."""
     return {
         name: {
-            **{key: getattr(method, key) for key in ("name", "needs_start", "takes_start")},
+            **{key: getattr(method, key) for key in ("name", "needs_start", "takes_start", "comes_last")},
             "hyperparameters": {
                 item.name: {
                     "default": getattr(method, item.name),

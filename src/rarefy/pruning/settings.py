@@ -75,6 +75,10 @@ class PruneSettings:
     def __post_init__(self) -> None:
         if not 0 <= self.drift <= 1:
             raise InputError("drift", self.drift, "a number from 0 to 1")
+        if self.steps and self.method.comes_last:
+            raise InputError.sentence(
+                f"matching does not go with {self.method}: it would move weights off the grid they are rounded to."
+            )
 
     @property
     def needs_dense_path(self) -> bool:

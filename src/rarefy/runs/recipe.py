@@ -157,9 +157,14 @@ class Recipe(BaseModel):
                 "recipe run it, and so does --method with that name."
             )
         try:
-            check(recipe.method, recipe.settings)
+            parts = check(recipe.method, recipe.settings)
         except MethodError as error:
             raise MethodError.sentence(_named(str(error), written)) from None
+        if recipe.match and any(part.comes_last for part in parts):
+            raise InputError.sentence(
+                f"{written('match')} does not go with {written('method')} {recipe.method}: it would move weights "
+                "off the grid they are rounded to."
+            )
         return recipe
 
     @classmethod
