@@ -93,7 +93,8 @@ def shrink(model: PreTrainedModel, removal: Removal) -> PreTrainedModel:
     made.tie_weights()
     made.config.dtype = model.config.dtype or model.dtype
     made.generation_config = deepcopy(model.generation_config)
-    return made.eval().requires_grad_(False)
+    made.eval().requires_grad_(False)
+    return made
 
 
 def _cuts(blocks: Sequence[Block], removal: Removal) -> dict[str, list[tuple[int, Tensor]]]:
@@ -121,7 +122,7 @@ def _fill(made: nn.Module, source: Any) -> None:
                         f"{prefix}{name} would be {tuple(found.shape)}, but the smaller model has "
                         f"{tuple(tensor.shape)}."
                     )
-                kind[name] = nn.Parameter(found, False) if kind is module._parameters else found  # type: ignore[index]
+                kind[name] = nn.Parameter(found, False) if kind is module._parameters else found
 
 
 def _difference(old: nn.Module, index: int, new: nn.Module, place: int, removal: Removal) -> str:
@@ -209,10 +210,10 @@ def _in_place_of(model: PreTrainedModel, block: Block, module: nn.Module) -> Ite
     path, _, place = block.name.rpartition(".")
     modules = model.get_submodule(path)
     try:
-        modules[int(place)] = module  # type: ignore[index, operator]
+        modules[int(place)] = module  # type: ignore[operator]
         yield
     finally:
-        modules[int(place)] = block.module  # type: ignore[index, operator]
+        modules[int(place)] = block.module  # type: ignore[operator]
 
 
 def _through(model: PreTrainedModel, module: nn.Module, ids: Tensor) -> tuple[Tensor, Tensor]:
