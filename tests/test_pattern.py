@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rarefy.errors import PatternError
-from rarefy.layer.pattern import NM, Fixed, Pattern, PerRow, Unstructured
+from rarefy.layer.pattern import NM, Fixed, Pattern, PerRow, Unstructured, pattern_from_spec
 
 SHAPE = (6, 24)
 
@@ -376,3 +376,8 @@ def test_impossible_groups(keep: Any, of: Any) -> None:
 def test_names() -> None:
     assert [str(p) for p in (Unstructured(0.5), PerRow(0.625), NM(2, 4))] == ["unstructured 50%", "row 62.5%", "2:4"]
     assert str(Fixed(some_mask())).startswith("fixed")
+
+
+@pytest.mark.parametrize("pattern", [Unstructured(0.6), PerRow(0.25), NM(2, 4), NM(3, 8)], ids=str)
+def test_a_pattern_is_made_again_from_its_spec(pattern: Pattern) -> None:
+    assert pattern_from_spec(pattern.spec()) == pattern

@@ -83,15 +83,25 @@ def test_float32_grades_as_float64_does_however_little_is_lost(away: float) -> N
     assert LayerProblem(W0, Gram.from_matrix(H)).objective(W) == pytest.approx(exact.objective(W.double()), rel=1e-4)
 
 
-def test_grades_in_strips(monkeypatch: pytest.MonkeyPatch) -> None:
-    problem = draw("correlated")
+@pytest.mark.parametrize("shape", [(6, 12), (14, 7)])
+def test_grades_in_strips(monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int]) -> None:
+    problem = draw("correlated", torch.float64, *shape)
     W = other_weight(problem)
     whole = problem.objective(W)
-    monkeypatch.setattr(problem_module, "_STRIP", 5)  # divides neither 6 nor 12
-    again = draw("correlated")
+    monkeypatch.setattr(problem_module, "_STRIP", 5)  # divides none of these
+    again = draw("correlated", torch.float64, *shape)
     assert again.objective(W) == pytest.approx(whole, rel=1e-12)
-    assert draw("correlated", torch.float32).balanced_error(W) == pytest.approx(problem.balanced_error(W), rel=1e-4)
+    in_float32 = draw("correlated", torch.float32, *shape)
+    assert in_float32.balanced_error(W) == pytest.approx(problem.balanced_error(W), rel=1e-4)
     assert again.relative_error(W) == pytest.approx(problem.relative_error(W), rel=1e-12)
+
+
+def test_the_norm_of_the_balanced_gram(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(problem_module, "_STRIP", 5)
+    problem = draw("correlated")
+    factors = torch.rand(12, generator=torch.Generator().manual_seed(0)) + 0.5
+    expected = torch.linalg.matrix_norm(problem.H * factors * factors[:, None])
+    assert problem._balanced_norm(factors) == pytest.approx(float(expected), rel=1e-6)
 
 
 def test_nothing_lost_of_nothing_is_zero_and_something_is_infinite() -> None:

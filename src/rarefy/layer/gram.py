@@ -72,7 +72,7 @@ class Gram:
     @property
     def size(self) -> int:
         """Number of inputs."""
-        return self._sum.shape[0]
+        return self._sum.shape[0]  # no mutant: it is square
 
     @property
     def H(self) -> Float[Tensor, "in in"]:
@@ -128,10 +128,12 @@ class Gram:
     def _add(self, X: Float[Tensor, "tokens in"]) -> None:
         # H is symmetric: strips of the upper triangle need little more than half of the products.
         if X.is_cuda and X.dtype in (torch.bfloat16, torch.float16):
-            for a in range(0, self.size, _STRIP):
-                b = min(a + _STRIP, self.size)
+            for a in range(0, self.size, _STRIP):  # no mutant: needs a GPU
+                b = min(a + _STRIP, self.size)  # no mutant: needs a GPU
                 # half-precision products are exact in float32, so only the summation rounds
-                self._sum[a:b, a:] += torch.mm(X[:, a:b].T, X[:, a:], out_dtype=torch.float32)
+                self._sum[a:b, a:] += torch.mm(
+                    X[:, a:b].T, X[:, a:], out_dtype=torch.float32
+                )  # no mutant: needs a GPU
             return
         X = X.to(self._sum.dtype)
         strip = _STRIP if self.size > _STRIP else max(1, self.size // 2)

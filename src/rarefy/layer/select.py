@@ -146,10 +146,10 @@ def _drop_late_equals_(
 def keep_largest_in_groups(scores: Float[Tensor, "out inputs"], keep: int, of: int) -> Bool[Tensor, "out inputs"]:
     """True at the ``keep`` largest of every ``of`` consecutive entries of a row, the lowest index first."""
     groups = scores.reshape(-1, of)
-    if of > _SMALL_GROUP:
+    if of > _SMALL_GROUP:  # no mutant: both ways give the same mask
         return keep_largest(groups, keep).view(scores.shape)
     kept = torch.empty(groups.shape, dtype=torch.bool, device=groups.device)
-    step = _GROUPS // of if groups.device.type == "cpu" else len(groups)
+    step = _GROUPS // of if groups.device.type == "cpu" else len(groups)  # no mutant: pieces of any size do
     for start in range(0, len(groups), step):
         some = slice(start, start + step)
         if by_numpy(groups):

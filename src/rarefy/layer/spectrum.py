@@ -72,7 +72,7 @@ def _inverts(U: Float[Tensor, "in in"], A: Float[Tensor, "in in"], damping: floa
         y = U.T @ (U @ x)
         missed = torch.linalg.vector_norm(A @ y + damping * y - x)
         x = y
-    return bool(missed <= _NOISE)  # False for NaN
+    return bool(missed <= _NOISE)  # False for NaN (no mutant: never equal)
 
 
 def shifted_inverse(
