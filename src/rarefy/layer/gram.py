@@ -128,8 +128,8 @@ class Gram:
     def _add(self, X: Float[Tensor, "tokens in"]) -> None:
         # H is symmetric: strips of the upper triangle need little more than half of the products.
         if X.is_cuda and X.dtype in (torch.bfloat16, torch.float16):
-            for a in range(0, self.size, _STRIP):  # no mutant: needs a GPU
-                b = min(a + _STRIP, self.size)  # no mutant: needs a GPU
+            for a in range(0, self.size, _STRIP):  # no mutant: on a GPU
+                b = min(a + _STRIP, self.size)  # no mutant: on a GPU
                 # half-precision products are exact in float32, so only the summation rounds
                 self._sum[a:b, a:] += torch.mm(
                     X[:, a:b].T, X[:, a:], out_dtype=torch.float32
