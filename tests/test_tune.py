@@ -489,7 +489,7 @@ def test_a_run_is_tuned_with_the_column_that_it_was_pruned_with(place: Path, tmp
 def test_a_recipe_made_in_python_is_checked_as_well(place: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="--micro-batch is 2, but must be a divisor of --batch-size, which is 3"):
         tune(TuneRecipe(model=str(place / "run"), batch_size=3, micro_batch=2), tmp_path / "out")
-    with pytest.raises(RecipeError, match="^ranks is no key of a tuning's recipe; did you mean rank"):
+    with pytest.raises(RecipeError, match="^ranks is no key of a recipe; did you mean rank"):
         tune({"model": str(place / "run"), "ranks": 3}, tmp_path / "out")
     code = {
         name: TuneRecipe(model="m", optimizer=name).needs_code for name in ("adamw", "torch.optim:SGD", "adamw:A")

@@ -7,7 +7,6 @@ file's key. Every mistake is one sentence that names the setting as its user wro
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -20,7 +19,7 @@ from rarefy.allocation.names import ALLOWED, is_allocation
 from rarefy.errors import InputError, MethodError, PatternError, RecipeError
 from rarefy.methods.settings import check
 from rarefy.runs.arguments import DEVICE_WORDS, DEVICES
-from rarefy.runs.recipe_file import read_yaml
+from rarefy.runs.recipe_file import read_yaml, refuse_unknown
 
 if TYPE_CHECKING:
     from rarefy.layer.pattern import Pattern
@@ -127,12 +126,7 @@ class Recipe(BaseModel):
 
         if not merged.get("model"):
             raise InputError.sentence("MODEL is missing: name a hub id, a local folder, a .gguf file, or smollm2.")
-        unknown = [key for key in merged if key not in cls.model_fields]
-        if unknown:
-            nearest = difflib.get_close_matches(str(unknown[0]), cls.model_fields, n=1)
-            keys = ", ".join(cls.model_fields)
-            hint = f"; did you mean {nearest[0]}?" if nearest else f"; its keys are {keys}."
-            raise RecipeError.sentence(f"{str(unknown[0])[:100]} in {file} is no key of a recipe{hint}")
+        refuse_unknown(merged, cls.model_fields, base, file)
         if merged.get("pattern") is not None:
             for key in ("sparsity", "scope"):
                 if merged.get(key) is not None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import re
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,21 @@ def read_yaml(file: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise RecipeError.sentence(f"The recipe {file} must hold lines of KEY: VALUE.")
     return found
+
+
+def refuse_unknown(
+    keys: Iterable[object], known: Collection[str], base: Mapping[str, Any], file: Path | None
+) -> None:
+    """Raise RecipeError where one of ``keys`` is not ``known``.
+
+    It names ``file`` where ``base``, which was read from it, has the key.
+    """
+    for key in keys:
+        if key not in known:
+            nearest = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"; did you mean {nearest[0]}?" if nearest else f"; its keys are {', '.join(known)}."
+            where = f" in {file}" if file is not None and key in base else ""
+            raise RecipeError.sentence(f"{str(key)[:100]}{where} is no key of a recipe{hint}")
 
 
 def _line(error: Exception) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -20,7 +19,7 @@ from rarefy.runs.recipe import (
     Whole,
     _as_number,
 )
-from rarefy.runs.recipe_file import read_yaml
+from rarefy.runs.recipe_file import read_yaml, refuse_unknown
 
 _WHOLE = "a whole number of at least"
 _SHARE = "a share between 0 and 1"
@@ -80,11 +79,7 @@ class ShrinkRecipe(BaseModel):
 
         if not merged.get("model"):
             raise InputError.sentence("MODEL is missing: name a hub id, a local folder, a .gguf file, or smollm2.")
-        unknown = [key for key in merged if key not in cls.model_fields]
-        if unknown:
-            nearest = difflib.get_close_matches(str(unknown[0]), cls.model_fields, n=1)
-            hint = f"; did you mean {nearest[0]}?" if nearest else f"; its keys are {', '.join(cls.model_fields)}."
-            raise RecipeError.sentence(f"{str(unknown[0])[:100]} in {file} is no key of a recipe to shrink{hint}")
+        refuse_unknown(merged, cls.model_fields, base, file)
         try:
             recipe = cls.model_validate(merged)
         except ValidationError as error:

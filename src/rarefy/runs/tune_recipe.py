@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,7 +13,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from rarefy.errors import InputError, RecipeError
 from rarefy.runs.arguments import DEVICE_WORDS, DEVICES
 from rarefy.runs.recipe import Number, Whole, _as_number, _no_bool
-from rarefy.runs.recipe_file import read_yaml
+from rarefy.runs.recipe_file import read_yaml, refuse_unknown
 from rarefy.tuning.settings import TuneSettings
 
 #: What a form of training takes for a learning rate unless one is given: weights that are trained themselves,
@@ -76,12 +75,7 @@ class TuneRecipe(BaseModel):
 
         if not merged.get("model"):
             raise InputError.sentence("MODEL is missing: name a folder that `rarefy prune` wrote.")
-        unknown = [key for key in merged if key not in cls.model_fields]
-        if unknown:
-            nearest = difflib.get_close_matches(str(unknown[0]), cls.model_fields, n=1)
-            hint = f"; did you mean {nearest[0]}?" if nearest else f"; its keys are {', '.join(cls.model_fields)}."
-            where = f" in {file}" if file is not None and unknown[0] in base else ""
-            raise RecipeError.sentence(f"{str(unknown[0])[:100]}{where} is no key of a tuning's recipe{hint}")
+        refuse_unknown(merged, cls.model_fields, base, file)
         try:
             recipe = cls.model_validate(merged)
         except ValidationError as error:
