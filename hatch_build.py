@@ -19,7 +19,8 @@ from typing import Any
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 SOURCE = Path("src/rarefy/packing/kernel.c")
-LIBRARY = "libkernel.so"
+#: By no suffix of Python's extension modules, which tools that import all of a package would take it for.
+LIBRARY = "kernel.shared"
 
 # Threads by OpenMP where the compiler has it; torch brings the library that runs them.
 _FLAGS = ("-O3", "-std=gnu11", "-shared", "-fPIC")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import shutil
 import subprocess
@@ -19,6 +20,8 @@ sys.path.insert(0, str(ROOT))
 
 import hatch_build  # noqa: E402
 
+from rarefy.packing.kernel import LIBRARY  # noqa: E402
+
 needs_compiler = pytest.mark.skipif(not hatch_build._compilers(), reason="there is no C compiler")
 
 
@@ -28,7 +31,7 @@ def said() -> list[str]:
 
 
 def test_a_compiler_that_fails_is_no_error(tmp_path: Path, said: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    library = tmp_path / "libkernel.so"
+    library = tmp_path / "kernel.shared"
     library.write_text("of an earlier time")
     monkeypatch.setenv("CC", "false")
     assert not hatch_build.compile_kernel(ROOT / hatch_build.SOURCE, library, said.append)
@@ -41,10 +44,10 @@ def test_a_compiler_that_fails_is_no_error(tmp_path: Path, said: list[str], monk
 def test_a_machine_without_a_compiler(tmp_path: Path, said: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert not hatch_build.compile_kernel(ROOT / hatch_build.SOURCE, tmp_path / "libkernel.so", said.append)
+    assert not hatch_build.compile_kernel(ROOT / hatch_build.SOURCE, tmp_path / "kernel.shared", said.append)
     assert "there is no C compiler" in said[0]
     monkeypatch.setenv("CC", "no-such-compiler -O1")
-    assert not hatch_build.compile_kernel(ROOT / hatch_build.SOURCE, tmp_path / "libkernel.so", said.append)
+    assert not hatch_build.compile_kernel(ROOT / hatch_build.SOURCE, tmp_path / "kernel.shared", said.append)
     assert "no-such-compiler cannot be started" in said[1]
 
 
@@ -57,7 +60,7 @@ def test_without_openmp_it_is_compiled_for_one_thread(
     compiler.write_text(f'#!/bin/sh\ncase "$*" in *-fopenmp*) exit 1;; esac\nexec {real} -O0 "$@"\n')
     compiler.chmod(0o755)
     monkeypatch.setenv("CC", str(compiler))
-    assert hatch_build.compile_kernel(ROOT / hatch_build.SOURCE, tmp_path / "libkernel.so", said.append)
+    assert hatch_build.compile_kernel(ROOT / hatch_build.SOURCE, tmp_path / "kernel.shared", said.append)
     assert said == []
 
 
@@ -88,3 +91,8 @@ def test_wheels_with_and_without_the_kernel_are_built_from_the_sdist(tmp_path: P
         names = archive.namelist()
     assert "rarefy/packing/kernel.c" in names
     assert not [name for name in names if name.endswith(".so")]
+
+
+def test_the_library_is_not_taken_for_a_module() -> None:
+    assert inspect.getmodulename(hatch_build.LIBRARY) is None
+    assert LIBRARY.name == hatch_build.LIBRARY

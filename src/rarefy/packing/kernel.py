@@ -19,7 +19,7 @@ from torch import Tensor
 from rarefy.errors import InputError
 
 #: The library is made when Rarefy is installed (hatch_build.py).
-LIBRARY = Path(__file__).with_name("libkernel.so")
+LIBRARY = Path(__file__).with_name("kernel.shared")
 #: The variable of the environment that forces a path, for tests and comparisons; ``off`` is torch.
 VARIABLE = "RAREFY_KERNEL"
 #: As the C file numbers them; each needs more of the processor than the one before.
