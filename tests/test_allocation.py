@@ -15,6 +15,7 @@ from models_for_tests import VOCABULARY, make_model
 from rarefy.allocation.budget import MOST, Layer, patterns, shifted
 from rarefy.allocation.listed import read_listed
 from rarefy.allocation.profile import profile
+from rarefy.errors import InputError, PatternError
 from rarefy.layer.pattern import NM, Pattern, PerRow, Unstructured
 
 WINDOWS = torch.randint(3, VOCABULARY, (4, 24), generator=torch.Generator().manual_seed(0))
@@ -189,7 +190,7 @@ def test_inspect_finds_a_zero_that_is_gone_though_the_total_holds(
         ('{"*": "much"}', "is no list of sparsities"),
         ("{}", "names no layer"),
         ('{"*": 1.0}', "the sparsity of * in"),
-        ('{"*.head": 0.5}', "*.head in"),
+        ('{"*.head": 0.5}', "'*.head' in"),
         (None, "cannot be read"),
     ],
 )
@@ -221,3 +222,23 @@ def test_mistakes_of_options_are_one_sentence(
     assert is_one_sentence(done.err), done.err
     assert done.status == 2
     assert sentence in done.err
+
+
+@pytest.mark.parametrize(
+    "text", ["glob,sparsity\n" + "x" * 200_000 + ",0.5\n", "{", "a,b,c\n"], ids=["long", "json", "three"]
+)
+def test_a_file_that_is_no_list_is_one_sentence(tmp_path: Path, text: str) -> None:
+    (tmp_path / "bad.csv").write_text(text)
+    with pytest.raises(InputError, match=r"bad\.csv is no list of sparsities"):
+        read_listed(tmp_path / "bad.csv")
+
+
+def test_a_byte_order_mark_is_no_part_of_json(tmp_path: Path) -> None:
+    (tmp_path / "own.json").write_text('{"*": 0.5}', "utf-8-sig")
+    assert read_listed(tmp_path / "own.json") == {"*": 0.5}
+
+
+def test_more_than_any_layer_may_lose_is_refused() -> None:
+    layers = {layer.name: layer for layer in _layers(2)}
+    with pytest.raises(PatternError, match="prunes no layer beyond 99%"):
+        patterns(Unstructured(0.995), dict.fromkeys(layers, 0.995), layers)

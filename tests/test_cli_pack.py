@@ -156,6 +156,8 @@ def test_what_a_method_has_rounded_is_packed_without_loss(
         ("unpack RUNS/packed -o SHELF/model", "must be a new or empty folder; this one is not empty."),
         ("prune RUNS/packed -o out", "is packed: `rarefy unpack` makes the ordinary model of it again."),
         ("bench RUNS/run", "is not packed: `rarefy pack"),
+        ("bench RUNS/packed --threads 99999", "--threads is 99999, but must be a whole number from 1 to"),
+        ("bench RUNS/packed --prompt-tokens 99999999", "--prompt-tokens is 99999999, but must be at most"),
         ("bench RUNS/packed --against SHELF/no_model", "is no model folder"),
         ("bench RUNS/packed --against RUNS/packed", "is packed: `rarefy unpack`"),
     ],

@@ -134,6 +134,8 @@ def test_a_run_folder_is_found_from_itself_and_from_its_model(
     assert RunFolder.find(".") is not None
     assert RunFolder.find(tmp_path) is None
     assert RunFolder.find("someone/model") is None
+    folder.layers.unlink()  # lost, and so damaged; not a model like any other
+    assert RunFolder.find(".") is not None
 
 
 def test_an_unfinished_or_damaged_run_is_one_sentence(tmp_path: Path) -> None:
@@ -147,6 +149,13 @@ def test_an_unfinished_or_damaged_run_is_one_sentence(tmp_path: Path) -> None:
         folder.read_run()
     folder.layers.write_text(record().to_json() + '\n{"name": "x"}\n')
     with pytest.raises(InputError, match="^Line 2 of .*layers.jsonl is damaged"):
+        folder.read_layers()
+    folder.layers.write_text(record().to_json() + "\n" + record().to_json() + "\n")
+    with pytest.raises(InputError, match="layers.jsonl is damaged: it has 2 layers, but only 1 names"):
+        folder.read_layers()
+    folder.write_run({"method": "wanda", "pattern": "row 50%", "layers": 2})
+    folder.layers.write_text(record().to_json() + "\n")
+    with pytest.raises(InputError, match="layers.jsonl is damaged: it has 1 layers, but run.json says 2"):
         folder.read_layers()
     folder.layers.write_bytes(b"\xff\xff")
     with pytest.raises(InputError, match="^Line 1 of .*layers.jsonl is damaged"):

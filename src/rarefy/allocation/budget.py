@@ -69,6 +69,11 @@ def patterns(
         )
     shares = dict(wanted)
     if exact_total:
+        if pattern.nominal_sparsity() > MOST:
+            raise PatternError.sentence(
+                f"pattern is {pattern}, but an allocation prunes no layer beyond {MOST:.0%}: ask for less, or for "
+                "the uniform one."
+            )
         shares = shifted(wanted, {name: layers[name].size for name in wanted}, pattern.nominal_sparsity())
     steps = {name: _steps(pattern, layers[name].shape) for name in wanted}
     # Kept weights in steps of this layer's pattern: rounded down, then those that lost most get one step more.

@@ -25,7 +25,7 @@ def read_listed(path: Path) -> dict[str, float]:
     try:
         if path.stat().st_size > _LARGEST:
             raise InputError("--allocation", str(path), f"a file of at most {_LARGEST:,} bytes")
-        text = path.read_text("utf-8")
+        text = path.read_text("utf-8-sig")
     except OSError as error:
         raise InputError.sentence(f"--allocation {path} cannot be read: {error.strerror or error}.") from error
     except UnicodeDecodeError:
@@ -33,7 +33,7 @@ def read_listed(path: Path) -> dict[str, float]:
     try:
         entries = list(json.loads(text).items()) if path.suffix == ".json" else _rows(text)
         found = {str(glob): float(value) for glob, value in entries}
-    except (ValueError, TypeError, AttributeError, RecursionError):
+    except (csv.Error, ValueError, TypeError, AttributeError, RecursionError):
         raise InputError.sentence(
             f"--allocation {path} is no list of sparsities: it must be a JSON object or CSV rows of glob and number."
         ) from None
@@ -49,7 +49,7 @@ def listed(layers: Sequence[Layer], sparsity: float, globs: dict[str, float], so
     """The sparsity of each layer by name. Raises InputError for a glob that matches none."""
     for glob in globs:
         if not any(fnmatchcase(layer.name, glob) for layer in layers):
-            raise InputError.sentence(f"{glob} in {source} matches no layer that is pruned.")
+            raise InputError.sentence(f"{glob!r} in {source} matches no layer that is pruned.")
     return {
         layer.name: next((globs[g] for g in reversed(globs) if fnmatchcase(layer.name, g)), sparsity)
         for layer in layers

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 
 #: Bytes that products of single matrices go round in, beyond the caches of today's servers.
 _BEYOND = 1 << 30
+#: Tokens of a prompt, unless the context is shorter.
+_PROMPT = 128
 
 
 def bench(
@@ -26,7 +29,10 @@ def bench(
         str | None,
         typer.Option(metavar="DENSE", help="The dense model (default: the same one, unpacked in memory)."),
     ] = None,
-    prompt_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Tokens of the prompt.")] = 128,
+    prompt_tokens: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, help="Tokens of the prompt (default: 128, or what the context leaves)."),
+    ] = None,
     new_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Tokens written after it.")] = 32,
     threads: Annotated[int | None, typer.Option(metavar="N", min=1, help="Default: torch's.")] = None,
     rounds: Annotated[
@@ -41,12 +47,16 @@ def bench(
     The dense model is measured as torch multiplies by default, and without oneDNN, which for single tokens is often
     faster. All are measured in turn in one run.
     """
+    cores = os.cpu_count() or 1
+    if threads is not None and threads > cores:
+        raise InputError("--threads", threads, f"a whole number from 1 to {cores}, the processors of this machine")
     import torch
 
     from rarefy.packing import kernel
     from rarefy.packing.bench import measure_shapes, measure_speed
 
     sources = _sources(model, against)
+    prompt_tokens = _prompt_tokens(prompt_tokens, new_tokens, sources[0].context)
     if threads is not None:
         torch.set_num_threads(threads)
     with Terminal(quiet) as terminal:
@@ -66,6 +76,22 @@ def bench(
         print(json.dumps({**settings, "variants": rows, "shapes": [shape.to_dict() for shape in found]}))
     else:
         print("\n".join([*_speed_lines(speeds, facts), *(_shape_lines(found) if shapes else [])]))
+
+
+def _prompt_tokens(asked: int | None, new_tokens: int, context: int | None) -> int:
+    """The length of the prompt. Raises InputError where it and what is written exceed the model's context."""
+    if context is None:
+        return asked or _PROMPT
+    if new_tokens >= context:
+        raise InputError("--new-tokens", new_tokens, f"below {context:,}, the model's context")
+    room = context - new_tokens
+    if asked is not None and asked > room:
+        raise InputError(
+            "--prompt-tokens",
+            asked,
+            f"at most {room:,}: of the model's context, {context:,}, {new_tokens:,} are written",
+        )
+    return asked or min(_PROMPT, room)
 
 
 def _sources(model: str, against: str | None) -> tuple[ModelSource, ModelSource | None]:

@@ -47,9 +47,14 @@ class RunFolder:
         path = Path(path)
         with suppress(OSError):  # of a name that no file can have
             for candidate in (path, path.absolute().parent if path.absolute().name == "model" else None):
-                if candidate is not None and (folder := cls(candidate)).layers.is_file() and folder.model.is_dir():
+                if candidate is not None and (folder := cls(candidate)).is_written:
                     return folder
         return None
+
+    @property
+    def is_written(self) -> bool:
+        """Whether a run has left its records or its facts here, and a model."""
+        return (self.layers.is_file() or self.run.is_file()) and self.model.is_dir()
 
     def check(self) -> None:
         """Make sure that a run can be written here, and leave no trace of it.
@@ -138,10 +143,20 @@ class RunFolder:
         return read_facts(self.run, RunFacts)
 
     def read_layers(self) -> list[LayerRecord]:
-        """The records in ``layers.jsonl``. Raises InputError where the file is missing or damaged."""
+        """The records in ``layers.jsonl``.
+
+        Raises InputError where the file is missing or damaged, names a layer twice, or has not as many as
+        ``run.json`` says.
+        """
         from rarefy.runs.schema import read_records
 
-        return read_records(self.layers)
+        records = read_records(self.layers)
+        names = {record.name for record in records}
+        said = self.read_run().get("layers") if self.run.exists() else None
+        if len(names) < len(records) or (isinstance(said, int) and said != len(records)):
+            of = f"run.json says {said:,}" if isinstance(said, int) else f"only {len(names):,} names"
+            raise InputError.sentence(f"{self.layers} is damaged: it has {len(records):,} layers, but {of}.")
+        return records
 
 
 def is_unfinished_run(folder: Path) -> bool:
