@@ -129,14 +129,14 @@ def check_order(parts: Iterable[Settable]) -> None:
     What ``comes_last`` leaves its weights on a grid, which any later part would leave again.
     """
     first, *others = parts
+    if first.needs_start:
+        raise cannot_come_first(first)
     for part in [first, *others][:-1]:
         if part.comes_last:
             raise MethodError.sentence(f"{part} rounds what other parts found, so it can only be the last part.")
     for part in others:
         if not part.takes_start:
             raise MethodError.sentence(f"{part} starts afresh, so it can only be the first part of a combination.")
-    if first.needs_start:
-        raise cannot_come_first(first)
 
 
 def cannot_come_first(method: Settable) -> MethodError:
