@@ -455,3 +455,11 @@ def test_runs_are_compared_by_the_zeros_that_they_were_asked_for() -> None:
     specs = [pattern.spec() for pattern in (Unstructured(0.5), PerRow(0.5), NM(2, 4))]
     assert [_budget({"pattern": "p", "pattern_spec": spec}) for spec in specs] == ["50%", "50%", "2:4"]
     assert _budget({"pattern": "2:4"}) == _budget({"pattern": "2:4", "pattern_spec": {"kind": 3}}) == "2:4"
+
+
+@pytest.mark.parametrize("command", ["report", "inspect", "eval"])
+def test_an_unfinished_run_is_named(rarefy_: Rarefy, tmp_path: Path, command: str) -> None:
+    (tmp_path / "out" / "unfinished").mkdir(parents=True)
+    done = rarefy_(command, "out")
+    assert (done.status, done.out) == (2, "")
+    assert "holds an unfinished run" in done.err

@@ -156,6 +156,8 @@ def _check_settings(name: str, folder: Path) -> tuple[dict[str, Any] | None, dic
     if not (folder / "config.json").is_file():
         if adapter.is_file():
             raise ModelError.sentence(f"{name} is an adapter, no model: merge it into its model first.")
+        if (folder / "unfinished").is_dir():
+            raise ModelError.sentence(f"{name} holds an unfinished run: the command that began it finishes it.")
         gguf = sorted(folder.glob("*.gguf")) if folder.is_dir() else []
         hint = f", but {gguf[0].name}, which can be given instead" if gguf else ""
         raise ModelError.sentence(f"{name} is no model folder: it has no config.json{hint}.")

@@ -74,11 +74,11 @@ def _found(path: Path) -> RunFolder | SweepFolder:
         if folder.layers.is_file() and folder.run.is_file():
             folder.read_run()
             return folder
-    what = (
-        "there is no such folder"
-        if not path.exists()
-        else "it has no run.json with layers.jsonl, and no compare.json"
-    )
+    what = "it has no run.json with layers.jsonl, and no compare.json"
+    if not path.exists():
+        what = "there is no such folder"
+    elif (path / "unfinished").is_dir():
+        what = "it holds an unfinished run, which the command that began it finishes"
     raise InputError.sentence(
         f"RUN is {str(path)!r}, but must be a folder that `rarefy prune` or `rarefy compare` wrote: {what}."
     )
