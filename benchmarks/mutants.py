@@ -28,7 +28,10 @@ ROOT = Path(__file__).parents[1]
 _MATHS = "test_problem test_pattern test_select test_passes test_gram test_brute_force test_reference"
 #: Files that are mutated, and the tests that should notice, the quickest first.
 GROUPS = {
-    "layer": (["src/rarefy/layer/*.py"], f"{_MATHS} test_against_reference test_masks test_columns test_quantize test_methods"),
+    "layer": (
+        ["src/rarefy/layer/*.py"],
+        f"{_MATHS} test_columns test_against_reference test_masks test_quantize test_methods",
+    ),
     "methods": (
         ["src/rarefy/methods/*.py"],
         "test_light test_reference test_against_reference test_brute_force test_masks test_quantize test_methods",
