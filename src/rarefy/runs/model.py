@@ -67,14 +67,9 @@ class RunModel(ABC):
 
     def _texts_of(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> list[dict[str, str]]:
         """What the model writes after three prompts, for the report; nothing where it cannot."""
-        from rarefy.runs.texts import kept_texts
+        from rarefy.runs.texts import texts_for_report
 
-        try:
-            with self.events.watch("writing texts"):
-                return kept_texts(model, tokenizer)
-        except Exception as error:  # noqa: BLE001 (a picture in a report must not cost the run)
-            self.events.warn(f"the model writes no texts for the report: {' '.join(str(error).split())}")
-            return []
+        return texts_for_report(model, tokenizer, self.events)
 
     def _own_text_of(self, model: PreTrainedModel) -> torch.Tensor:
         from rarefy.calibration.self_text import write_text

@@ -122,16 +122,9 @@ class _Run:
 
     def _texts_of(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> list[dict[str, str]]:
         """What a model writes after three prompts, for the report; nothing where it cannot."""
-        from rarefy.runs.texts import kept_texts
+        from rarefy.runs.texts import texts_for_report
 
-        if not self.texts:
-            return []
-        try:
-            with self.events.watch("writing texts"):
-                return kept_texts(model, tokenizer)
-        except Exception as error:  # noqa: BLE001 (a picture in a report must not cost the run)
-            self.events.warn(f"the model writes no texts for the report: {' '.join(str(error).split())}")
-            return []
+        return texts_for_report(model, tokenizer, self.events) if self.texts else []
 
     def _windows(self, model: PreTrainedModel) -> Tensor:
         if self.plan.windows is not None:

@@ -14,6 +14,8 @@ from rarefy.models.quiet import quiet
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from rarefy.runs.events import Events
+
 #: A fact, an instruction and a story: each is damaged differently.
 PROMPTS = (
     "The capital of France is Paris, and the capital of Italy is",
@@ -59,3 +61,15 @@ def kept_texts(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
     if tokenizer is None:
         return []
     return [{"prompt": prompt, "text": text} for prompt, text in zip(PROMPTS, write_texts(model, tokenizer))]
+
+
+def texts_for_report(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, events: Events
+) -> list[dict[str, str]]:
+    """``kept_texts`` within a run; none, with a warning, where the model cannot write them."""
+    try:
+        with events.watch("writing texts"):
+            return kept_texts(model, tokenizer)
+    except Exception as error:  # noqa: BLE001 (a picture in a report must not cost the run)
+        events.warn(f"the model writes no texts for the report: {' '.join(str(error).split())}")
+        return []

@@ -269,17 +269,12 @@ class _Run:
     def _write(self, trained: Trained) -> dict[str, Any]:
         """Write recipe, records and model; returns the texts that the model writes, for ``run.json``."""
         from rarefy.models.saving import save_model
-        from rarefy.runs.texts import kept_texts
+        from rarefy.runs.texts import texts_for_report
 
         model, tokenizer = trained.tuner.model, trained.tokenizer
         for name, parameter in model.named_parameters():
             parameter.data = parameter.data.to(trained.dtypes[name])
-        texts: list[dict[str, str]] = []
-        try:
-            with self.events.watch("writing texts"):
-                texts = kept_texts(model, tokenizer)
-        except Exception as error:  # noqa: BLE001 (a picture in a report must not cost the run)
-            self.events.warn(f"the model writes no texts for the report: {' '.join(str(error).split())}")
+        texts = texts_for_report(model, tokenizer, self.events)
         self.folder.remove_partial()
         self.folder.write_recipe(self.plan.recipe.to_yaml())
         self.folder.write_layers(self.plan.records)
