@@ -22,7 +22,7 @@ from rarefy.cli.options import (
     Text,
     TextColumn,
 )
-from rarefy.cli.terminal import Terminal, print_table
+from rarefy.cli.terminal import Terminal, print_table, print_texts
 from rarefy.errors import InputError
 from rarefy.pruning.records import three_digits
 from rarefy.runs.folder import RunFolder
@@ -224,6 +224,8 @@ def _print_result(result: RunResult, plan: Plan, terminal: Terminal) -> None:
     print_table(report.rows(), title)
     for layer in report.failed:
         terminal.warn(f"{layer.name}: {layer.status}")
+    if not terminal.quiet:
+        print_texts(result.facts, "pruned")
     print(f"{model} holds the model; its files were read again and hold every promised zero")
     each = "" if plan.num_ranks == 1 else f", the most of {plan.num_ranks} processes"
     terminal.note(f"peak memory: {memory_words(result.facts['peak_bytes'])} on {plan.device}{each}")
