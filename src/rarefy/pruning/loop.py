@@ -16,6 +16,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from itertools import zip_longest
 
 from jaxtyping import Int64
@@ -144,8 +145,10 @@ def prune_blocks(
             entering, dense = store.hidden_states(
                 blocks, own, settings.batch_size, first, dense_path=settings.needs_dense_path
             )
+        # What one process measures, all of them do.
+        computing = world.from_first(partial(compute_dtype, entering.states.dtype, entering.device))
         for states in filter(None, (entering, dense)):
-            convert_calls(states, compute_dtype(states.states.dtype, states.device))
+            convert_calls(states, computing)
     for block, following in zip_longest(todo, todo[1:]):
         done = []
         masks: Masks | None = {} if settings.steps else None

@@ -1,9 +1,9 @@
 """The survey before the loop: a look at each dense block, for an allocation that is chosen by what it finds.
 
 Blocks come from the same store as in the loop, one at a time. Where the rule asks for Grams, the windows pass through
-all blocks once; where it asks for weights alone, no text is read. What each layer costs is shared out among processes.
-The patterns that follow are remembered by the store: a run that goes on takes them from there, as the blocks that are
-finished are dense no more.
+all blocks once; where it asks for weights alone, no text is read. Layers are shared out among processes. The patterns
+that follow are remembered by the store: a run that goes on takes them from there, as the blocks that are finished are
+dense no more.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from itertools import zip_longest
 from typing import Any
 
@@ -58,8 +59,8 @@ def surveyed(
 ) -> PruneSettings:
     """The settings with the pattern of each layer, where that is to be measured; else as they are.
 
-    ``blocks`` are those up to the last with a layer to prune, ``windows`` this process's, of which the first is number
-    ``first`` of the run. Raises OutputError where what was remembered is lost, or cannot be kept.
+    ``blocks`` are those up to the last with a layer to prune, ``windows`` this process's, of which the first is
+    number ``first`` of the run. Raises OutputError where what was remembered is lost, or cannot be kept.
     """
     if not isinstance(settings.pattern_of, Unmeasured):
         return settings
@@ -89,7 +90,7 @@ def _facts(
     if rule.needs_grams:
         with world.together():
             states, _ = store.hidden_states(blocks, windows, settings.batch_size, first)
-        convert_calls(states, compute_dtype(states.states.dtype, states.device))
+        convert_calls(states, world.from_first(partial(compute_dtype, states.states.dtype, states.device)))
     facts: dict[str, float] = {}
     for block, following in zip_longest(blocks, blocks[1:]):
         with ExitStack() as scope:
@@ -124,7 +125,7 @@ def _of_block(
 def _with_grams(
     world: World, block: Block, states: HiddenStates | None, on_batch: Callable[[], None]
 ) -> Iterator[tuple[list[Site], Grams]]:
-    """The sites of a block, as many at a time as their Grams may be in memory together; without states all, no Gram."""
+    """The sites of a block, as many at a time as their Grams may be in memory together; all where there are none."""
     if states is None:
         yield list(block.sites), {}
         return

@@ -109,6 +109,12 @@ class TuneRecipe(BaseModel):
                 f"{written('hidden_weight')} needs the dense model's hidden states, which {written('teacher')} "
                 f"{self.teacher} does not keep: model does."
             )
+        for key in ("rank", "alpha") if self.parametrisation in ("full", "norms") else ():
+            if (value := getattr(self, key)) != type(self).model_fields[key].default:
+                raise InputError.sentence(
+                    f"{written(key)} is {value:g}, but {written('parametrisation')} "
+                    f"{self.parametrisation} has none: spp and lora do."
+                )
         for text in self.calibration:
             split_share(text, written("calibration"))
 
