@@ -141,8 +141,8 @@ def prune(
         Text,
         typer.Option(
             metavar="RULE",
-            help="Sparsity of each layer at the same total: uniform, profile, owl, alphapruning, lsa, or a .json or "
-            ".csv file of globs and sparsities (default: uniform).",
+            help="Sparsity of each layer at the same total: uniform, profile, owl, alphapruning, lsa, search, or a "
+            ".json or .csv file of globs and sparsities (default: uniform).",
         ),
     ] = None,
     offload_dir: OffloadDir = None,

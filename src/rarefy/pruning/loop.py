@@ -73,7 +73,7 @@ def prune(
     match the dense model. ``drift`` is the share of the drift from the dense path that targets correct (0 = off),
     and ``refresh`` lets each group of a block's layers see what was pruned before it in the block. ``allocation``
     spreads the zeros of a pattern over the layers: "uniform", "profile", a .json or .csv file, or "owl",
-    "alphapruning" or "lsa", which measure the dense model first.
+    "alphapruning", "lsa" or "search", which measure the dense model first.
     ``on_progress(done, total, note)`` and ``on_layer(record)`` are called as the run goes on. What torch.compile or
     data parallelism wraps around a model is taken off. Raises ModelError for a model that cannot be pruned, such as
     one with adapters or quantised weights, PatternError before anything changes where the pattern does not fit a
@@ -137,9 +137,9 @@ def prune_blocks(
     records = store.records()
     todo = blocks[store.finished : last + 1]
     num_batches = -(-len(own) // settings.batch_size)
-    measuring = num_survey_parts(store, blocks[: last + 1], num_batches, settings)
+    measuring = num_survey_parts(store, blocks, own, first, len(windows), settings)
     counter = PartCounter(on_progress, measuring + _num_parts(todo, num_batches, settings))
-    settings = surveyed(store, blocks[: last + 1], own, first, settings, counter)
+    settings = surveyed(store, blocks, own, first, len(windows), settings, counter)
     if todo:
         with world.together():
             entering, dense = store.hidden_states(
