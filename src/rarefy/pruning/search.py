@@ -1,10 +1,10 @@
 """The search for an allocation: how far the predictions of the model are from the dense one's when it has a profile.
 
 For each profile, the model is pruned by SparseGPT block by block, as in the loop, with a part of the windows: a block
-is loaded, solved, run, and put back as it was. Behind the last block, the model's own norm and head make logits of the
-states of both paths, and KL(dense || pruned) over all positions of these windows is the distance. So the model is
-streamed as in the loop, but for the embeddings and the head, which must fit in memory. Each distance is remembered by
-the store as soon as it is known, and a run that goes on begins with the next.
+is loaded, solved, run, and put back as it was. Behind the last block, the model's own norm and head make logits of
+the states of both paths, and KL(dense || pruned) over all positions of these windows is the distance. So the model is
+streamed as in the loop, but for embeddings and head, which are in memory together with the logits of two windows. The
+store remembers each distance as soon as it is known, and a run that goes on begins with the next.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from rarefy.pruning.stores import BlockStore
 #: Windows of the calibration that the search looks at: for its order of profiles a few are enough.
 WINDOWS = 8
 _FILE = "search.json"
-_ROWS = 256  # positions that are compared at a time
+SLICE = 256  # positions that are compared at a time
 
 
 def own_windows(number: int, mine: range, size: int) -> list[int]:
@@ -169,8 +169,10 @@ def _as_it_was(block: Block) -> Iterator[None]:
 def _kl(pruned: Float[Tensor, "rows vocabulary"], dense: Float[Tensor, "rows vocabulary"]) -> float:
     """The sum over positions of KL(dense || pruned) in nats, in float32 and summed in float64."""
     total = 0.0
-    for q, p in zip(pruned.split(_ROWS), dense.split(_ROWS)):
+    for q, p in zip(pruned.split(SLICE), dense.split(SLICE)):
         log_q, log_p = q.float().log_softmax(-1), p.float().log_softmax(-1)
-        terms = (log_p - log_q).mul_(log_p.exp())
-        total += float(terms.nan_to_num_(0.0).sum(dtype=torch.float64))  # 0 (-inf + inf) where a token cannot come
+        share = log_p.exp()
+        # What cannot come has a share of 0 and a logarithm of -inf, and adds nothing.
+        terms = (log_p - log_q).mul_(share).masked_fill_(share == 0, 0.0)
+        total += float(terms.sum(dtype=torch.float64))
     return total

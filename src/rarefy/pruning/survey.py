@@ -43,7 +43,7 @@ _FILE = "allocation.json"
 def num_survey_parts(
     store: BlockStore, blocks: Sequence[Block], windows: Tensor, first: int, num: int, settings: PruneSettings
 ) -> int:
-    """What progress counts of the survey: batches collected and advanced, and layers. Arguments as of ``surveyed``."""
+    """What progress counts of the survey: batches collected and advanced, and layers; arguments of ``surveyed``."""
     if not isinstance(settings.pattern_of, Unmeasured) or store.recall(_FILE) is not None:
         return 0
     num_batches = -(-len(windows) // settings.batch_size)
