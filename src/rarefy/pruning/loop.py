@@ -130,7 +130,7 @@ def prune_blocks(
     """
     started = time.perf_counter()
     world = store.world
-    own, first = _own(world, windows)
+    own, first = _own(world, windows, settings.batch_size if settings.steps else 1)
     blocks = select_sites(find_blocks(store.model), settings.include, settings.exclude)
     check_patterns(blocks, settings.pattern_of)
     last = max(block.index for block in blocks if block.sites)
@@ -138,7 +138,8 @@ def prune_blocks(
     todo = blocks[store.finished : last + 1]
     num_batches = -(-len(own) // settings.batch_size)
     measuring = num_survey_parts(store, blocks, own, first, len(windows), settings)
-    counter = PartCounter(on_progress, measuring + _num_parts(todo, num_batches, settings))
+    of_all = sum(world.gather(num_batches))
+    counter = PartCounter(on_progress, measuring + _num_parts(todo, num_batches, of_all, settings))
     settings = surveyed(store, blocks, own, first, len(windows), settings, counter)
     if todo:
         with world.together():
@@ -192,14 +193,17 @@ def changed_parameters(block: Block, settings: PruneSettings) -> list[str]:
     return list(dict.fromkeys(site.parameter_name for site in block.sites))
 
 
-def _num_parts(blocks: Sequence[Block], num_batches: int, settings: PruneSettings) -> int:
-    """What progress counts: batches collected and advanced, layers solved, parts of steps."""
+def _num_parts(blocks: Sequence[Block], num_batches: int, of_all: int, settings: PruneSettings) -> int:
+    """What progress counts: batches collected and advanced, layers solved, parts of steps.
+
+    ``num_batches`` are this process's, ``of_all`` those of all processes.
+    """
     collected = sum(len(gram_groups(block.sites)) for block in blocks)
     advanced = len(blocks) - 1  # nothing comes after the last
     if settings.needs_dense_path:
         advanced += len(blocks)
     layers = sum(len(block.sites) for block in blocks)
-    steps = sum(step.num_parts(block, num_batches) for step in settings.steps for block in blocks)
+    steps = sum(step.num_parts(block, of_all) for step in settings.steps for block in blocks)
     return (collected + advanced) * num_batches + layers + steps
 
 
@@ -210,16 +214,20 @@ def check_patterns(blocks: Sequence[Block], pattern_of: PatternOf) -> None:
             pattern_of(site).validate(site.shape, site.name)
 
 
-def _own(world: World, windows: Tensor) -> tuple[Tensor, int]:
-    """The windows that are this process's, and the number of the first. Raises InputError for too few of them."""
+def _own(world: World, windows: Tensor, together: int) -> tuple[Tensor, int]:
+    """The windows that are this process's, and the number of the first. Raises InputError for too few of them.
+
+    So many of them stay ``together``, as one process would have them in a batch, if there are enough for all.
+    """
     if world.size == 1:
         return windows, 0
     if len(windows) < world.size:
         raise InputError.sentence(
             f"windows holds {len(windows)}, but must hold at least {world.size}, one for each process."
         )
-    share = world.share(len(windows))
-    return windows[share.start : share.stop], share.start
+    together = together if len(windows) > together * (world.size - 1) else 1
+    share = world.share(-(-len(windows) // together))
+    return windows[share.start * together : share.stop * together], share.start * together
 
 
 def _check_alike(world: World, model: nn.Module, windows: Tensor, settings: PruneSettings) -> None:
