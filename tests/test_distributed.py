@@ -235,6 +235,19 @@ def test_two_processes_look_beyond_the_layer_as_one_does(
     _assert_alike(tmp_path / "two", tmp_path / "one")
 
 
+@pytest.mark.parametrize("allocation", ["owl", "lsa", "alphapruning"])
+def test_two_processes_measure_what_one_does(ranks: Ranks, shelf: Path, tmp_path: Path, allocation: str) -> None:
+    more = ("--allocation", allocation, "--sparsity", 0.6, "--method", "wanda", "--scope", "layer")
+    assert ranks.run(2, *_arguments(shelf, tmp_path / "two", *more)) == [0, 0], ranks.err()
+    assert ranks.run(1, *_arguments(shelf, tmp_path / "one", *more)) == [0], ranks.err()
+    kept = [[record["kept"] for record in _records(tmp_path / output)] for output in ("two", "one")]
+    sizes = [record["shape"][0] * record["shape"][1] for record in _records(tmp_path / "one")]
+    assert len({one / size for one, size in zip(kept[0], sizes, strict=True)}) > 1
+    # Facts are sums in another order, so what is rounded to whole weights may differ by some.
+    assert sum(kept[0]) == sum(kept[1])
+    assert kept[0] == pytest.approx(kept[1], abs=3)
+
+
 @pytest.mark.parametrize("method", ["sparsegpt", "wanda"])
 def test_the_same_supports_in_float64(ranks: Ranks, tmp_path: Path, method: str) -> None:
     assert ranks.run(2, "call", "ranks_for_tests:prune_in_float64", tmp_path, method) == [0, 0], ranks.err()

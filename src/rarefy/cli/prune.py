@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperCommand
 
+from rarefy.allocation.names import MEASURED
 from rarefy.cli.options import (
     Bos,
     Device,
@@ -140,8 +141,8 @@ def prune(
         Text,
         typer.Option(
             metavar="RULE",
-            help="Sparsity of each layer at the same total: uniform, profile, or a .json or .csv file of globs and "
-            "sparsities (default: uniform).",
+            help="Sparsity of each layer at the same total: uniform, profile, owl, alphapruning, lsa, or a .json or "
+            ".csv file of globs and sparsities (default: uniform).",
         ),
     ] = None,
     offload_dir: OffloadDir = None,
@@ -254,6 +255,8 @@ def _print_plan(plan: Plan, texts: bool) -> None:
     rows.append(["all", f"{len(sites):,}", "", f"{forecast.pruned:,}"])
     print_table(rows)
     print(f"{plan.method}, {plan.pattern_of}: {forecast.pruned:,} of {forecast.size:,} weights would be pruned")
+    if plan.recipe.allocation in MEASURED:
+        print(f"{plan.recipe.allocation} measures the dense model first; until then all layers have the same share")
     print(calibration_words(plan.recipe))
     each = "" if plan.num_ranks == 1 else f" for each of {plan.num_ranks} processes"
     print(f"peak memory, estimated: {memory_words(forecast.peak_bytes)} on {plan.device}{each}")

@@ -42,6 +42,7 @@ from rarefy.pruning.records import LayerRecord, Report
 from rarefy.pruning.settings import PatternOf, PruneSettings, allocated, as_pattern_of
 from rarefy.pruning.steps import PrunedBlock
 from rarefy.pruning.stores import BlockStore
+from rarefy.pruning.survey import num_survey_parts, surveyed
 from rarefy.pruning.write import OVERFLOWED
 
 _NAMED = 8  # of these, so many are named in the warning
@@ -71,7 +72,8 @@ def prune(
     ``include`` and ``exclude`` are globs on full module names. ``matching`` trains what is kept of each block to
     match the dense model. ``drift`` is the share of the drift from the dense path that targets correct (0 = off),
     and ``refresh`` lets each group of a block's layers see what was pruned before it in the block. ``allocation``
-    spreads the zeros of a pattern over the layers: "uniform", "profile", or a .json or .csv file.
+    spreads the zeros of a pattern over the layers: "uniform", "profile", a .json or .csv file, or "owl",
+    "alphapruning" or "lsa", which measure the dense model first.
     ``on_progress(done, total, note)`` and ``on_layer(record)`` are called as the run goes on. What torch.compile or
     data parallelism wraps around a model is taken off. Raises ModelError for a model that cannot be pruned, such as
     one with adapters or quantised weights, PatternError before anything changes where the pattern does not fit a
@@ -134,6 +136,10 @@ def prune_blocks(
     last = max(block.index for block in blocks if block.sites)
     records = store.records()
     todo = blocks[store.finished : last + 1]
+    num_batches = -(-len(own) // settings.batch_size)
+    measuring = num_survey_parts(store, blocks[: last + 1], num_batches, settings)
+    counter = PartCounter(on_progress, measuring + _num_parts(todo, num_batches, settings))
+    settings = surveyed(store, blocks[: last + 1], own, first, settings, counter)
     if todo:
         with world.together():
             entering, dense = store.hidden_states(
@@ -143,7 +149,6 @@ def prune_blocks(
         computing = world.from_first(partial(compute_dtype, entering.states.dtype, entering.device))
         for states in filter(None, (entering, dense)):
             convert_calls(states, computing)
-        counter = PartCounter(on_progress, _num_parts(todo, entering.num_batches, settings))
     for block, following in zip_longest(todo, todo[1:]):
         done = []
         masks: Masks | None = {} if settings.steps else None
@@ -223,7 +228,10 @@ def _check_alike(world: World, model: nn.Module, windows: Tensor, settings: Prun
     given = {
         "model": [(name, tuple(each.shape), each.dtype) for name, each in model.named_parameters()],
         "windows": hashlib.sha256(windows.cpu().numpy().tobytes()).hexdigest(),
-        "pattern": [str(settings.pattern_of(site)) for block in find_blocks(model) for site in block.sites],
+        "pattern": [
+            settings.pattern_name,
+            *(str(settings.pattern_of(site)) for block in find_blocks(model) for site in block.sites),
+        ],
         "method": re.sub(r" at 0x\w+", "", repr(settings.method)),  # addresses of what a method of one's own holds
         **{key: str(getattr(settings, key)) for key in compared},
     }
