@@ -13,9 +13,9 @@ Removing a set P of the weights of one row at once, with the best update of all 
 So the unstructured recipe is ``sparsegpt+backsolve`` with damping in both, and at N:M ``sparsegpt`` with
 ``score=joint`` before ``backsolve``.
 
-Source: Zhao et al., "Pruning Foundation Models for High Accuracy without Retraining", arXiv 2410.15567. Differences:
-damping is a share of each input's own energy, in coordinates of unit diagonal; the paper does not say its own. There is no released code
-to compare with. Cost: that of the two parts.
+Source: Zhao et al., "Pruning Foundation Models for High Accuracy without Retraining", arXiv 2410.15567. Difference:
+damping is a share of each input's own energy, in coordinates of unit diagonal. No code was released that it could be
+compared with. Cost: that of the two parts.
 """
 
 from __future__ import annotations
