@@ -225,8 +225,11 @@ def test_two_processes_do_what_one_does(ranks: Ranks, shelf: Path, tmp_path: Pat
     _assert_alike(tmp_path / "two", tmp_path / "one")
 
 
-def test_two_processes_correct_the_drift_as_one_does(ranks: Ranks, shelf: Path, tmp_path: Path) -> None:
-    more = ("--drift", 0.25, "--refresh", "--allocation", "profile", "--sparsity", 0.6)
+@pytest.mark.parametrize("part", [("--drift", 0.25), ("--refresh",)], ids=["drift", "refresh"])
+def test_two_processes_look_beyond_the_layer_as_one_does(
+    ranks: Ranks, shelf: Path, tmp_path: Path, part: tuple[str, ...]
+) -> None:
+    more = (*part, "--allocation", "profile", "--sparsity", 0.6)
     assert ranks.run(2, *_arguments(shelf, tmp_path / "two", *more)) == [0, 0], ranks.err()
     assert ranks.run(1, *_arguments(shelf, tmp_path / "one", *more)) == [0], ranks.err()
     _assert_alike(tmp_path / "two", tmp_path / "one")

@@ -573,6 +573,6 @@ def test_dry_run_says_what_would_be_trained(place: Path, rarefy_: Rarefy) -> Non
     assert done.status == 0, done.err
     shapes = [(32, 32), (16, 32), (16, 32), (32, 32), (64, 32), (64, 32), (32, 64)]
     numbers = 2 * sum(2 * inputs + rows for rows, inputs in shapes)
-    assert f"spp: {numbers:,} numbers would be trained in 64 steps" in done.out
+    assert f"spp: {numbers:,} numbers would be trained in 24 steps" in done.out
     assert "8 windows of 32 tokens" in done.out
     assert "peak memory, estimated: " in done.out

@@ -71,7 +71,7 @@ def tune(
     micro_batch: Annotated[
         Text, typer.Option(metavar="N", help="Windows that run through the model at once (default: 1).")
     ] = None,
-    epochs: Annotated[Text, typer.Option(metavar="N", help="Passes over the windows (default: 8).")] = None,
+    epochs: Annotated[Text, typer.Option(metavar="N", help="Passes over the windows (default: 3).")] = None,
     max_steps: Annotated[Text, typer.Option(metavar="N", help="Steps at most (default: no limit).")] = None,
     warmup_steps: Annotated[
         Text, typer.Option(metavar="N", help="Steps in which the learning rate rises (default: 8).")

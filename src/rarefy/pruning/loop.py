@@ -132,7 +132,7 @@ def prune_blocks(
     world = store.world
     own, first = _own(world, windows, settings.batch_size if settings.steps else 1)
     blocks = select_sites(find_blocks(store.model), settings.include, settings.exclude)
-    check_patterns(blocks, settings.pattern_of)
+    check_patterns(blocks, settings.pattern_of, settings.method)
     last = max(block.index for block in blocks if block.sites)
     records = store.records()
     todo = blocks[store.finished : last + 1]
@@ -207,10 +207,11 @@ def _num_parts(blocks: Sequence[Block], num_batches: int, of_all: int, settings:
     return (collected + advanced) * num_batches + layers + steps
 
 
-def check_patterns(blocks: Sequence[Block], pattern_of: PatternOf) -> None:
-    """Raise PatternError, naming the first layer, where its pattern does not fit its shape."""
+def check_patterns(blocks: Sequence[Block], pattern_of: PatternOf, method: Method) -> None:
+    """Raise PatternError, naming the first layer, where its pattern does not fit its shape, or not the method."""
     for block in blocks:
         for site in block.sites:
+            method.check_pattern(pattern_of(site))
             pattern_of(site).validate(site.shape, site.name)
 
 

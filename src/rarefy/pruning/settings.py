@@ -81,6 +81,12 @@ class PruneSettings:
     def __post_init__(self) -> None:
         if not 0 <= self.drift <= 1:
             raise InputError("drift", self.drift, "a number from 0 to 1")
+        if self.drift and self.refresh:
+            # Refreshed Grams would be of other inputs than the drift, and the correction explodes (docs/log.md).
+            raise InputError.sentence(
+                "drift does not go with refresh: the drift is that of a block's inputs before it is pruned, and "
+                "refreshed Grams are of others."
+            )
         if self.steps and self.method.comes_last:
             raise InputError.sentence(
                 f"matching does not go with {self.method}: it would move weights off the grid they are rounded to."
