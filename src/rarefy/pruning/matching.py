@@ -52,8 +52,9 @@ class Matching:
     """Trains the kept weights, norms and biases of each pruned block to match the dense model.
 
     ``passes`` over the windows; ``learning_rate`` of AdamW, which falls linearly to 0; ``batch_size`` windows per
-    step, rounded up to whole calibration batches, one for each process at least; ``held_out`` is the share of the batches that choose the best
-    pass, at least one; ``seed`` orders the batches. Raises InputError where one of them is out of range.
+    step, rounded up to whole calibration batches, one for each process at least; ``held_out`` is the share of the
+    batches that choose the best pass, at least one; ``seed`` orders the batches. Raises
+    InputError where one of them is out of range.
     """
 
     passes: int = 3
