@@ -50,7 +50,7 @@ def test_leaving_out_each_shares_passes_and_measures_the_same(sets: BlockSets) -
     shared = sets.without_each(kept)
     passes = (sets.block_tokens - before) / WINDOWS.numel()
     assert passes == 5 + 5 * 4 / 2
-    sets._known.clear()
+    sets.memo.clear()
     for index in kept:
         alone = sets.measure([other for other in kept if other != index])
         assert shared[index].kl == pytest.approx(alone.kl, rel=1e-5)
