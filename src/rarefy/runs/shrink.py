@@ -186,9 +186,7 @@ class _Run:
         keep_windows(self.folder.path, found)
         return found
 
-    def _search(
-        self, model: PreTrainedModel, windows: Tensor
-    ) -> tuple[ShrinkPlan, tuple[int, ...], dict[str, Any]]:
+    def _search(self, model: PreTrainedModel, windows: Tensor) -> tuple[ShrinkPlan, tuple[int, ...], dict[str, Any]]:
         """The plan with the counts that the search finds, the blocks to remove, and what ``run.json`` says of it."""
         from rarefy.structure.depth import BlockSets
         from rarefy.structure.search import block_sets, search_counts
@@ -275,9 +273,7 @@ class _Run:
 
         recipe = plan.recipe
         probe = windows[:1, :_PROBE]
-        wanted = [
-            (with_order(model, find_parts(model, kind), probe), kept) for kind, (kept, _) in plan.keep.items()
-        ]
+        wanted = [(with_order(model, find_parts(model, kind), probe), kept) for kind, (kept, _) in plan.keep.items()]
         with self.events.watch("removing heads and neurons") as watch:
             parts, records = remove_parts(
                 model,

@@ -58,7 +58,7 @@ class Space:
     refused: Mapping[Removable, str]
 
     def drawn(self, most: int, seed: int) -> list[Counts]:
-        """At most ``most`` of the candidates, in their order: all that remove a single kind, and some of the others."""
+        """At most ``most`` candidates, in their order: all that remove a single kind, and some of the others."""
         singles = [counts for counts in self.candidates if counts.is_single]
         others = [counts for counts in self.candidates if not counts.is_single]
         num = max(0, min(len(others), most - len(singles)))
@@ -71,7 +71,7 @@ class Space:
 
 
 def find_space(model: PreTrainedModel, size: float, among: Sequence[Removable] = (), multiple: int = 64) -> Space:
-    """The counts of a model, which may be on the meta device, that leave at most the share ``size`` of its parameters.
+    """The counts that leave at most the share ``size`` of a model's parameters; it may be on the meta device.
 
     ``among``: the kinds that may be removed; empty for all that the model can lose. Neurons are kept in multiples of
     ``multiple``, unless all are. Where blocks are of different sizes, they are taken to lose the smallest.
@@ -95,8 +95,7 @@ def find_space(model: PreTrainedModel, size: float, among: Sequence[Removable] =
     candidates = _candidates(weights, numbers, limit, multiple)
     if not candidates:
         least = weights.left(_most(numbers, multiple)) / weights.total
-        what = " and ".join(numbers) or "nothing"
-        raise InputError("--size", size, f"a share of at least {least:.3f}: what is left where {what} go as far as can be")
+        raise InputError("--size", size, f"a share of at least {least:.3f}, as {' and '.join(numbers)} go no further")
     return Space(limit, numbers, multiple, tuple(candidates), refused)
 
 
@@ -140,17 +139,13 @@ class _Weights:
         return self.total - int(self.blocks.sum()) + int(blocks.sum() - gone)
 
 
-def _candidates(
-    weights: _Weights, numbers: Mapping[Removable, int], limit: int, multiple: int
-) -> list[Counts]:
+def _candidates(weights: _Weights, numbers: Mapping[Removable, int], limit: int, multiple: int) -> list[Counts]:
     """Of each number of blocks and heads the fewest neurons that are enough; none that removes more than another."""
     neurons = _steps(numbers.get("neurons", 1), multiple)
     found: list[Counts] = []
     for blocks in range(numbers.get("blocks", 1)):
         for heads in range(numbers.get("heads", 1)):
-            counts = next(
-                (one for num in neurons if weights.left(one := Counts(blocks, heads, num)) <= limit), None
-            )
+            counts = next((one for num in neurons if weights.left(one := Counts(blocks, heads, num)) <= limit), None)
             if counts and not any(_within(other, counts) for other in found):
                 found.append(counts)
     return found

@@ -1,4 +1,4 @@
-"""Which blocks to keep, by a policy gradient: masks are drawn, and what they lose says which blocks to keep more often.
+"""Which blocks to keep, by a policy gradient: what the text loses with random masks says what to keep more often.
 
 With a keep probability s_i of every unit and masks m ~ Bernoulli(s), a step draws K masks, measures their losses L_k
 on one batch of windows, and does
@@ -7,8 +7,8 @@ on one batch of windows, and does
     g  = 1/(K-1) sum_k (L_k - b) (m_k - s) / sqrt(s (1 - s))                                        (2)
     s <- clamp(s - rate g - v, 0, 1),  v >= 0 the least with sum s <= budget                        (3)
 
-and at the end the units of the largest s are kept. (2) is the score function with sqrt(s (1 - s)) in place of s (1 - s):
-with a baseline that does not depend on the masks its mean is K/(K-1) sqrt(s (1 - s)) dE[L]/ds, a diagonal
+and at the end the units of the largest s are kept. (2) is the score function with sqrt(s (1 - s)) in place of
+s (1 - s): with a baseline that does not depend on the masks its mean is K/(K-1) sqrt(s (1 - s)) dE[L]/ds, a diagonal
 preconditioner of the gradient; with (1) the factor is (K - 1/T)/(K-1).
 
 | code     | here | shape      | meaning                              |

@@ -1,11 +1,11 @@
 """How much of each kind to remove for a size: a search over the counts of blocks, KV heads and MLP neurons.
 
 The variables are three numbers. Which blocks, heads and neurons go is for the rules that choose them by themselves,
-and what is left is repaired exactly, so that a candidate is one count of each kind (counts.py), and its value the KL to the
-dense model. Successive halving: all candidates are made and measured on a few windows, the best quarter on four times
-as many, and so on; the last ones are made on all windows, and all that remove a single kind are among them, so
-that the search ends with none that is worse than these. Windows on which candidates are measured are not those with
-which they are repaired.
+and what is left is repaired exactly, so that a candidate is one count of each kind (counts.py), and its value the KL
+to the dense model. Successive halving: all candidates are made and measured on a few windows, the best quarter on
+four times as many, and so on; the last ones are made on all windows, and all that remove a single kind are among
+them, so that the search ends with none that is worse than these. Windows on which candidates are measured are not
+those with which they are repaired.
 
 Source: the variables of "Search for Efficient LLMs", arXiv 2409.17372, without its masks, for which the layer problem
 has an answer; successive halving is Jamieson and Talwalkar, arXiv 1502.07943.
@@ -50,7 +50,10 @@ class Round:
 
 @dataclass(frozen=True)
 class Measured:
-    """A candidate in one round. ``remove`` are its blocks; ``kl`` (nats) is None where it has no stock form."""
+    """A candidate in one round. ``remove`` are its blocks.
+
+    ``kl`` (nats) is None where it has no stock form, or computes what is no number.
+    """
 
     counts: Counts
     round: int
@@ -99,7 +102,7 @@ def block_sets(
     steps: int = 500,
     watch: Watch = silent,
 ) -> dict[int, tuple[int, ...]]:
-    """The blocks to remove, by their number: of the sets of ``rule``, ``kl`` and ``perplexity`` the one of lowest KL."""
+    """The blocks to remove, by their number: the best set, by KL, of those of ``rule``, ``kl`` and ``perplexity``."""
     wanted = sorted(set(numbers))
     found: dict[int, tuple[int, ...]] = {}
     rules: tuple[Rule, ...] = (rule, "kl", "perplexity")
@@ -146,7 +149,8 @@ def search_counts(
             kl = maker.kl(one, rounds[-1])
             results.append(Measured(counts, place, maker.remove, kl))
             done += 1
-            watch(min(done, total), total, f"{_words(counts)}: {'no stock form' if kl is None else f'KL {kl:.4f} nats'}")
+            told = "cannot be made" if kl is None else f"KL {kl:.4f} nats"
+            watch(min(done, total), total, f"{_words(counts)}: {told}")
         found += results
         ranked = sorted((one for one in results if one.kl is not None), key=lambda one: (one.kl, one.counts))
         if not last:
@@ -184,12 +188,13 @@ class _Maker:
         memo = self.sets.memo
         if key not in memo:
             try:
-                found = self._made_and_measured(one, last)
+                kl = self._made_and_measured(one, last)
             except ModelError:
-                found = None
+                kl = math.nan
+            found = kl if math.isfinite(kl) else None
             memo.keep({key: found, "block_tokens": self.sets.block_tokens})
-        kl: float | None = memo[key]
-        return kl
+        known: float | None = memo[key]
+        return known
 
     def _made_and_measured(self, one: Round, last: Round) -> float:
         sets, windows = self.sets, self.sets.windows

@@ -25,7 +25,6 @@ from rarefy.layer.problem import LayerProblem
 from rarefy.layer.removal import DAMPING, choose_columns, refit_columns, removal_costs
 from rarefy.methods.base import wanda_scores
 from rarefy.models.blocks import find_blocks
-from rarefy.models.sites import LinearSite
 from rarefy.structure.parts import Parts
 
 #: How columns are chosen: with their interactions, by what each costs alone, or by the sum of their Wanda scores.
@@ -93,11 +92,12 @@ def remove_parts(
             found = []
             for parts, number in own:
                 site = parts.exits[block.index]
-                gram = collect(stream, block.module, block.index, [site])[site.name]
-                weight, columns, record = _solved(LayerProblem(site.read(), gram), site, parts, number, repair, choice, damping)
+                problem = LayerProblem(site.read(), collect(stream, block.module, block.index, [site])[site.name])
+                problem.check(site.name)
+                weight, columns, errors = _solved(problem, parts, number, repair, choice, damping)
                 site.write(weight)
                 made |= {f"{parts.kind}.weight": site.read(), f"{parts.kind}.kept": columns}
-                found.append(record)
+                found.append(ExitRecord(site.name, block.index, parts.kind, parts.number, number, *errors))
             if finished:
                 finished.keep(block.index, made, [asdict(one) for one in found])
         else:
@@ -116,23 +116,14 @@ def remove_parts(
 
 
 def _solved(
-    problem: LayerProblem,
-    site: LinearSite,
-    parts: Parts,
-    number: int,
-    repair: bool,
-    choice: Choice,
-    damping: float,
-) -> tuple[Tensor, Bool[Tensor, " parts"], ExitRecord]:
-    """The weight of an exit, which parts are kept, and its record."""
-    problem.check(site.name)
+    problem: LayerProblem, parts: Parts, number: int, repair: bool, choice: Choice, damping: float
+) -> tuple[Tensor, Bool[Tensor, " parts"], tuple[float, float]]:
+    """The weight of an exit, which parts are kept, and its error before and after the repair."""
     columns = _chosen(problem, Columns(number * parts.width, parts.width), choice, damping)
     masked = apply_mask(problem.W0, columns.expand(problem.shape).contiguous())
     weight = refit_columns(problem, columns, damping)[0] if repair else masked
-    errors = [problem.relative_error(one) for one in (masked, weight)]
     kept = columns.view(parts.number, parts.width)[:, 0].cpu()
-    index = next(index for index, exit in parts.exits.items() if exit is site)
-    return weight, kept, ExitRecord(site.name, index, parts.kind, parts.number, number, *errors)
+    return weight, kept, (problem.relative_error(masked), problem.relative_error(weight))
 
 
 def _chosen(problem: LayerProblem, pattern: Columns, choice: Choice, damping: float) -> Bool[Tensor, " inputs"]:
