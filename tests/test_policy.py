@@ -75,7 +75,7 @@ def model() -> PreTrainedModel:
 
 
 def test_the_best_of_all_sets_is_found(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of losses that the scores mislead about: the pair 0, 1 is good only together."""
+    """Of losses that the scores mislead about: blocks 1 and 3 cost little only together."""
     sets = BlockSets(model, WINDOWS, 4)
 
     def loss(kept: list[int]) -> float:
@@ -91,7 +91,7 @@ def test_the_best_of_all_sets_is_found(model: PreTrainedModel, monkeypatch: pyte
     remove, trace = policy_gradient(sets, 2, misled, seed=0, steps=400, watch=lambda *_: None)
     best = min(itertools.combinations(range(5), 2), key=lambda gone: loss([i for i in range(5) if i not in gone]))
     assert tuple(remove) == best == (1, 3)
-    assert trace[-1] < trace[0]
+    assert trace[-1] == pytest.approx(loss([0, 2, 4]), abs=0.1)  # hardly another set is drawn at the end
 
 
 def test_as_a_rule(model: PreTrainedModel) -> None:
