@@ -75,6 +75,11 @@ class PruneSettings:
     def __post_init__(self) -> None:
         if not 0 <= self.drift <= 1:
             raise InputError("drift", self.drift, "a number from 0 to 1")
+        if self.refresh and self.method.needs_output_norms:
+            raise InputError.sentence(
+                f"refresh does not go with {self.method}: it needs what the last linear of an MLP reads before the "
+                "others are solved."
+            )
         if self.steps and self.method.comes_last:
             raise InputError.sentence(
                 f"matching does not go with {self.method}: it would move weights off the grid they are rounded to."

@@ -52,6 +52,7 @@ def make_plan(recipe: Recipe, output: Path | None = None, offload: Path | None =
     blocks = select_sites(find_blocks(skeleton), recipe.include, recipe.exclude)
     pattern_of = allocated(recipe.allocation, pattern, blocks)
     check_patterns(blocks, pattern_of, method)
+    recipe.prune_settings(pattern_of)  # says what does not go together
     check_blocks(skeleton, blocks)
     windows = None
     if text is not SELF:
