@@ -14,7 +14,7 @@ from jaxtyping import TypeCheckError
 from torch import Tensor
 
 import rarefy
-from problems import FAMILIES
+from problems import FAMILIES, OfNeurons
 from rarefy.errors import InputError, MethodError, NumericalError, PatternError
 from rarefy.layer import passes
 from rarefy.layer.columns import Columns
@@ -27,6 +27,7 @@ from rarefy.methods.admm import ADMM
 from rarefy.methods.alps import ALPS, ALPSPaper
 from rarefy.methods.base import IterativeMethod, Method, hyper, run, wanda_scores
 from rarefy.methods.compose import BestOf, Then
+from rarefy.methods.dass import DaSS
 from rarefy.methods.dsnot import DSnoT
 from rarefy.methods.magnitude import Magnitude
 from rarefy.methods.mrp import MRP
@@ -93,6 +94,9 @@ class Claims:
 CLAIMS: dict[str, Claims] = {
     "magnitude": Claims(Magnitude(), weights_kept=True, ignores_inputs=True),
     "wanda": Claims(Wanda(), weights_kept=True),
+    # Equal counts of rows, or of columns where norms of outputs are known; which of them get one more goes by place.
+    "dass": Claims(DaSS(), weights_kept=True, rows=False),
+    "dass of neurons": Claims(OfNeurons(DaSS()), weights_kept=True, inputs=False),
     # Sums over columns couple all rows.
     "ria": Claims(RIA(), weights_kept=True, independent=("fixed",)),
     # Goes from left to right, so the order of the inputs matters.

@@ -68,6 +68,14 @@ def prune(
         Text,
         typer.Option(metavar="N:M", help="Keep N of every M weights along the inputs, instead of a sparsity."),
     ] = None,
+    along: Annotated[
+        Text,
+        typer.Option(
+            metavar="WHAT",
+            help="What the groups of an N:M pattern are of: inputs, or neurons, which in layers that make the neurons "
+            "of an MLP are outputs; no sparse kernel takes these (default: inputs).",
+        ),
+    ] = None,
     scope: Annotated[
         Text,
         typer.Option(
@@ -168,6 +176,7 @@ def prune(
         "method": method,
         "sparsity": sparsity,
         "pattern": pattern,
+        "along": along,
         "scope": scope,
         "calibration": calibration,
         "text_column": text_column,

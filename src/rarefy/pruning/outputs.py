@@ -37,6 +37,11 @@ def output_norms(block: Block, grams: Grams) -> OutputNorms:
     return found
 
 
+def neuron_makers(block: Block) -> list[str]:
+    """The names of the linears of a block whose outputs become the neurons of an MLP."""
+    return [name for linears in _siblings(block) for name in neurons_of(linears)[1]]
+
+
 def neurons_of(linears: Shapes) -> tuple[str, list[str]]:
     """Of the linears of one module, by name with their (out, in): the one that reads its neurons, and its makers.
 

@@ -8,10 +8,12 @@ from pathlib import Path
 
 from rarefy.allocation.allocate import allocate
 from rarefy.errors import InputError
-from rarefy.layer.pattern import Pattern
+from rarefy.layer.across import AcrossNM
+from rarefy.layer.pattern import NM, Pattern
 from rarefy.methods.base import Method
 from rarefy.models.blocks import Block
 from rarefy.models.sites import Site
+from rarefy.pruning.outputs import neuron_makers
 from rarefy.pruning.steps import BlockStep
 
 PatternOf = Callable[[Site], Pattern]
@@ -51,6 +53,30 @@ class PerLayer:
     def describe(self) -> str:
         """The pattern as a clause for people."""
         return f"{self.pattern} on average, of each layer as the allocation ({Path(self.allocation).name}) has it"
+
+
+@dataclass(frozen=True)
+class AcrossNeurons(PerLayer):
+    """N:M groups of consecutive neurons of each MLP: ``patterns`` has those of the layers that make neurons."""
+
+    def __str__(self) -> str:
+        return f"{self.pattern} of neurons"
+
+    def describe(self) -> str:
+        """The pattern as a clause for people."""
+        return f"{self.pattern.describe()}; in layers that make the neurons of an MLP, of every consecutive outputs"
+
+
+def across_neurons(pattern: NM, blocks: Sequence[Block]) -> AcrossNeurons:
+    """``pattern`` along the inputs of each site of ``blocks``, but across the outputs of those that make neurons."""
+    makers = {name for block in blocks for name in neuron_makers(block)}
+    patterns = {
+        site.name: AcrossNM(pattern.keep, pattern.of)
+        for block in blocks
+        for site in block.sites
+        if site.name in makers
+    }
+    return AcrossNeurons(patterns, pattern, "neurons")
 
 
 @dataclass(frozen=True)
