@@ -62,6 +62,8 @@ PATTERNS: dict[str, Callable[[], Pattern]] = {
     "columns": lambda: Columns(10),
     "heads": lambda: Columns(12, 4),
 }
+#: Methods that do not know, or may not care, which inputs are dead.
+BLIND = ("magnitude", "best of", "dass of neurons")
 #: Methods that hand out a share of the budget to each block of columns, so that dead inputs may stay.
 LEFT_TO_RIGHT = ("sparsegpt", "sparsegpt in blocks", "mrp")
 #: Methods that change the mask of each row by itself, and refuse patterns of columns (test_columns.py).
@@ -432,7 +434,7 @@ def test_equal_scores_keep_the_lowest_index(method: str) -> None:
         assert torch.equal(run(CLAIMS[method].method, problem, allowed).mask, expected), str(allowed)
 
 
-@pytest.mark.parametrize("method", [name for name in CLAIMS if name not in ("magnitude", "best of")])
+@pytest.mark.parametrize("method", [name for name in CLAIMS if name not in BLIND])
 @each_dtype
 def test_dead_inputs_are_pruned_first_and_kept_ones_stay(method: str, dtype: torch.dtype) -> None:
     problem = draw("dead_columns", dtype)

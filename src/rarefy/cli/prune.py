@@ -72,8 +72,8 @@ def prune(
         Text,
         typer.Option(
             metavar="WHAT",
-            help="What the groups of an N:M pattern are of: inputs, or neurons, which in layers that make the neurons "
-            "of an MLP are outputs; no sparse kernel takes these (default: inputs).",
+            help="What N:M groups are of: inputs, or neurons, which are outputs of the layers that make the neurons "
+            "of an MLP; no sparse kernel takes these (default: inputs).",
         ),
     ] = None,
     scope: Annotated[

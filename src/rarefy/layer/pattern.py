@@ -452,8 +452,8 @@ def pattern_from_spec(spec: Mapping[str, Any]) -> Pattern:
         raise PatternError(
             "pattern",
             dict(spec),
-            "of kind n:m or n:m across with keep and of, of kind unstructured or row with sparsity, or of kind columns with keep "
-            "and group",
+            "of kind n:m or n:m across with keep and of, of kind unstructured or row with sparsity, or of kind "
+            "columns with keep and group",
         ) from error
     raise PatternError("pattern", dict(spec), "of kind n:m, n:m across, unstructured, row or columns")
 

@@ -53,7 +53,9 @@ class LayerProblem:
             )
         if output_norms is not None and tuple(output_norms.shape) != (W0.shape[0],):
             raise InputError(
-                "output_norms", f"a tensor of shape {tuple(output_norms.shape)}", f"({W0.shape[0]},), one for each output"
+                "output_norms",
+                f"a tensor of shape {tuple(output_norms.shape)}",
+                f"({W0.shape[0]},), one for each output",
             )
         double = torch.float64 in (W0.dtype, gram.H.dtype)
         self.dtype = torch.float64 if double else torch.float32

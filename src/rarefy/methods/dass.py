@@ -16,10 +16,10 @@ equal counts in each row, (1) is magnitude pruning. Where a pattern counts over 
 as many weights as any other, or one more, so that the total is exact; with (2) each output does.
 
 Source: Guo et al., "Dependency-Aware Semi-Structured Sparsity of GLU Variants in Large Language Models", arXiv
-2405.01943, with a = 0.5. There only MLPs are pruned (``--include '*.mlp.*'``), and N:M groups are consecutive neurons:
-outputs of gate and up, inputs of down (layer/across.py). ||Z_i|| is known where the down projection is pruned as well,
-from the diagonal of its Gram matrix (pruning/outputs.py); without it (2) is used, and the details say which it
-was. Cost: one selection.
+2405.01943, with a = 0.5. There only MLPs are pruned (``--include '*.mlp.*'``), and N:M groups are of consecutive
+neurons: outputs of gate and up, inputs of down (``--along neurons``; layer/across.py). ||Z_i|| is known where the
+down projection is pruned as well, from the diagonal of its Gram matrix (pruning/outputs.py); without it (2) is used,
+and the details say which it was. Cost: one selection.
 """
 
 from __future__ import annotations

@@ -150,8 +150,8 @@ class Recipe(BaseModel):
             raise kind(written("allocation"), recipe.allocation, ALLOWED)
         if recipe.along == "neurons" and (recipe.pattern is None or recipe.allocation != "uniform"):
             raise PatternError.sentence(
-                f"{written('along')} is 'neurons', which goes with an N:M {written('pattern')} that is the same for all "
-                "layers."
+                f"{written('along')} is 'neurons', which goes with an N:M {written('pattern')} that is the same for "
+                "all layers."
             )
         if ":" in recipe.method and from_file("method") and not allow_code:
             raise RecipeError.sentence(
