@@ -201,6 +201,22 @@ def ria(W0: Matrix, H: Matrix, pattern: Pattern, exponent: float = 0.5) -> Answe
     return _answer(_floats(W0), _project(_floats(saliency(W0, H, "ria", exponent)), pattern))
 
 
+def dass(W0: Matrix, H: Matrix, pattern: Pattern, norms: Matrix | None = None, exponent: float = 0.5) -> Answer:
+    """DaSS (Guo et al., arXiv 2405.01943): |W_ij| norms_i^exponent within each column, else Wanda's within each row.
+
+    `norms` are those of the neurons that the rows make. Choices: with K kept of the whole matrix, the
+    columns up to the j-th have kept floor(K j / in) of them, likewise rows with Wanda's scores; other patterns as
+    they are.
+    """
+    W = _floats(W0)
+    scores = _floats(saliency(W, H, "wanda")) if norms is None else np.abs(W) * _floats(norms)[:, None] ** exponent
+    if pattern[0] != "layer":
+        return _answer(W, _project(scores, pattern))
+    K, lines = num_kept(pattern, *W.shape), scores if norms is None else scores.T
+    masks = [_topk(line, K * (i + 1) // len(lines) - K * i // len(lines)) for i, line in enumerate(lines)]
+    return _answer(W, np.stack(masks) if norms is None else np.stack(masks).T)
+
+
 # --- SparseGPT
 
 

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from rarefy.methods.alps import ALPS, ALPSPaper
     from rarefy.methods.base import IterativeMethod, Method
     from rarefy.methods.compose import BestOf, Then
+    from rarefy.methods.dass import DaSS
     from rarefy.methods.dsnot import DSnoT
     from rarefy.methods.magnitude import Magnitude
     from rarefy.methods.mrp import MRP
@@ -67,6 +68,7 @@ __all__ = [
     "CalibrationError",
     "Columns",
     "DSnoT",
+    "DaSS",
     "Fixed",
     "Gram",
     "InputError",
@@ -136,6 +138,7 @@ _HOME = {
     "rarefy.methods.alps": ("ALPS", "ALPSPaper"),
     "rarefy.methods.base": ("IterativeMethod", "Method"),
     "rarefy.methods.compose": ("BestOf", "Then"),
+    "rarefy.methods.dass": ("DaSS",),
     "rarefy.methods.dsnot": ("DSnoT",),
     "rarefy.methods.magnitude": ("Magnitude",),
     "rarefy.methods.mrp": ("MRP",),

@@ -69,6 +69,14 @@ def prune(
         Text,
         typer.Option(metavar="N:M", help="Keep N of every M weights along the inputs, instead of a sparsity."),
     ] = None,
+    along: Annotated[
+        Text,
+        typer.Option(
+            metavar="WHAT",
+            help="What N:M groups are of: inputs, or neurons, which are outputs of the layers that make the neurons "
+            "of an MLP; no sparse kernel takes these (default: inputs).",
+        ),
+    ] = None,
     scope: Annotated[
         Text,
         typer.Option(
@@ -169,6 +177,7 @@ def prune(
         "method": method,
         "sparsity": sparsity,
         "pattern": pattern,
+        "along": along,
         "scope": scope,
         "calibration": calibration,
         "text_column": text_column,

@@ -77,6 +77,8 @@ class Method(ABC):
     default_scope: ClassVar[str] = "layer"
     #: Whether the Gram must carry the mean of the inputs.
     needs_means: ClassVar[bool] = False
+    #: Whether it reads ``LayerProblem.output_norms``, which are then collected.
+    needs_output_norms: ClassVar[bool] = False
     #: Whether it only improves a start (an earlier method's solution) and cannot come first.
     needs_start: ClassVar[bool] = False
     #: Whether it can go on from a start; one that cannot is only ever the first of a combination.
