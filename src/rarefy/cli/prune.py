@@ -145,6 +145,14 @@ def prune(
         bool | None,
         typer.Option("--refresh/--no-refresh", help="Let later layers of a block see what was pruned before them."),
     ] = None,
+    row_weights: Annotated[
+        Text,
+        typer.Option(
+            metavar="RULE",
+            help="Which outputs count more where rows compete for weights (--scope layer): none, mlp (those that make "
+            "large neurons), or fisher (those that the loss depends on) (default: none).",
+        ),
+    ] = None,
     allocation: Annotated[
         Text,
         typer.Option(
@@ -197,6 +205,7 @@ def prune(
         "match_batch": match_batch,
         "drift": drift,
         "refresh": refresh,
+        "row_weights": row_weights,
         "allocation": allocation,
     }
     world = World.current()

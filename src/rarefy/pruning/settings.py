@@ -18,6 +18,8 @@ from rarefy.pruning.outputs import neuron_makers
 from rarefy.pruning.steps import BlockStep
 
 PatternOf = Callable[[Site], Pattern]
+#: Which outputs of a layer count more: all alike, those that make large neurons, or those that the loss depends on.
+NONE, MLP, FISHER = "none", "mlp", "fisher"
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,8 @@ class PruneSettings:
 
     ``pattern_of`` gives the pattern of a site. ``steps`` come after the layers of a block are written, in order.
     ``drift`` is the share of the drift that targets correct (drift.py), ``refresh`` whether a block's Grams are
-    collected again after each group of layers that read the same.
+    collected again after each group of layers that read the same. ``row_weights`` says which outputs count more where
+    rows compete for weights (layer/row_weights.py).
     """
 
     pattern_of: PatternOf
@@ -103,6 +106,7 @@ class PruneSettings:
     steps: Sequence[BlockStep] = ()
     drift: float = 0.0
     refresh: bool = False
+    row_weights: str = NONE
 
     def __post_init__(self) -> None:
         if not 0 <= self.drift <= 1:
@@ -122,6 +126,24 @@ class PruneSettings:
             raise InputError.sentence(
                 f"matching does not go with {self.method}: it would move weights off the grid they are rounded to."
             )
+
+        if self.row_weights not in (NONE, MLP, FISHER):
+            raise InputError("row_weights", self.row_weights, f"{NONE}, {MLP} or {FISHER}")
+        if self.row_weights == MLP and self.refresh:
+            raise InputError.sentence(
+                "Row weights of the MLP (mlp) do not go with refresh: what its last linear reads is then known only "
+                "after its first ones were solved."
+            )
+        if self.row_weights != NONE and self.method.comes_last:
+            raise InputError.sentence(
+                f"Row weights ({self.row_weights}) do not go with {self.method}: they would move weights off the grid "
+                "they are rounded to."
+            )
+
+    @property
+    def needs_output_norms(self) -> bool:
+        """Whether the norms of what outputs become are needed (outputs.py)."""
+        return self.method.needs_output_norms or self.row_weights == MLP
 
     @property
     def needs_dense_path(self) -> bool:

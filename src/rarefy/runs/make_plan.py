@@ -56,8 +56,7 @@ def make_plan(recipe: Recipe, output: Path | None = None, offload: Path | None =
         pattern_of: Uniform | PerLayer = across_neurons(pattern, blocks)
     else:
         pattern_of = allocated(recipe.allocation, pattern, blocks)
-    check_patterns(blocks, pattern_of, method)
-    recipe.prune_settings(pattern_of)  # says what does not go together
+    check_patterns(blocks, recipe.prune_settings(pattern_of))  # which says what does not go together
     check_blocks(skeleton, blocks)
     windows = None
     if text is not SELF:

@@ -94,6 +94,7 @@ class Recipe(BaseModel):
     match_batch: Whole = Field(4, ge=1, description="a whole number of at least 1 (windows)")
     drift: Number = Field(0.0, ge=0, le=1, description="a number from 0 to 1, the share of the drift (0 = off)")
     refresh: bool = Field(False, description="true or false")
+    row_weights: Literal["none", "mlp", "fisher"] = Field("none", description="none, mlp or fisher")
     allocation: str = Field("uniform", min_length=1, description=ALLOWED)
 
     @classmethod
@@ -226,6 +227,7 @@ class Recipe(BaseModel):
             [Matching(self.match, self.match_lr, self.match_batch, seed=self.seed)] if self.match else [],
             self.drift,
             self.refresh,
+            self.row_weights,
         )
 
     def resolved(self, context: int | None) -> Self:
