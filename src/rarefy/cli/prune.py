@@ -149,8 +149,8 @@ def prune(
         Text,
         typer.Option(
             metavar="RULE",
-            help="Which outputs count more where rows compete for weights (--scope layer): none, mlp (those that make "
-            "large neurons), or fisher (those that the loss depends on) (default: none).",
+            help="Which outputs count more where rows compete for weights (--scope layer): none, mlp (those that "
+            "make large neurons), or fisher (those that the loss depends on) (default: none).",
         ),
     ] = None,
     allocation: Annotated[

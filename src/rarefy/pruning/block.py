@@ -46,8 +46,8 @@ def prune_layers(
 
     ``entering`` are the hidden states that enter the block. The block is in the dtype of computation only while
     it runs: beside a solve it takes no more memory than as it is stored. ``masks``, if given, is filled with the
-    mask of every site; ``drifts`` are those of drift.py, by site, and ``row_weights`` those of fisher.py. Raises NumericalError where a layer has NaN or
-    infinity, or, if the settings are strict, could not be solved.
+    mask of every site; ``drifts`` are those of drift.py, by site, and ``row_weights`` those of fisher.py. Raises
+    NumericalError where a layer has NaN or infinity, or, if the settings are strict, could not be solved.
     """
     for together in gram_groups(block.sites):
         parts = reading_order(world, block, together, entering) if settings.refresh else [together]
