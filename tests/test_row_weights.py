@@ -47,7 +47,7 @@ def test_the_scaled_problem_is_the_weighted_one() -> None:
 @pytest.mark.parametrize("method", CHOOSING)
 def test_with_separate_inputs_the_best_mask_of_all_is_found(method: str) -> None:
     """With a diagonal H, a mask is as good as the sum of v_i w_ij^2 H_jj that it keeps: all masks are compared."""
-    W0, v = _random(3, 4), torch.tensor([1.0, 25.0, 0.04])
+    W0, v = _random(3, 4), torch.tensor([0.04, 1.0, 25.0])
     H = torch.tensor([1.0, 4.0, 0.5, 2.0]).diag()
     if method == "magnitude":
         H = torch.eye(4)
@@ -104,7 +104,7 @@ def test_equal_weights_change_no_bit_and_zeros_have_a_floor() -> None:
 
 @pytest.mark.parametrize("v", [torch.tensor([1.0, -1.0]), torch.tensor([1.0, float("nan")]), torch.ones(3)])
 def test_wrong_weights_are_one_sentence(v: Tensor) -> None:
-    with pytest.raises(rarefy.InputError, match=r"^row_weights is a tensor .*, but must be "):
+    with pytest.raises(rarefy.InputError, match=r"^row_weights is 'a tensor .*, but must be "):
         rarefy.solve(_random(2, 4), torch.eye(4), rarefy.Unstructured(0.5), rarefy.Wanda(), row_weights=v)
 
 
@@ -223,12 +223,12 @@ def test_a_run_goes_on_with_the_weights_that_it_began_with(
         (("--row-weights", "mlp", "--pattern", "2:4"), "Row weights (mlp) change nothing with the pattern 2:4"),
         (
             ("--row-weights", "fisher", "--scope", "row"),
-            "Row weights (fisher) change nothing with the pattern row 50%",
+            "(fisher) change nothing with the pattern row 50%",
         ),
         (("--row-weights", "mlp", "--refresh"), "Row weights of the MLP (mlp) do not go with refresh"),
         (
             ("--row-weights", "fisher", "--method", "alps+quantize"),
-            "Row weights (fisher) do not go with alps+quantize",
+            "(fisher) do not go with alps+quantize",
         ),
     ],
 )

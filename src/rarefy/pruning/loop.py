@@ -226,8 +226,8 @@ def check_patterns(blocks: Sequence[Block], settings: PruneSettings) -> None:
             patterns.append(pattern)
     if settings.row_weights != NONE and patterns and all(pattern.rows_independent for pattern in patterns):
         raise PatternError.sentence(
-            f"Row weights ({settings.row_weights}) change nothing with the pattern {settings.pattern_name}, which says "
-            "how many weights each row keeps: they need a sparsity of the whole matrix (scope layer)."
+            f"Row weights ({settings.row_weights}) change nothing with the pattern {settings.pattern_name}, which "
+            "says how many weights each row keeps: they need a sparsity of the whole matrix (scope layer)."
         )
 
 

@@ -136,8 +136,8 @@ class PruneSettings:
             )
         if self.row_weights != NONE and self.method.comes_last:
             raise InputError.sentence(
-                f"Row weights ({self.row_weights}) do not go with {self.method}: they would move weights off the grid "
-                "they are rounded to."
+                f"Row weights ({self.row_weights}) do not go with {self.method}: they would move weights off the "
+                "grid they are rounded to."
             )
 
     @property

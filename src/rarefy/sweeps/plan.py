@@ -108,14 +108,13 @@ def plan_sweep(options: Options, folder: SweepFolder) -> Plan:
     from rarefy.models.checkpoint import load_tokenizer, resolve_device
     from rarefy.models.source import resolve_model
     from rarefy.pruning.loop import check_patterns
-    from rarefy.pruning.settings import Uniform
 
     device, calibration = resolve_device(options.device), checked.calibration
     source = resolve_model(options.model)
     cells = [Cell(recipe.resolved(source.context)) for recipe in checked.recipes]
     blocks = select_sites(find_blocks(source.skeleton()), options.include, options.exclude)
     for cell in cells:
-        check_patterns(blocks, Uniform(cell.recipe.build_pattern()), cell.recipe.build_method())
+        check_patterns(blocks, cell.recipe.prune_settings())
     tokenizer = load_tokenizer(source)
     if tokenizer is None:
         raise ModelError.sentence(f"{source.name} has no tokenizer, so nothing can be measured of it.")
