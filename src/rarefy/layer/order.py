@@ -21,10 +21,10 @@ and the best assignment of all newcomers at once is a linear assignment problem,
 | order | permutation       | (groups, M)   | which input stands where                    |
 | V     | score matrix      | (num, num)    | what is kept with newcomer c in group g     |
 
-Source: Zhang et al., "Plug-and-Play: An Efficient Post-training Pruning Method for Large Language Models" (ICLR 2024),
-channel permutation: heuristic allocation, then linear sum assignment. Differences: the importance is that of one
-removal with interactions, w^2 / (H^-1)_jj; (2) for any N:M; up to 512 groups are assigned at a time, and rows are
-sampled evenly where there are many; two passes.
+Source: Zhang et al., "Plug-and-Play: An Efficient Post-training Pruning Method for Large Language Models", ICLR
+2024, channel permutation: heuristic allocation, then linear sum assignment. Differences: the importance is that of
+one removal with interactions, w^2 / (H^-1)_jj; (2) for any N:M; up to 512 groups are assigned at a time, and rows
+are sampled evenly where there are many; two passes.
 """
 
 from __future__ import annotations

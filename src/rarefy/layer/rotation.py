@@ -24,8 +24,8 @@ Adam takes steps on A with the mask held; the best R on the way is taken.
 | S        | OBD/OBS score  | as V and O               | importance                           |
 
 Source: Gu et al., DenoiseRotator, arXiv 2505.23049: R_2, QR, Adam with 0.01, gradients clipped at 1, 100 steps.
-Differences: only R_2, since R_1 stays in the residual stream and the folder would be no ordinary model; (3) in place of
-the entropy of normalised importance, which for 2:4 leaves a tenth more error (docs/log.md).
+Differences: only R_2, since R_1 stays in the residual stream and the folder would be no ordinary model; (3) in place
+of the entropy of normalised importance, with which more error is left (docs/log.md).
 """
 
 from __future__ import annotations
