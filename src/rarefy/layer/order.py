@@ -49,9 +49,10 @@ def choose_order(E: Float[Tensor, "rows n"], keep: int, of: int) -> Int[Tensor, 
     if groups == 1 or not bool(E.any()):
         return torch.arange(E.shape[1], device=E.device)
     kept = kept_share(E, order.view(-1), keep, of)
+    generator = torch.Generator().manual_seed(0)  # of which groups are assigned together
     for _ in range(_PASSES):
         for place in range(of):
-            _assign_(E, order, place, keep)
+            _assign_(E, order, place, keep, generator)
         before, kept = kept, kept_share(E, order.view(-1), keep, of)
         if kept <= before:
             break
@@ -74,17 +75,16 @@ def _dealt(total: Float[Tensor, " n"], groups: int, of: int) -> Int[Tensor, "gro
     return rounds.T.contiguous()
 
 
-def _assign_(E: Float[Tensor, "rows n"], order: Int[Tensor, "groups of"], place: int, keep: int) -> None:
+def _assign_(
+    E: Float[Tensor, "rows n"], order: Int[Tensor, "groups of"], place: int, keep: int, generator: torch.Generator
+) -> None:
     """Assign the inputs at one place of all groups anew, by (2), in place."""
     from scipy.optimize import linear_sum_assignment
 
     newcomers, others = order[:, place].clone(), torch.cat([order[:, :place], order[:, place + 1 :]], dim=1)
     x = E[:, newcomers].T.contiguous()
     t = E[:, others.reshape(-1)].unflatten(1, others.shape).topk(keep, dim=2).values[:, :, -1].T.contiguous()
-    strides = -(-len(order) // _GROUPS)
-    for first in range(strides):
-        t_some, x_some = t[first::strides], x[first::strides]
-        V = torch.stack([torch.maximum(one, t_some).sum(dim=1) for one in x_some])
-        which, group = linear_sum_assignment(V.cpu().numpy(), maximize=True)
-        some = newcomers[first::strides]
-        order[first::strides, place][torch.from_numpy(group)] = some[torch.from_numpy(which)]
+    for together in torch.randperm(len(order), generator=generator).chunk(-(-len(order) // _GROUPS)):
+        V = torch.stack([torch.maximum(one, t[together]).sum(dim=1) for one in x[together]])
+        which, group = (torch.from_numpy(i) for i in linear_sum_assignment(V.cpu().numpy(), maximize=True))
+        order[together[group], place] = newcomers[together[which]]

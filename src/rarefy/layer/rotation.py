@@ -84,7 +84,8 @@ def choose_rotation(heads: Heads, steps: int = _STEPS) -> tuple[Float[Tensor, "g
 def _orthogonal(A: Float[Tensor, "groups width width"]) -> Float[Tensor, "groups width width"]:
     """Q of A = Q T with a positive diagonal of T, which makes it unique."""
     Q, T = torch.linalg.qr(A)
-    return Q * T.detach().diagonal(dim1=1, dim2=2).sign().unsqueeze(1)
+    R: Tensor = Q * T.detach().diagonal(dim1=1, dim2=2).sign().unsqueeze(1)
+    return R
 
 
 def _pruned_share(heads: Heads, R: Float[Tensor, "groups width width"]) -> Float[Tensor, ""]:

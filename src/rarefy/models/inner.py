@@ -75,8 +75,8 @@ class Inner:
 def find_inner(block: Block, config: PreTrainedConfig) -> Iterator[list[Inner]]:
     """What the inner dimensions of a block may be by their shapes: a list for each module, of which one may be true.
 
-    ``block`` has all of its sites, on the meta device or not; experts are left out. The likely ones come first: a
-    module's last linear is its exit.
+    ``block`` has all of its sites, on the meta device or not; experts are left out. A module's last linear is its
+    exit.
     """
     by_parent: dict[str, list[LinearSite]] = {}
     for site in block.sites:
@@ -84,11 +84,9 @@ def find_inner(block: Block, config: PreTrainedConfig) -> Iterator[list[Inner]]:
             by_parent.setdefault(site.name.rpartition(".")[0], []).append(site)
     for parent, sites in by_parent.items():
         width = _head_width(block.module.get_submodule(parent[len(block.name) + 1 :]), config)
-        found: list[Inner] = []
-        for exit in reversed(sites):
-            others = [site for site in sites if site is not exit and site.shape[1] == exit.shape[0]]
-            found += [*_heads(exit, others, width), *_neurons(exit, others)]
-        if found:
+        *others, exit = sites
+        others = [site for site in others if site.shape[1] == exit.shape[0]]
+        if found := [*_heads(exit, others, width), *_neurons(exit, others)]:
             yield found
 
 
@@ -102,21 +100,19 @@ def _head_width(attention: nn.Module, config: PreTrainedConfig) -> int:
 
 
 def _neurons(exit: LinearSite, others: Sequence[LinearSite]) -> Iterator[Inner]:
-    """Every other linear makes all neurons, or one does so twice: gate and up in one matrix, in either layout."""
+    """One or two other linears make all neurons, or one makes them twice: gate and up in it, in either layout."""
     width = exit.shape[1]
     columns = torch.arange(width).view(1, 1, width)
-    makers = [site for site in others if site.shape[0] == width]
-    if makers and len(makers) <= 2:
-        yield Inner("neurons", exit, tuple((site, torch.arange(width).view(1, width)) for site in makers), columns)
-    for site in others:
-        if site.shape[0] == 2 * width:
-            rows = torch.arange(2 * width)
-            for halves in (rows.view(2, 1, width), rows.view(1, width, 2).movedim(2, 0)):
-                yield Inner("neurons", exit, tuple((site, half.contiguous()) for half in halves), columns)
+    if 1 <= len(others) <= 2 and all(site.shape[0] == width for site in others):
+        yield Inner("neurons", exit, tuple((site, torch.arange(width).view(1, width)) for site in others), columns)
+    if len(others) == 1 and others[0].shape[0] == 2 * width:
+        rows = torch.arange(2 * width)
+        for halves in (rows.view(2, 1, width), rows.view(1, width, 2).movedim(2, 0)):
+            yield Inner("neurons", exit, tuple((others[0], half.contiguous()) for half in halves), columns)
 
 
 def _heads(exit: LinearSite, others: Sequence[LinearSite], width: int) -> Iterator[Inner]:
-    """One other linear makes the values: alone, or behind queries and keys in one matrix, in either layout."""
+    """One other linear makes the values: beside two for queries and keys, or all in one, in either layout."""
     inputs = exit.shape[1]
     if width < 2 or inputs % width:
         return
@@ -124,7 +120,7 @@ def _heads(exit: LinearSite, others: Sequence[LinearSite], width: int) -> Iterat
     for site in reversed(others):  # values come behind queries and keys
         out = site.shape[0]
         alone, fused = out // width, (out - inputs) // (2 * width)
-        if out % width == 0 and 0 < alone <= heads and heads % alone == 0:
+        if len(others) >= 3 and out % width == 0 and 0 < alone <= heads and heads % alone == 0:
             yield _of_heads(exit, site, torch.arange(out).view(alone, width), heads)
         if out > inputs and (out - inputs) % (2 * width) == 0 and heads % fused == 0:
             rows = torch.arange(out)

@@ -3,9 +3,10 @@
 For each block in order, its inner dimensions may be reordered (reparametrise.py), the hidden states of all windows
 are replayed through the still dense block while hooks feed its Grams (collect.py), every linear is solved
 (solve.py), the sparse weights are written (write.py), further steps may change the block (steps.py), and the hidden
-states are replayed through the pruned block to enter the next one (advance.py). A block store (stores.py) hides where blocks come from and go to, so that the loop is the
-same for a model in memory and one that is streamed. Several processes each hold the hidden states of some windows
-and solve some layers; Grams are all-reduced and weights broadcast, so that all go on with the same block.
+states are replayed through the pruned block to enter the next one (advance.py). A block store (stores.py) hides
+where blocks come from and go to, so that the loop is the same for a model in memory and one that is streamed.
+Several processes each hold the hidden states of some windows and solve some layers; Grams are all-reduced and
+weights broadcast, so that all go on with the same block.
 """
 
 from __future__ import annotations
@@ -137,7 +138,7 @@ def prune_blocks(
     own, first = _own(world, windows)
     blocks = select_sites(find_blocks(store.model), settings.include, settings.exclude)
     check_patterns(blocks, settings.pattern_of)
-    reparametrise = Reparametrisation.of(find_blocks(store.model), blocks, settings, store.model.config)
+    reparametrise = Reparametrisation.of(store.model, blocks, settings)
     last = max(block.index for block in blocks if block.sites)
     records = store.records()
     todo = blocks[store.finished : last + 1]

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from rarefy.calibration.stream import HiddenStates
@@ -26,7 +26,7 @@ from rarefy.layer.order import choose_order, kept_share
 from rarefy.layer.problem import LayerProblem
 from rarefy.layer.rotation import Heads, choose_rotation
 from rarefy.layer.spectrum import inverse_factor
-from rarefy.models.blocks import Block
+from rarefy.models.blocks import Block, find_blocks
 from rarefy.models.inner import WORDS, Inner, find_inner
 from rarefy.models.sites import LinearSite, Site
 from rarefy.parallel.world import World
@@ -57,13 +57,11 @@ class Reparametrisation:
     _warned: bool = False
 
     @classmethod
-    def of(
-        cls, blocks: Sequence[Block], selected: Sequence[Block], settings: PruneSettings, config: PreTrainedConfig
-    ) -> Reparametrisation | None:
-        """That of a run that prunes the sites of the ``selected`` blocks; None where nothing is asked for.
+    def of(cls, model: nn.Module, selected: Sequence[Block], settings: PruneSettings) -> Reparametrisation | None:
+        """That of a run on ``model`` that prunes the sites of the ``selected`` blocks; None where none is asked for.
 
-        Raises InputError where no pattern has groups that an order could help, ModelError where a model has nothing
-        to reorder or to rotate.
+        The model may be on the meta device. Raises InputError where no pattern has groups that an order could help,
+        ModelError where a model has nothing to reorder or to rotate.
         """
         if not (settings.permute or settings.rotate):
             return None
@@ -73,7 +71,9 @@ class Reparametrisation:
             raise InputError.sentence(
                 f"permute goes with an N:M pattern only: for {patterns[0]}, all orders of inputs are alike."
             )
-        made = cls(blocks, pruned, settings, config)
+        blocks, config = find_blocks(model), model.config
+        assert isinstance(config, PreTrainedConfig)
+        made = cls(blocks, pruned, settings, config.get_text_config())
         found = [inner for block in blocks for some in made._candidates(block) for inner in some]
         for option, does in (("permute", made._orders), ("rotate", made._rotates)):
             if getattr(settings, option) and not any(map(does, found)):
