@@ -232,6 +232,17 @@ def test_two_processes_correct_the_drift_as_one_does(ranks: Ranks, shelf: Path, 
     _assert_alike(tmp_path / "two", tmp_path / "one")
 
 
+def test_two_processes_reorder_and_rotate_alike(ranks: Ranks, shelf: Path, tmp_path: Path) -> None:
+    """What they choose hangs on the last bits of the Grams, which two processes sum in another order: nearly alike."""
+    more = ("--pattern", "2:4", "--permute", "--rotate")
+    assert ranks.run(2, *_arguments(shelf, tmp_path / "two", *more)) == [0, 0], ranks.err()
+    assert ranks.run(1, *_arguments(shelf, tmp_path / "one", *more)) == [0], ranks.err()
+    records = [[json.loads(line) for line in (tmp_path / name / "layers.jsonl").open()] for name in ("two", "one")]
+    for two, one in zip(*records, strict=True):
+        assert two["relative_error"] == pytest.approx(one["relative_error"], rel=0.4), one["name"]
+        assert two["details"].keys() == one["details"].keys()
+
+
 @pytest.mark.parametrize("method", ["sparsegpt", "wanda"])
 def test_the_same_supports_in_float64(ranks: Ranks, tmp_path: Path, method: str) -> None:
     assert ranks.run(2, "call", "ranks_for_tests:prune_in_float64", tmp_path, method) == [0, 0], ranks.err()

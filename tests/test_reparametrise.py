@@ -5,15 +5,17 @@ from __future__ import annotations
 import itertools
 import re
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 
 import rarefy
 from models_for_tests import VOCABULARY, make_model
-from rarefy.errors import InputError, ModelError
+from rarefy.errors import InputError, ModelError, PatternError
 from rarefy.layer.order import choose_order, kept_share
 from rarefy.layer.pattern import NM, Unstructured
 from rarefy.layer.rotation import Heads, choose_rotation
@@ -202,6 +204,27 @@ def test_what_does_not_compute_the_same_is_left_alone_and_said() -> None:
     attention = [block.module.self_attn for block in find_blocks(original)]
     for one, other in zip(attention, (block.module.self_attn for block in find_blocks(model))):
         assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters()))
+
+
+def test_a_run_writes_an_ordinary_model_that_holds_what_it_promised(shelf: Path, tmp_path: Path) -> None:
+    recipe = {"model": str(shelf / "model"), "method": "wanda", "pattern": "2:4", "include": ["*.0.*"], **BOTH}
+    recipe |= {"calibration": str(shelf / "text.txt"), "num_samples": 4, "sequence_length": 32}
+    result = rarefy.run(recipe, tmp_path / "out", texts=False)
+    assert result is not None
+    assert rarefy.inspect_folder(tmp_path / "out").ok
+    assert any("rotation" in layer.details for layer in result.report.layers)
+    written, dense = (
+        transformers.AutoModelForCausalLM.from_pretrained(path) for path in (result.folder.model, shelf / "model")
+    )
+    names = {name for name, old in dense.named_parameters() if not torch.equal(old, written.get_parameter(name))}
+    assert names
+    assert all(name.startswith("model.layers.0.") for name in names)
+
+
+def test_a_recipe_is_refused_where_an_order_helps_nothing(tmp_path: Path) -> None:
+    with pytest.raises(PatternError, match="^--permute goes with an N:M pattern only"):
+        rarefy.Recipe.read({"model": "m", "permute": True, "sparsity": 0.5})
+    assert rarefy.Recipe.read({"model": "m", "permute": True, "pattern": "2:4"}).prune_settings().permute
 
 
 # --- the order

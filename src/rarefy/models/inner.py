@@ -76,7 +76,7 @@ def find_inner(block: Block, config: PreTrainedConfig) -> Iterator[list[Inner]]:
     """What the inner dimensions of a block may be by their shapes: a list for each module, of which one may be true.
 
     ``block`` has all of its sites, on the meta device or not; experts are left out. A module's last linear is its
-    exit.
+    exit, or, of two, either one.
     """
     by_parent: dict[str, list[LinearSite]] = {}
     for site in block.sites:
@@ -84,9 +84,11 @@ def find_inner(block: Block, config: PreTrainedConfig) -> Iterator[list[Inner]]:
             by_parent.setdefault(site.name.rpartition(".")[0], []).append(site)
     for parent, sites in by_parent.items():
         width = _head_width(block.module.get_submodule(parent[len(block.name) + 1 :]), config)
-        *others, exit = sites
-        others = [site for site in others if site.shape[1] == exit.shape[0]]
-        if found := [*_heads(exit, others, width), *_neurons(exit, others)]:
+        found: list[Inner] = []
+        for exit in reversed(sites if len(sites) == 2 else sites[-1:]):
+            others = [site for site in sites if site is not exit and site.shape[1] == exit.shape[0]]
+            found += [*_heads(exit, others, width), *_neurons(exit, others)]
+        if found:
             yield found
 
 
