@@ -91,7 +91,8 @@ class PruneSettings:
 
     ``pattern_of`` gives the pattern of a site. ``steps`` come after the layers of a block are written, in order.
     ``drift`` is the share of the drift that targets correct (drift.py), ``refresh`` whether a block's Grams are
-    collected again after each group of layers that read the same.
+    collected again after each group of layers that read the same. ``permute`` and ``rotate`` change each block
+    before it is pruned (reparametrise.py).
     """
 
     pattern_of: PatternOf
@@ -103,6 +104,8 @@ class PruneSettings:
     steps: Sequence[BlockStep] = ()
     drift: float = 0.0
     refresh: bool = False
+    permute: bool = False
+    rotate: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.drift <= 1:
