@@ -145,6 +145,16 @@ def prune(
         bool | None,
         typer.Option("--refresh/--no-refresh", help="Let later layers of a block see what was pruned before them."),
     ] = None,
+    permute: Annotated[
+        bool | None,
+        typer.Option(
+            "--permute/--no-permute", help="Order MLP neurons and the insides of heads for N:M, at no cost."
+        ),
+    ] = None,
+    rotate: Annotated[
+        bool | None,
+        typer.Option("--rotate/--no-rotate", help="Rotate the insides of heads so that less is pruned, at no cost."),
+    ] = None,
     row_weights: Annotated[
         Text,
         typer.Option(
@@ -205,6 +215,8 @@ def prune(
         "match_batch": match_batch,
         "drift": drift,
         "refresh": refresh,
+        "permute": permute,
+        "rotate": rotate,
         "row_weights": row_weights,
         "allocation": allocation,
     }

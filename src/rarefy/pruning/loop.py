@@ -1,11 +1,12 @@
-"""The loop over blocks: load, collect, solve, write, step, advance, store.
+"""The loop over blocks: load, reparametrise, collect, solve, write, step, advance, store.
 
-For each block in order, the hidden states of all windows are replayed through the still dense block while hooks
-feed its Grams (collect.py), every linear is solved (solve.py), the sparse weights are written (write.py), further
-steps may change the block (steps.py), and the hidden states are replayed through the pruned block to enter the
-next one (advance.py). A block store (stores.py) hides where blocks come from and go to, so that the loop is the
-same for a model in memory and one that is streamed. Several processes each hold the hidden states of some windows
-and solve some layers; Grams are all-reduced and weights broadcast, so that all go on with the same block.
+For each block in order, its inner dimensions may be reordered (reparametrise.py), the hidden states of all windows
+are replayed through the still dense block while hooks feed its Grams (collect.py), every linear is solved
+(solve.py), the sparse weights are written (write.py), further steps may change the block (steps.py), and the hidden
+states are replayed through the pruned block to enter the next one (advance.py). A block store (stores.py) hides
+where blocks come from and go to, so that the loop is the same for a model in memory and one that is streamed.
+Several processes each hold the hidden states of some windows and solve some layers; Grams are all-reduced and
+weights broadcast, so that all go on with the same block.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ from rarefy.pruning.fisher import fisher_weights, num_fisher_parts
 from rarefy.pruning.matching import Matching
 from rarefy.pruning.precision import compute_dtype, full_float32
 from rarefy.pruning.records import LayerRecord, Report
+from rarefy.pruning.reparametrise import Reparametrisation
 from rarefy.pruning.settings import NONE, PatternOf, PruneSettings, allocated, as_pattern_of
 from rarefy.pruning.steps import PrunedBlock
 from rarefy.pruning.stores import BlockStore
@@ -62,6 +64,8 @@ def prune(
     matching: Matching | None = None,
     drift: float = 0.0,
     refresh: bool = False,
+    permute: bool = False,
+    rotate: bool = False,
     allocation: str = UNIFORM,
     row_weights: str = NONE,
     on_progress: OnProgress | None = None,
@@ -73,11 +77,13 @@ def prune(
     one for all layers, or a function that gives the pattern of a ``Site``.
     ``include`` and ``exclude`` are globs on full module names. ``matching`` trains what is kept of each block to
     match the dense model. ``drift`` is the share of the drift from the dense path that targets correct (0 = off),
-    and ``refresh`` lets each group of a block's layers see what was pruned before it in the block. ``allocation``
-    spreads the zeros of a pattern over the layers: "uniform", "profile", a .json or .csv file, or "owl",
-    "alphapruning", "lsa" or "search", which measure the dense model first. ``row_weights`` says which outputs count
-    more where the rows of a matrix compete for weights: "none", "mlp" (by the norm of the neuron that an output
-    makes) or "fisher" (by the squared gradient of the loss).
+    and ``refresh`` lets each group of a block's layers see what was pruned before it in the block. ``permute``
+    reorders MLP neurons and the dimensions inside attention heads, for N:M patterns, and ``rotate`` rotates the
+    latter: both are merged into the weights before a block is pruned, and change nothing that it computes.
+    ``allocation`` spreads the zeros of a pattern over the layers: "uniform", "profile", a .json or .csv file, or
+    "owl", "alphapruning", "lsa" or "search", which measure the dense model first. ``row_weights`` says which
+    outputs count more where the rows of a matrix compete for weights: "none", "mlp" (by the norm of the neuron that
+    an output makes) or "fisher" (by the squared gradient of the loss).
     ``on_progress(done, total, note)`` and ``on_layer(record)`` are called as the run goes on. What torch.compile or
     data parallelism wraps around a model is taken off. Raises ModelError for a model that cannot be pruned, such as
     one with adapters or quantised weights, PatternError before anything changes where the pattern does not fit a
@@ -95,7 +101,7 @@ def prune(
         blocks = select_sites(find_blocks(unwrapped(model)), include, exclude)
         pattern_of = allocated(allocation, pattern, blocks)
     settings = PruneSettings(
-        pattern_of, method, batch_size, include, exclude, strict, steps, drift, refresh, row_weights
+        pattern_of, method, batch_size, include, exclude, strict, steps, drift, refresh, permute, rotate, row_weights
     )
     return prune_model(model, windows, settings, on_progress, on_layer)
 
@@ -139,6 +145,7 @@ def prune_blocks(
     own, first = _own(world, windows, settings.batch_size if settings.steps else 1)
     blocks = select_sites(find_blocks(store.model), settings.include, settings.exclude)
     check_patterns(blocks, settings)
+    reparametrise = Reparametrisation.of(store.model, blocks, settings)
     last = max(block.index for block in blocks if block.sites)
     records = store.records()
     todo = blocks[store.finished : last + 1]
@@ -164,6 +171,7 @@ def prune_blocks(
         with ExitStack() as scope:
             with world.together():
                 scope.enter_context(store.loaded(block, following))
+            notes = reparametrise(world, block, entering, counter.count) if reparametrise else {}
             drifts = None
             drifting = any(other.sites for other in blocks[: block.index])  # before it, both paths are the same
             if dense is not None and settings.drift > 0 and block.sites and drifting:
@@ -171,6 +179,7 @@ def prune_blocks(
             elif dense is not None:
                 advance(world, block, dense, counter.count)
             for layer in prune_layers(world, block, entering, settings, counter, masks, drifts, row_weights):
+                layer.details |= notes.get(layer.name, {})
                 done.append(layer)
                 if on_layer:
                     on_layer(layer)
@@ -196,7 +205,7 @@ def changed_parameters(block: Block, settings: PruneSettings) -> list[str]:
     """The full names of the parameters of a block that a run may change; none where it has no site."""
     if not block.sites:
         return []
-    if settings.steps:
+    if settings.steps or settings.permute or settings.rotate:
         return [name for name, _ in block.module.named_parameters(prefix=block.name)]
     return list(dict.fromkeys(site.parameter_name for site in block.sites))
 
@@ -207,6 +216,8 @@ def _num_parts(blocks: Sequence[Block], num_batches: int, of_all: int, settings:
     ``num_batches`` are this process's, ``of_all`` those of all processes.
     """
     collected = sum(len(gram_groups(block.sites)) for block in blocks)
+    if settings.permute or settings.rotate:
+        collected += sum(bool(block.sites) for block in blocks)
     advanced = len(blocks) - 1  # nothing comes after the last
     if settings.needs_dense_path:
         advanced += len(blocks)
@@ -249,7 +260,10 @@ def _own(world: World, windows: Tensor, together: int) -> tuple[Tensor, int]:
 
 def _check_alike(world: World, model: nn.Module, windows: Tensor, settings: PruneSettings) -> None:
     """Raise InputError, on all processes, where they are not about to do the same."""
-    compared = ("batch_size", "include", "exclude", "strict", "steps", "drift", "refresh", "row_weights")
+    compared = (
+        *("batch_size", "include", "exclude", "strict", "steps", "drift", "refresh"),
+        *("permute", "rotate", "row_weights"),
+    )
     given = {
         "model": [(name, tuple(each.shape), each.dtype) for name, each in model.named_parameters()],
         "windows": hashlib.sha256(windows.cpu().numpy().tobytes()).hexdigest(),

@@ -109,7 +109,15 @@ class _Distances:
     ) -> None:
         self.store, self.blocks, self.windows, self.counter = store, blocks, windows, counter
         self.settings = replace(
-            settings, method=SparseGPT(), strict=False, steps=[], drift=0.0, refresh=False, row_weights=NONE
+            settings,
+            method=SparseGPT(),
+            strict=False,
+            steps=[],
+            drift=0.0,
+            refresh=False,
+            permute=False,
+            rotate=False,
+            row_weights=NONE,
         )
         states = self._entering()
         for block, following in zip_longest(blocks, blocks[1:]):

@@ -93,8 +93,9 @@ class PruneSettings:
 
     ``pattern_of`` gives the pattern of a site. ``steps`` come after the layers of a block are written, in order.
     ``drift`` is the share of the drift that targets correct (drift.py), ``refresh`` whether a block's Grams are
-    collected again after each group of layers that read the same. ``row_weights`` says which outputs count more where
-    rows compete for weights (layer/row_weights.py).
+    collected again after each group of layers that read the same. ``permute`` and ``rotate`` change each block
+    before it is pruned (reparametrise.py). ``row_weights`` says which outputs count more where rows compete for
+    weights (layer/row_weights.py).
     """
 
     pattern_of: PatternOf
@@ -106,6 +107,8 @@ class PruneSettings:
     steps: Sequence[BlockStep] = ()
     drift: float = 0.0
     refresh: bool = False
+    permute: bool = False
+    rotate: bool = False
     row_weights: str = NONE
 
     def __post_init__(self) -> None:
@@ -133,6 +136,10 @@ class PruneSettings:
             raise InputError.sentence(
                 "Row weights of the MLP (mlp) do not go with refresh: what its last linear reads is then known only "
                 "after its first ones were solved."
+            )
+        if self.row_weights == FISHER and (self.permute or self.rotate):
+            raise InputError.sentence(
+                "Row weights (fisher) do not go with permute or rotate: they are of the outputs as they were before."
             )
         if self.row_weights != NONE and self.method.comes_last:
             raise InputError.sentence(

@@ -94,6 +94,8 @@ class Recipe(BaseModel):
     match_batch: Whole = Field(4, ge=1, description="a whole number of at least 1 (windows)")
     drift: Number = Field(0.0, ge=0, le=1, description="a number from 0 to 1, the share of the drift (0 = off)")
     refresh: bool = Field(False, description="true or false")
+    permute: bool = Field(False, description="true or false")
+    rotate: bool = Field(False, description="true or false")
     row_weights: Literal["none", "mlp", "fisher"] = Field("none", description="none, mlp or fisher")
     allocation: str = Field("uniform", min_length=1, description=ALLOWED)
 
@@ -146,6 +148,10 @@ class Recipe(BaseModel):
             raise kind(written(key), _as_number(merged[key]), cls._allowed(key)) from None
         if recipe.pattern is not None:
             parse_pattern(recipe.pattern, written("pattern"))
+        if recipe.permute and recipe.pattern is None:
+            raise PatternError.sentence(
+                f"{written('permute')} goes with an N:M pattern only: for a sparsity, all orders of inputs are alike."
+            )
         if not is_allocation(recipe.allocation):
             kind = RecipeError if from_file("allocation") else InputError
             raise kind(written("allocation"), recipe.allocation, ALLOWED)
@@ -227,6 +233,8 @@ class Recipe(BaseModel):
             [Matching(self.match, self.match_lr, self.match_batch, seed=self.seed)] if self.match else [],
             self.drift,
             self.refresh,
+            self.permute,
+            self.rotate,
             self.row_weights,
         )
 
