@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from rarefy.calibration.stream import HiddenStates, hidden_place
 from rarefy.calibration.trees import mapped
+from rarefy.errors import ModelError
 
 
 def output_form(stream: HiddenStates, module: nn.Module, block: int) -> Any:
@@ -75,7 +76,12 @@ class Ending:
     def _logits(self, windows: Tensor, states: Tensor) -> Tensor:
         parameter = self._parameter()
         self._states = states.to(parameter).movedim(0, self._window_dim)
-        logits: Tensor = self._model(input_ids=windows.to(parameter.device), use_cache=False).logits
+        logits = getattr(self._model(input_ids=windows.to(parameter.device), use_cache=False), "logits", None)
+        if not isinstance(logits, Tensor):
+            raise ModelError.sentence(
+                f"{type(self._model).__name__} gives no logits, by which an allocation is searched and row weights "
+                "of the loss are found."
+            )
         return logits
 
     def _parameter(self) -> Tensor:
