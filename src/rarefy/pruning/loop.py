@@ -32,6 +32,7 @@ from rarefy.models.blocks import Block, find_blocks, select_sites
 from rarefy.models.wrappers import unwrapped
 from rarefy.parallel.world import World
 from rarefy.pruning.advance import advance
+from rarefy.pruning.barber import Barber
 from rarefy.pruning.block import Masks, OnProgress, PartCounter, prune_layers
 from rarefy.pruning.collect import STARVED
 from rarefy.pruning.drift import advance_dense
@@ -56,6 +57,7 @@ def prune(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     strict: bool = False,
+    barber: Barber | None = None,
     matching: Matching | None = None,
     drift: float = 0.0,
     refresh: bool = False,
@@ -67,8 +69,8 @@ def prune(
 
     ``windows`` (num, length) are int64 token ids for calibration, replayed ``batch_size`` at a time. ``pattern`` is
     one for all layers, or a function that gives the pattern of a ``Site``.
-    ``include`` and ``exclude`` are globs on full module names. ``matching`` trains what is kept of each block to
-    match the dense model. ``drift`` is the share of the drift from the dense path that targets correct (0 = off),
+    ``include`` and ``exclude`` are globs on full module names. ``barber`` changes the masks of each block by what its
+    attention and its MLP put out, and ``matching`` trains what is kept of it to match the dense model. ``drift`` is the share of the drift from the dense path that targets correct (0 = off),
     and ``refresh`` lets each group of a block's layers see what was pruned before it in the block. ``allocation``
     spreads the zeros of a pattern over the layers: "uniform", "profile", or a .json or .csv file.
     ``on_progress(done, total, note)`` and ``on_layer(record)`` are called as the run goes on. What torch.compile or
@@ -80,7 +82,7 @@ def prune(
     same model, all windows and the same settings; they share the work, and each ends with the pruned model
     and the report. Raises InputError where they differ, RankError where one of them is gone.
     """
-    steps = [matching] if matching is not None else []
+    steps = [step for step in (barber, matching) if step is not None]
     pattern_of = as_pattern_of(pattern)
     if allocation != UNIFORM:
         if not isinstance(pattern, Pattern):
@@ -153,12 +155,15 @@ def prune_blocks(
                 drifts = advance_dense(world, block, entering, dense, counter.count)
             elif dense is not None:
                 advance(world, block, dense, counter.count)
+            dense_weights = {site.name: site.read() for site in block.sites} if settings.needs_dense_weights else {}
             for layer in prune_layers(world, block, entering, settings, counter, masks, drifts):
                 done.append(layer)
                 if on_layer:
                     on_layer(layer)
+            by_name = {layer.name: layer for layer in done}
+            pruned = PrunedBlock(block, entering, dense, masks or {}, world, settings, dense_weights, by_name)
             for step in settings.steps:
-                step(PrunedBlock(block, entering, dense, masks or {}, world), counter.count)
+                step(pruned, counter.count)
             if following is not None:
                 advance(world, block, entering, counter.count)
             with world.together():
