@@ -138,7 +138,7 @@ def prune(
         bool | None,
         typer.Option(
             "--barber-refit/--no-barber-refit",
-            help="Refit what is kept behind --barber, or give it its dense values back, as published (default: refit).",
+            help="Refit what is kept behind --barber, or keep its dense values, as published (default: refit).",
         ),
     ] = None,
     match: Annotated[

@@ -1,9 +1,9 @@
-"""LLM-Barber: masks of a block are changed by what attention and MLP as a whole put out, then its layers are refitted.
+"""LLM-Barber: masks of a block are changed by what its attention and its MLP put out, then layers are refitted.
 
 A layer problem does not see the softmax or the activation behind the layer. Here f_W is a module of the block,
 attention or MLP, with all of its linears; it sees its inputs X on the pruned path, behind what was pruned and changed
-before it. W0 are its dense weights, W those of the pruned block, M their masks. The score of a weight, kept or pruned,
-is of one of two kinds.
+before it. W0 are its dense weights, W those of the pruned block, M their masks. The score of a weight, kept or
+pruned, is of one of two kinds.
 
     published:  g_j = d/dW mean (f_W(X_j) - Y_j)^2 at W0, for each window j, with Y_j = f_W(X_j) of the pruned block
                 S = |W0| (mean over j of g_j^2)^(1/2)                                              (1)
@@ -13,14 +13,14 @@ is of one of two kinds.
                 S = h W^2 - g W for kept weights, what it costs to prune one                       (2)
                 S = -g W0 - h W0^2 for pruned ones, what is gained if one has its dense value      (3)
 
-(2) and (3) are exact for a single weight where f is linear. h is estimated: the square of J^T v has h as its mean where
-the entries of v are 1 or -1 at random; each batch has its own v.
+(2) and (3) are exact for a single weight where f is linear. h is estimated: the square of J^T v has h as its mean
+where the entries of v are 1 or -1 at random; each batch has its own v.
 
 Within each set of weights that the pattern counts (the matrix, a row, a group), the highest scores of pruned weights
 cross the lowest ones of kept weights in c pairs. Of those,
 
-    the floor(share c) pruned weights of the highest scores are revived, and as many of the lowest
-    scores are pruned in the same sets; c is counted over a row where rows are independent, else over the matrix   (4)
+    the floor(share c) pruned weights of the highest scores are revived, and as many of the lowest scores are pruned
+    in the same sets; c is counted over a row where rows are independent, else over the matrix     (4)
 
 so that counts stay exact. Behind the last module, W is W0 on the new masks, refitted layer by layer.
 
@@ -28,9 +28,9 @@ Source: Su et al., "LLM-Barber", arXiv 2408.10631, whose released code is (1), w
 each model and start, and no refit: kept weights get their dense values back (``refit=False``). (2) and (3) are ours.
 Differences: pairs of an N:M pattern cross within their group; matrices keep their counts (there, a start of
 magnitudes lets all matrices of a module compete).
-Cost: for each module two forward passes of the block up to its end, and a backward pass for each window of a batch (1)
-or two for the batch (2, 3); then one pass that collects Grams again, and the refit. Memory: the block's dense weights, one or two
-gradients of a module in float32, and the activations of one batch.
+Cost: for each module two forward passes of the block up to its end, and a backward pass for each window of a batch
+(1) or two for the batch (2, 3); then one pass that collects Grams again, and the refit. Memory: the block's dense
+weights, one or two gradients of a module in float32, and the activations of one batch.
 """
 
 from __future__ import annotations
@@ -54,9 +54,8 @@ from rarefy.methods.magnitude import Magnitude
 from rarefy.methods.refit import PCG
 from rarefy.models.blocks import Block
 from rarefy.models.sites import Site
-from rarefy.pruning.block import Masks, PartCounter, prune_layers
+from rarefy.pruning.block import PartCounter, prune_layers
 from rarefy.pruning.precision import computing_in
-from rarefy.pruning.settings import PruneSettings
 from rarefy.pruning.steps import PrunedBlock
 
 Score = Literal["published", "signed"]
@@ -151,14 +150,13 @@ def swap(
 ) -> Bool[Tensor, "out inputs"]:
     """(4): the mask with the floor(share c) best of the weights that would be revived if all c pairs were swapped."""
     better = pattern.project(scores) & ~mask
-    lines = (better, scores) if pattern.rows_independent else (better.view(1, -1), scores.reshape(1, -1))
-    candidates, values = lines
-    room = (share * candidates.sum(dim=1, keepdim=True).double() + 1e-9).floor()  # 0.1 * 30 is 3
-    order = values.masked_fill(~candidates, -torch.inf).argsort(dim=1, descending=True, stable=True)
-    rank = torch.empty_like(order).scatter_(
-        1, order, torch.arange(order.shape[1], device=order.device).expand_as(order)
-    )
-    revived = (candidates & (rank < room)).view_as(mask)
+    width = mask.shape[1] if pattern.rows_independent else mask.numel()
+    lines, values = better.view(-1, width), scores.reshape(-1, width)
+    room = (share * lines.sum(dim=1, keepdim=True).double() + 1e-9).floor()  # 0.1 * 30 is 3
+    order = values.masked_fill(~lines, -torch.inf).argsort(dim=1, descending=True, stable=True)
+    ranks = torch.arange(width, device=order.device).expand_as(order)
+    rank = torch.empty_like(order).scatter_(1, order, ranks)
+    revived = (lines & (rank < room)).view_as(mask)
     return pattern.project(scores.masked_fill(~(mask | revived), -torch.inf), revived)
 
 
@@ -238,7 +236,7 @@ class _Scorer:
             # None: an expert that no token of the batch has reached
             yield torch.zeros(site.shape, device=loss.device) if gradient is None else site.view(gradient).float()
 
-    def _output(self, batch: int, windows: slice) -> Float[Tensor, "b *rest"]:
+    def _output(self, batch: int, windows: slice) -> Float[Tensor, "num *rest"]:  # noqa: F821 (jaxtyping's names)
         """What the module puts out for one batch, in float32, a row for each window."""
         seen: list[Tensor] = []
 
@@ -260,8 +258,10 @@ class _Scorer:
                 f"{name} is not called as a whole in its block, so that barber does not see what it puts out; leave "
                 f"it out with --exclude '{name}.*'."
             )
-        num = self.entering.states[windows].shape[0]
-        return seen[0].float().reshape(num, -1) if seen[0].shape[0] != num else seen[0].float()
+        output = seen[0].float()
+        if output.ndim < 3:  # all tokens in a row
+            return output.reshape(self.entering.states[windows].shape[0], -1)
+        return output.movedim(self.entering.window_dim, 0)
 
     def _write(self, weights: Sequence[Tensor]) -> None:
         with torch.no_grad():
@@ -275,10 +275,9 @@ class _Scorer:
         dtype = torch.float32 if self.autocast else self.entering.compute_dtype
         try:
             with computing_in(self.block.module, dtype), torch.enable_grad():
-                for parameter, _ in stored:
-                    parameter.requires_grad_(False)
-                for parameter in self.parameters:
-                    parameter.requires_grad_(True)
+                self.block.module.requires_grad_(False)
+                for weight in self.parameters:
+                    weight.requires_grad_(True)
                 yield
         finally:
             for parameter, requires_grad in stored:

@@ -70,9 +70,10 @@ def prune(
     ``windows`` (num, length) are int64 token ids for calibration, replayed ``batch_size`` at a time. ``pattern`` is
     one for all layers, or a function that gives the pattern of a ``Site``.
     ``include`` and ``exclude`` are globs on full module names. ``barber`` changes the masks of each block by what its
-    attention and its MLP put out, and ``matching`` trains what is kept of it to match the dense model. ``drift`` is the share of the drift from the dense path that targets correct (0 = off),
-    and ``refresh`` lets each group of a block's layers see what was pruned before it in the block. ``allocation``
-    spreads the zeros of a pattern over the layers: "uniform", "profile", or a .json or .csv file.
+    attention and its MLP put out, and ``matching`` trains what is kept of it to match the dense model. ``drift`` is
+    the share of the drift from the dense path that targets correct (0 = off), and ``refresh`` lets each group of a
+    block's layers see what was pruned before it in the block. ``allocation`` spreads the zeros of a pattern over the
+    layers: "uniform", "profile", or a .json or .csv file.
     ``on_progress(done, total, note)`` and ``on_layer(record)`` are called as the run goes on. What torch.compile or
     data parallelism wraps around a model is taken off. Raises ModelError for a model that cannot be pruned, such as
     one with adapters or quantised weights, PatternError before anything changes where the pattern does not fit a
