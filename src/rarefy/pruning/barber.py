@@ -236,7 +236,7 @@ class _Scorer:
             # None: an expert that no token of the batch has reached
             yield torch.zeros(site.shape, device=loss.device) if gradient is None else site.view(gradient).float()
 
-    def _output(self, batch: int, windows: slice) -> Float[Tensor, "num *rest"]:  # noqa: F821 (jaxtyping's names)
+    def _output(self, batch: int, windows: slice) -> Float[Tensor, "num ..."]:
         """What the module puts out for one batch, in float32, a row for each window."""
         seen: list[Tensor] = []
 
