@@ -147,7 +147,7 @@ def test_published_scores_are_those_of_a_plain_backward_pass(path: str, batch_si
 
 
 def losses_of_single_changes(capture: Capture, model: nn.Module, path: str, name: str) -> tuple[Tensor, Tensor]:
-    """The loss of a module as it is pruned, and its change if one weight of ``name`` is pruned, or has its dense value."""
+    """The loss of a module as it is pruned, and its change if one weight of ``name`` is pruned, or revived."""
     block = find_blocks(model)[0]
     sites = modules_of(block)[path]
     dense = {site.name: capture.pruned.dense_weights[site.name].double() for site in sites}
@@ -189,21 +189,19 @@ def test_signed_scores_are_the_changes_of_the_loss(path: str, kind: str, least: 
     assert float(before) > 0
 
 
-def test_signed_swaps_lower_the_error_of_the_module_and_published_ones_hardly() -> None:
-    """The share of the dense states' energy that a block loses, on the windows of the calibration, without a refit."""
+def test_signed_swaps_lower_the_error_of_the_block() -> None:
+    """By the share of the energy of the states behind it, on the windows of the calibration, without a refit."""
+
+    def leaving(model: nn.Module) -> Tensor:
+        with torch.no_grad():
+            return model(WINDOWS, output_hidden_states=True).hidden_states[1]  # type: ignore[no-any-return]
 
     def lost(barber: Barber | None) -> float:
-        model, _ = pruned_with(barber, include=["*.layers.0.*"], pattern=PerRow(0.6), method=rarefy.Magnitude())
-        with torch.no_grad():
-            ours, dense = (
-                each.model.layers[0](each.model.embed_tokens(WINDOWS), position_embeddings=(cos, sin))
-                for each in (model, make_model("llama"))
-                for cos, sin in [each.model.rotary_emb(torch.zeros(1), torch.arange(16)[None])]
-            )
-        ours, dense = (each[0] if isinstance(each, tuple) else each for each in (ours, dense))
+        more = {"include": ["*.layers.0.*"], "pattern": PerRow(0.6), "method": rarefy.Magnitude()}
+        ours, dense = leaving(pruned_with(barber, **more)[0]), leaving(make_model("llama"))
         return float((ours - dense).square().sum() / dense.square().sum())
 
-    plain, signed = lost(None), lost(Barber("signed", 0.1, refit=False))
+    plain, signed = lost(None), lost(Barber("signed", 0.3, refit=False))
     assert signed < 0.97 * plain
 
 
@@ -213,21 +211,31 @@ def test_signed_swaps_lower_the_error_of_the_module_and_published_ones_hardly() 
 @each_score
 @pytest.mark.parametrize("pattern", [Unstructured(0.6), PerRow(0.6), NM(2, 4)], ids=str)
 def test_counts_are_exact_and_masks_change(score: Any, pattern: Pattern) -> None:
-    model, report = pruned_with(Barber(score, 0.2), pattern=pattern)
-    plain, before = pruned_with(None, pattern=pattern)
+    model, report = pruned_with(Barber(score, 0.6), pattern=pattern, method=rarefy.Magnitude())
+    plain, before = pruned_with(None, pattern=pattern, method=rarefy.Magnitude())
     sites = [site for block in find_blocks(model) for site in block.sites]
     for site, record, unchanged in zip(sites, report.layers, before.layers, strict=True):
         pattern.check(site.read() != 0)
         assert record.kept == unchanged.kept
         assert record.pattern == unchanged.pattern
-        assert 0 < record.details[REVIVED] <= record.size // 4
+        assert 0 < int(record.details[REVIVED]) <= record.size // 4, record.name
     first = find_blocks(plain)[0].sites
     changed = [int(((a.read() != 0) & (b.read() == 0)).sum()) for a, b in zip(sites, first)]
     assert changed == [record.details[REVIVED] for record in report.layers[: len(first)]]
 
 
-@each_score
-@pytest.mark.parametrize("architecture", ["opt", "gpt2", "qwen3", "gemma3", "phi3", "gpt_neox", "mixtral"])
+@pytest.mark.parametrize(
+    ("architecture", "score"),
+    [
+        ("opt", "published"),
+        ("gpt2", "signed"),
+        ("gemma3", "published"),
+        ("phi3", "signed"),
+        ("gpt_neox", "published"),
+        ("mixtral", "published"),
+        ("mixtral", "signed"),
+    ],
+)
 @pytest.mark.filterwarnings("ignore:.*weights of experts were solved with all tokens")
 def test_blocks_of_every_kind_are_seen_module_by_module(architecture: str, score: Any) -> None:
     model, report = pruned_with(Barber(score, 0.3), architecture, pattern=NM(2, 4))
@@ -267,15 +275,16 @@ def test_two_runs_are_the_same_bits(score: Any) -> None:
 
 @each_score
 def test_progress_counts_every_part(score: Any) -> None:
-    for more in ({}, {"refresh": True}, {"matching": rarefy.Matching(passes=1, batch_size=4)}):
+    with_another = {"refresh": True} if score == "signed" else {"matching": rarefy.Matching(passes=1, batch_size=4)}
+    for more in ({}, with_another):
         seen: list[tuple[int, int]] = []
         pruned_with(Barber(score), on_progress=lambda done, total, _, seen=seen: seen.append((done, total)), **more)
         assert seen == [(done, len(seen)) for done in range(1, len(seen) + 1)]
 
 
 def test_the_steps_behind_it_see_its_masks() -> None:
-    swapped, _ = pruned_with(Barber("published", 0.3))
-    matched, _ = pruned_with(Barber("published", 0.3), matching=rarefy.Matching(1, 1e-3, 4, held_out=0))
+    swapped, _ = pruned_with(Barber("published", 1.0))
+    matched, _ = pruned_with(Barber("published", 1.0), matching=rarefy.Matching(1, 1e-3, 4, held_out=0))
     plain, _ = pruned_with(None)
     for one, other, before in zip(*(find_blocks(each)[0].sites for each in (swapped, matched, plain)), strict=True):
         assert torch.equal(one.read() != 0, other.read() != 0)
