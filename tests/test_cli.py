@@ -54,6 +54,7 @@ from rarefy.runs.texts import PROMPTS, write_texts
         ("--barber signed --barber-share 0", "--barber-share is 0, but must be a number above 0, up to 1"),
         ("--barber signed --drift 0.2", "--barber does not go with --drift"),
         ("--barber signed --method wanda+quantize", "--barber does not go with --method wanda+quantize"),
+        ("--drift 0.25 --refresh", "--drift does not go with --refresh"),
         ("--scope column", "--scope is 'column', but must be layer or row"),
         ("--method wnada", "did you mean wanda?"),
         ("--method wanda+nothing", "--method is 'nothing', but must be"),

@@ -37,7 +37,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
@@ -54,7 +54,6 @@ from rarefy.methods.magnitude import Magnitude
 from rarefy.methods.refit import PCG
 from rarefy.models.blocks import Block
 from rarefy.models.sites import Site
-from rarefy.pruning.block import PartCounter, prune_layers
 from rarefy.pruning.precision import computing_in
 from rarefy.pruning.steps import PrunedBlock
 
@@ -100,13 +99,16 @@ class Barber:
         block = pruned.block
         if not block.sites:
             return
-        patterns = {site.name: pruned.settings.pattern_of(site) for site in block.sites}
+        patterns = {site.name: pruned.pattern_of(site) for site in block.sites}
         if alike := next((pattern for pattern in patterns.values() if pattern.rows_alike), None):
             raise PatternError.sentence(
                 f"barber changes the mask of each row by itself, but {alike} has one for all."
             )
+        own = pruned.entering.num_batches
+        others = sum(pruned.world.gather(own)) - own  # which progress counts, too
         for path, sites in modules_of(block).items():
             scores = _Scorer(pruned, path, sites, self).scores(on_part)
+            _repeat(on_part, others)
             for site in sites:
                 mask = pruned.masks[site.name]
                 swapped = swap(mask, scores[site.name], patterns[site.name], self.share)
@@ -115,25 +117,25 @@ class Barber:
                 with torch.no_grad():
                     site.write(_revived(site.read(), pruned.dense_weights[site.name], swapped, self.score))
         self._refit(pruned, on_part)
+        _repeat(on_part, others * len(gram_groups(block.sites)))
 
     def _refit(self, pruned: PrunedBlock, on_part: Callable[[], None]) -> None:
         """Give each layer its dense weights on its new mask, refitted if asked for; records get the new errors."""
         for site in pruned.block.sites:
             site.write(pruned.dense_weights[site.name])  # Grams are those of the dense block, as in the loop
         masks = dict(pruned.masks)
-        settings = replace(
-            pruned.settings,
-            pattern_of=lambda site: Fixed(masks[site.name]),
-            method=Then(Magnitude(), PCG()) if self.refit else Magnitude(),
-            steps=[],
-        )
-        counter = PartCounter(lambda *_: on_part(), 0)
-        for found in prune_layers(pruned.world, pruned.block, pruned.entering, settings, counter):
+        method = Then(Magnitude(), PCG()) if self.refit else Magnitude()
+        for found in pruned.solve_again(lambda site: Fixed(masks[site.name]), method, on_part):
             record = pruned.records[found.name]
             record.relative_error, record.balanced_error = found.relative_error, found.balanced_error
             record.seconds += found.seconds
             if found.failed:
                 record.status, record.failed = found.status, True
+
+
+def _repeat(on_part: Callable[[], None], number: int) -> None:
+    for _ in range(number):
+        on_part()
 
 
 def modules_of(block: Block) -> Mapping[str, Sequence[Site]]:

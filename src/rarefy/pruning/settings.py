@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rarefy.allocation.allocate import allocate
+from rarefy.allocation.names import MEASURED
 from rarefy.errors import InputError
 from rarefy.layer.across import AcrossNM
 from rarefy.layer.pattern import NM, Pattern
@@ -56,6 +57,11 @@ class PerLayer:
 
 
 @dataclass(frozen=True)
+class Unmeasured(PerLayer):
+    """The same pattern for every site, until the dense model has been measured for ``allocation`` (survey.py)."""
+
+
+@dataclass(frozen=True)
 class AcrossNeurons(PerLayer):
     """N:M groups of consecutive neurons of each MLP: ``patterns`` has those of the layers that make neurons."""
 
@@ -85,7 +91,8 @@ class PruneSettings:
 
     ``pattern_of`` gives the pattern of a site. ``steps`` come after the layers of a block are written, in order.
     ``drift`` is the share of the drift that targets correct (drift.py), ``refresh`` whether a block's Grams are
-    collected again after each group of layers that read the same.
+    collected again after each group of layers that read the same. ``permute`` and ``rotate`` change each block
+    before it is pruned (reparametrise.py).
     """
 
     pattern_of: PatternOf
@@ -97,10 +104,18 @@ class PruneSettings:
     steps: Sequence[BlockStep] = ()
     drift: float = 0.0
     refresh: bool = False
+    permute: bool = False
+    rotate: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.drift <= 1:
             raise InputError("drift", self.drift, "a number from 0 to 1")
+        if self.drift and self.refresh:
+            # Refreshed Grams would be of other inputs than the drift, and the correction explodes (docs/log.md).
+            raise InputError.sentence(
+                "drift does not go with refresh: the drift is that of a block's inputs before it is pruned, and "
+                "refreshed Grams are of others."
+            )
         if self.refresh and self.method.needs_output_norms:
             raise InputError.sentence(
                 f"refresh does not go with {self.method}: it needs what the last linear of an MLP reads before the "
@@ -134,8 +149,10 @@ class PruneSettings:
 
 
 def allocated(allocation: str, pattern: Pattern, blocks: Sequence[Block]) -> Uniform | PerLayer:
-    """The pattern of each site of ``blocks``. Raises InputError, PatternError (``allocate``)."""
+    """The pattern of each site of ``blocks``, or ``Unmeasured``. Raises InputError, PatternError (``allocate``)."""
     patterns = allocate(allocation, pattern, blocks)
+    if allocation in MEASURED:
+        return Unmeasured({}, pattern, allocation)
     return PerLayer(patterns, pattern, allocation) if patterns else Uniform(pattern)
 
 

@@ -38,6 +38,7 @@ def make_plan(recipe: Recipe, output: Path | None = None, offload: Path | None =
     from rarefy.models.checkpoint import resolve_device
     from rarefy.models.source import resolve_model
     from rarefy.pruning.loop import check_patterns
+    from rarefy.pruning.reparametrise import Reparametrisation
     from rarefy.pruning.settings import across_neurons, allocated
     from rarefy.pruning.stores import kept_windows
     from rarefy.runs.journal import Journal
@@ -59,6 +60,7 @@ def make_plan(recipe: Recipe, output: Path | None = None, offload: Path | None =
     check_patterns(blocks, pattern_of, method)
     recipe.prune_settings(pattern_of)  # says what does not go together
     check_blocks(skeleton, blocks)
+    Reparametrisation.of(skeleton, blocks, recipe.prune_settings(pattern_of))
     windows = None
     if text is not SELF:
         num, length = recipe.window_shape

@@ -98,6 +98,8 @@ class Recipe(BaseModel):
     match_batch: Whole = Field(4, ge=1, description="a whole number of at least 1 (windows)")
     drift: Number = Field(0.0, ge=0, le=1, description="a number from 0 to 1, the share of the drift (0 = off)")
     refresh: bool = Field(False, description="true or false")
+    permute: bool = Field(False, description="true or false")
+    rotate: bool = Field(False, description="true or false")
     allocation: str = Field("uniform", min_length=1, description=ALLOWED)
 
     @classmethod
@@ -149,6 +151,10 @@ class Recipe(BaseModel):
             raise kind(written(key), _as_number(merged[key]), cls._allowed(key)) from None
         if recipe.pattern is not None:
             parse_pattern(recipe.pattern, written("pattern"))
+        if recipe.permute and recipe.pattern is None:
+            raise PatternError.sentence(
+                f"{written('permute')} goes with an N:M pattern only: for a sparsity, all orders of inputs are alike."
+            )
         if not is_allocation(recipe.allocation):
             kind = RecipeError if from_file("allocation") else InputError
             raise kind(written("allocation"), recipe.allocation, ALLOWED)
@@ -166,6 +172,11 @@ class Recipe(BaseModel):
             parts = check(recipe.method, recipe.settings)
         except MethodError as error:
             raise MethodError.sentence(_named(str(error), written)) from None
+        if recipe.drift and recipe.refresh:
+            raise InputError.sentence(
+                f"{written('drift')} does not go with {written('refresh')}: the drift is that of a block's inputs "
+                "before it is pruned, and refreshed Grams are of others."
+            )
         changes = "match" if recipe.match else "barber" if recipe.barber != "none" else ""
         if changes and any(part.comes_last for part in parts):
             raise InputError.sentence(
@@ -237,6 +248,8 @@ class Recipe(BaseModel):
             steps,
             self.drift,
             self.refresh,
+            self.permute,
+            self.rotate,
         )
 
     def resolved(self, context: int | None) -> Self:
