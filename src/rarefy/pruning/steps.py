@@ -35,8 +35,8 @@ class PrunedBlock:
     ``entering`` are the hidden states (num, length, hidden) that enter it on the pruned path. ``leaving_dense`` are
     those that leave it on the dense path, None unless a step needs them. ``masks`` has the mask (out, in) of every
     pruned site by name, True = kept, on the block's device; a step that changes a mask puts the new one there.
-    ``dense_weights`` are the sites' weights as they were, empty unless a step needs them, ``records`` what is known of
-    each site so far, and ``pattern_of`` gives its pattern. All processes of ``world`` see their own windows.
+    ``dense_weights`` are the sites' weights as they were, empty unless a step needs them, ``records`` what is known
+    of each site so far, and ``pattern_of`` gives its pattern. All processes of ``world`` see their own windows.
     """
 
     block: Block
