@@ -34,6 +34,8 @@ class Pattern(ABC):
     rows_independent: bool = True
     #: True where all rows have the same mask, so that no weight can be moved within a row alone.
     rows_alike: bool = False
+    #: True where columns are counted as well as rows, so that no weight can be moved within a row alone.
+    columns_counted: bool = False
     #: Length of the groups of inputs that belong together; blockwise methods cut at its multiples.
     group: int = 1
     #: Whether there is more than one allowed mask, so that a method has something to choose.
@@ -421,6 +423,11 @@ def pattern_from_spec(spec: Mapping[str, Any]) -> Pattern:
     try:
         kind = spec["kind"]
         if kind == "n:m":
+            if spec.get("transposable"):
+                transposable: Pattern = import_module("rarefy.layer.transposable").TransposableNM(
+                    spec["keep"], spec["of"]
+                )
+                return transposable
             return NM(spec["keep"], spec["of"])
         if kind in ("unstructured", "row"):
             return (Unstructured if kind == "unstructured" else PerRow)(spec["sparsity"])

@@ -81,6 +81,8 @@ class Method(ABC):
     needs_start: ClassVar[bool] = False
     #: Whether it can go on from a start; one that cannot is only ever the first of a combination.
     takes_start: ClassVar[bool] = False
+    #: Whether it moves weights within each row by itself, which patterns that count in columns forbid.
+    row_by_row: ClassVar[bool] = False
     #: Whether its weights lie on a grid that nothing after it may leave.
     comes_last: ClassVar[bool] = False
 
@@ -208,6 +210,10 @@ def check_rows_apart(method: Method, pattern: Pattern) -> None:
     if pattern.rows_alike:
         raise PatternError.sentence(
             f"{method} changes the mask of each row by itself, but {pattern} has one mask for all rows."
+        )
+    if pattern.columns_counted:
+        raise PatternError.sentence(
+            f"{method} moves weights within a row, but {pattern} counts them in columns, too: choose another method."
         )
 
 

@@ -57,6 +57,7 @@ class DSnoT(Method):
     name: ClassVar[str] = "dsnot"
     summary: ClassVar[str] = "swaps weights of a row until its mean output is that of the dense row"
     paper: ClassVar[str] = "arXiv 2310.08915"
+    row_by_row: ClassVar[bool] = True
     default_scope: ClassVar[str] = "row"
     needs_means: ClassVar[bool] = True
     takes_start: ClassVar[bool] = True

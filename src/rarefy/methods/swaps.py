@@ -78,6 +78,7 @@ class Swaps(Method):
     name: ClassVar[str] = "swaps"
     summary: ClassVar[str] = "exchanges kept and pruned weights of a row while that lowers the loss"
     paper: ClassVar[str] = "arXiv 2512.10922"
+    row_by_row: ClassVar[bool] = True
     default_scope: ClassVar[str] = "row"
     takes_start: ClassVar[bool] = True
 

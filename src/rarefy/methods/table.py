@@ -74,7 +74,10 @@ def described() -> dict[str, dict[str, Any]]:
     """What ``described.json`` holds: of each method what ``settings.check`` looks at, which does not import it."""
     return {
         name: {
-            **{key: getattr(method, key) for key in ("name", "needs_start", "takes_start", "comes_last")},
+            **{
+                key: getattr(method, key)
+                for key in ("name", "needs_start", "takes_start", "comes_last", "row_by_row")
+            },
             "hyperparameters": {
                 item.name: {
                     "default": getattr(method, item.name),
