@@ -48,7 +48,8 @@ Blocks = Float[Tensor, "M M B"]
 BlockMasks = Bool[Tensor, "M M B"]
 
 _ENUMERATED = 4  # M up to which all masks of a block are compared: 90 for 2:4
-_TOGETHER = 2**17  # entries of blocks at a time: what is done to them stays in a CPU's cache
+_TOGETHER = 2**20  # entries of blocks at a time
+_CACHED = 2**17  # of these in (2), which then stay in a CPU's cache
 _SHARPNESS = (5.0, 10.0, 20.0, 40.0)  # b, which doubles
 _ITERATIONS = 6  # of (2) for each b
 _ROUNDS = 1  # of (5)
@@ -170,7 +171,8 @@ def _transported(S: Blocks, keep: int, locked: BlockMasks | None) -> BlockMasks:
     if locked is None:
         locked = torch.zeros_like(S, dtype=torch.bool)
     S = S.masked_fill(locked, 1.0)
-    kept, rows, columns = _rounded(_plan(S, keep).masked_fill_(locked, torch.inf), keep)
+    parts = [_plan(some.contiguous(), keep) for some in S.split(max(1, _CACHED // len(S) ** 2), dim=2)]
+    kept, rows, columns = _rounded(torch.cat(parts, dim=2).masked_fill_(locked, torch.inf), keep)
     _complete_(S, kept, rows, columns, locked, keep)
     for _ in range(_ROUNDS):
         _exchange_(S, kept, locked)
@@ -272,16 +274,27 @@ def _programmed(S: Float[Tensor, "M M"], keep: int, locked: Bool[Tensor, "M M"])
 
 
 def _exchange_(S: Blocks, kept: BlockMasks, locked: BlockMasks) -> None:
-    """(5) for every two rows of each block, in place in ``kept``."""
-    of = S.shape[0]
-    for i, k in combinations(range(of), 2):
-        D = S[i] - S[k]
-        gives = kept[i] & ~kept[k] & ~locked[i]
-        takes = kept[k] & ~kept[i] & ~locked[k]
-        least, j = D.masked_fill(~gives, torch.inf).min(dim=0, keepdim=True)
-        most, l = D.masked_fill(~takes, -torch.inf).max(dim=0, keepdim=True)  # noqa: E741
+    """(5) for every two rows of each block, in place in ``kept``; pairs that share no row at once."""
+    for first, second in _pairings(S.shape[0]):
+        D = S[first] - S[second]
+        one, two = kept[first], kept[second]
+        least, j = D.masked_fill(~(one & ~two & ~locked[first]), torch.inf).min(dim=1, keepdim=True)
+        most, l = D.masked_fill(~(two & ~one & ~locked[second]), -torch.inf).max(dim=1, keepdim=True)  # noqa: E741
         better = most > least
-        for row, first, second in ((i, False, True), (k, True, False)):
-            for place, value in ((j, first), (l, second)):
-                old = kept[row].gather(0, place)
-                kept[row].scatter_(0, place, (old & ~better) | (better & value))
+        for rows, gone, come in ((one, j, l), (two, l, j)):
+            rows.scatter_(1, gone, rows.gather(1, gone) & ~better)
+            rows.scatter_(1, come, rows.gather(1, come) | better)
+        kept[first], kept[second] = one, two
+
+
+@cache
+def _pairings(of: int) -> list[tuple[list[int], list[int]]]:
+    """Every two of ``of`` rows once, in rounds of pairs that share no row, as in a tournament."""
+    rows = [*range(of)] if of % 2 == 0 else [*range(of), -1]
+    rounds = []
+    for _ in range(len(rows) - 1):
+        half = len(rows) // 2
+        pairs = [sorted(pair) for pair in zip(rows[:half], rows[: half - 1 : -1]) if -1 not in pair]
+        rounds.append(([pair[0] for pair in pairs], [pair[1] for pair in pairs]))
+        rows = [rows[0], rows[-1], *rows[1:-1]]
+    return rounds
