@@ -134,12 +134,14 @@ class TransposableNM(NM):
 
 def _in_blocks(values: Tensor, of: int) -> Tensor:
     """(out, in) as (M, M, B), block by block; a copy."""
-    return values.unflatten(0, (-1, of)).unflatten(2, (-1, of)).permute(1, 3, 0, 2).flatten(2)
+    blocks: Tensor = values.unflatten(0, (-1, of)).unflatten(2, (-1, of)).permute(1, 3, 0, 2).flatten(2)
+    return blocks
 
 
 def _from_blocks(blocks: Tensor, rows: int) -> Tensor:
     of = blocks.shape[0]
-    return blocks.unflatten(2, (rows // of, -1)).permute(2, 0, 3, 1).flatten(2).flatten(0, 1).contiguous()
+    values: Tensor = blocks.unflatten(2, (rows // of, -1)).permute(2, 0, 3, 1).flatten(2).flatten(0, 1)
+    return values.contiguous()
 
 
 # --- small blocks
