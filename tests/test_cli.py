@@ -43,6 +43,7 @@ from rarefy.runs.texts import PROMPTS, write_texts
         ("--pattern 2:5", "--pattern is 2:5, but model.layers.0.self_attn.q_proj has 32 inputs"),
         ("--pattern 2:4 --sparsity 0.5", "--sparsity does not go with --pattern"),
         ("--pattern 2:4 --scope row", "--scope does not go with --pattern"),
+        ("--drift 0.25 --refresh", "--drift does not go with --refresh"),
         ("--scope column", "--scope is 'column', but must be layer or row"),
         ("--method wnada", "did you mean wanda?"),
         ("--method wanda+nothing", "--method is 'nothing', but must be"),
@@ -576,7 +577,7 @@ def test_variants_of_a_method_are_told_apart_and_places_are_said(rarefy_: Rarefy
     assert shown["admm-reselect"].startswith("admm with schedule=reselect;")
     assert shown["admm1"].startswith("admm with schedule=fixed;")
     assert shown["alps-paper"].startswith("ALPS as published")
-    assert lines.count("    --set block_size=128    columns whose masks are chosen together") == 1
+    assert lines.count("    --set block_size=128    columns whose masks are chosen together") == 2  # sparsegpt and mrp
     for name, method in METHODS.items():
         assert (f"needs a start: wanda+{name}" in shown[name]) is method.needs_start
 

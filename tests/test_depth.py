@@ -50,7 +50,7 @@ def test_leaving_out_each_shares_passes_and_measures_the_same(sets: BlockSets) -
     shared = sets.without_each(kept)
     passes = (sets.block_tokens - before) / WINDOWS.numel()
     assert passes == 5 + 5 * 4 / 2
-    sets._known.clear()
+    sets.memo.clear()
     for index in kept:
         alone = sets.measure([other for other in kept if other != index])
         assert shared[index].kl == pytest.approx(alone.kl, rel=1e-5)
@@ -69,7 +69,7 @@ def test_the_model_is_left_as_it_was(sets: BlockSets) -> None:
 
 def test_the_rules(sets: BlockSets) -> None:
     scores = {index: one.kl for index, one in sets.without_each(range(6)).items()}
-    found = {rule: choose_blocks(sets, 2, rule, generations=4, offspring=4) for rule in RULES}
+    found = {rule: choose_blocks(sets, 2, rule, generations=4, offspring=4, steps=10) for rule in RULES}
     assert list(found["kl"].remove) == lowest(scores, 2)
     for rule, chosen in found.items():
         assert len({*chosen.remove}) == 2, rule

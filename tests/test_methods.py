@@ -14,7 +14,7 @@ from jaxtyping import TypeCheckError
 from torch import Tensor
 
 import rarefy
-from problems import FAMILIES
+from problems import FAMILIES, OfNeurons
 from rarefy.errors import InputError, MethodError, NumericalError, PatternError
 from rarefy.layer import passes
 from rarefy.layer.columns import Columns
@@ -27,8 +27,10 @@ from rarefy.methods.admm import ADMM
 from rarefy.methods.alps import ALPS, ALPSPaper
 from rarefy.methods.base import IterativeMethod, Method, hyper, run, wanda_scores
 from rarefy.methods.compose import BestOf, Then
+from rarefy.methods.dass import DaSS
 from rarefy.methods.dsnot import DSnoT
 from rarefy.methods.magnitude import Magnitude
+from rarefy.methods.mrp import MRP
 from rarefy.methods.quantize import Quantize
 from rarefy.methods.refit import PCG, Backsolve, conjugate_gradients_
 from rarefy.methods.ria import RIA
@@ -60,6 +62,10 @@ PATTERNS: dict[str, Callable[[], Pattern]] = {
     "columns": lambda: Columns(10),
     "heads": lambda: Columns(12, 4),
 }
+#: Methods that do not know, or may not care, which inputs are dead.
+BLIND = ("magnitude", "best of", "dass of neurons")
+#: Methods that hand out a share of the budget to each block of columns, so that dead inputs may stay.
+LEFT_TO_RIGHT = ("sparsegpt", "sparsegpt in blocks", "mrp")
 #: Methods that change the mask of each row by itself, and refuse patterns of columns (test_columns.py).
 ROW_BY_ROW = ("swaps", "dsnot")
 
@@ -90,11 +96,16 @@ class Claims:
 CLAIMS: dict[str, Claims] = {
     "magnitude": Claims(Magnitude(), weights_kept=True, ignores_inputs=True),
     "wanda": Claims(Wanda(), weights_kept=True),
+    # Equal counts of rows, or of columns where norms of outputs are known; which of them get one more goes by place.
+    "dass": Claims(DaSS(), weights_kept=True, rows=False),
+    "dass of neurons": Claims(OfNeurons(DaSS()), weights_kept=True, inputs=False),
     # Sums over columns couple all rows.
     "ria": Claims(RIA(), weights_kept=True, independent=("fixed",)),
     # Goes from left to right, so the order of the inputs matters.
     "sparsegpt": Claims(SparseGPT(), inputs=False),
     "sparsegpt in blocks": Claims(SparseGPT(block_size=7), inputs=False),
+    # As sparsegpt; its refit is the best answer on the mask that it finds with the damping, not without.
+    "mrp": Claims(MRP(), inputs=False),
     "admm": Claims(ADMM()),
     "admm-reselect": Claims(ADMM(schedule="reselect")),
     "admm1": Claims(ADMM(schedule="fixed")),
@@ -423,13 +434,13 @@ def test_equal_scores_keep_the_lowest_index(method: str) -> None:
         assert torch.equal(run(CLAIMS[method].method, problem, allowed).mask, expected), str(allowed)
 
 
-@pytest.mark.parametrize("method", [name for name in CLAIMS if name not in ("magnitude", "best of")])
+@pytest.mark.parametrize("method", [name for name in CLAIMS if name not in BLIND])
 @each_dtype
 def test_dead_inputs_are_pruned_first_and_kept_ones_stay(method: str, dtype: torch.dtype) -> None:
     problem = draw("dead_columns", dtype)
     alive = int((~problem.dead).sum()) * OUT
     solution = run(CLAIMS[method].method, problem, Unstructured(0.2))
-    if "sparsegpt" not in method:  # which hands out budgets per block of columns
+    if method not in LEFT_TO_RIGHT:  # which hand out budgets per block of columns
         assert not solution.mask[:, problem.dead].any()
     # more is kept than there are live weights: some dead ones must stay, as they were, and nothing is lost
     few = Unstructured(0.04)
@@ -439,7 +450,7 @@ def test_dead_inputs_are_pruned_first_and_kept_ones_stay(method: str, dtype: tor
     assert bool(dead.any())
     if CLAIMS[method].rounds:  # a large one may be beyond the last number of the grid
         torch.testing.assert_close(solution.weight[dead], problem.W0[dead], rtol=0, atol=0.6)
-    elif "sparsegpt" not in method:
+    elif method not in LEFT_TO_RIGHT:
         assert torch.equal(solution.weight[dead], problem.W0[dead])
         assert solution.relative_error <= (1e-20 if dtype == torch.float64 else 1e-10)
 
@@ -1048,7 +1059,7 @@ def test_settings_change_hyperparameters() -> None:
     assert build("wanda+pcg", {"steps": "3"}) == Then(Wanda(), PCG(steps=3))
     assert build("admm+pcg", {"admm.steps": 5, "pcg.steps": 6}) == Then(ADMM(steps=5), PCG(steps=6))
     assert build("admm", {"schedule": "reselect"}) == ADMM(schedule="reselect")
-    assert hyperparameters(SparseGPT()) == {"damping": 0.01, "block_size": 128}
+    assert hyperparameters(SparseGPT()) == {"damping": 0.01, "block_size": 128, "score": "single"}
     assert METHODS["sparsegpt"] == SparseGPT()
     assert build("sparsefw", {"alpha": "0"}).alpha == build("sparsefw", {"alpha": 0}).alpha == 0.0  # type: ignore[attr-defined]
 

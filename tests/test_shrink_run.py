@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,10 @@ import yaml
 import rarefy
 from cli_for_tests import Rarefy, is_one_sentence
 from models_for_tests import make_tokenizer, save_folder
+from rarefy.runs.fingerprint import Fingerprint
+from rarefy.runs.shrink_journal import ShrinkJournal
+from rarefy.structure import search, width
+from rarefy.structure.depth import BlockSets
 from test_shrink import deep
 
 
@@ -92,8 +97,134 @@ def test_a_dry_run_reads_no_weight(
     assert not Path("out").exists()
 
 
+def search_arguments(shelf: Path, model: Path, *more: object) -> list[object]:
+    return arguments(shelf, model, "--search", "--size", 0.8, "--multiple", 16, *more)
+
+
+def test_a_search_for_a_size(rarefy_: Rarefy, shelf: Path, llama: Path) -> None:
+    done = rarefy_(*search_arguments(shelf, llama, "-o", "out", "--no-texts"))
+    assert done.status == 0, done.err
+    assert "models were made; KL of this one to the dense model" in done.out
+    facts = json.loads(Path("out/run.json").read_text())["shrink"]
+    assert facts["after"]["parameters"] <= 0.8 * facts["before"]["parameters"]
+    best = facts["search"]["best"]
+    small = transformers.AutoModelForCausalLM.from_pretrained("out/model").config
+    assert (small.num_hidden_layers, small.num_key_value_heads, small.intermediate_size) == (
+        5 - best["blocks"],
+        2 - best["heads"],
+        64 - best["neurons"],
+    )
+    assert (facts["blocks"] or {"removed": []})["removed"] == best["remove"]
+    assert not Path("out/unfinished").exists()
+    assert "is what a search over" in Path("out/model/README.md").read_text()
+    recipe = yaml.safe_load(Path("out/recipe.yaml").read_text())
+    assert (recipe["search"], recipe["size"], recipe["among"]) == (True, 0.8, [])
+    assert rarefy_("report", "out").status == 0
+    assert "MLP neurons of each block" in Path("out/report.html").read_text()
+
+
+def test_a_dry_run_of_a_search(rarefy_: Rarefy, shelf: Path, llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rarefy.models.checkpoint.load_model", None)
+    done = rarefy_(*search_arguments(shelf, llama, "--among", "blocks,neurons", "--dry-run"))
+    assert done.status == 0, done.err
+    whole = deep("llama", 5).num_parameters()
+    assert done.out.startswith(f"at most {int(0.8 * whole):,} of {whole:,} parameters would be left\n")
+    lines = [line.split() for line in done.out.splitlines()]
+    most = next(line[6:] for line in lines if line[:2] == ["MLP", "neurons"])
+    assert most[0] == "0"
+    assert int(most[1]) in (16, 32, 48)
+    assert not any(line[:1] == ["KV"] for line in lines)
+    assert "passes of one block over all windows, beside those of --by greedy" in done.out
+    done = rarefy_(*search_arguments(shelf, save_folder(deep("opt", 3), Path("opt")), "--dry-run"))
+    assert done.status == 0, done.err
+    assert "no heads are removed: OPTForCausalLM has no place in its config" in done.out
+
+
+@pytest.mark.parametrize("stage", ["blocks", "candidates", "parts"])
+def test_a_killed_run_goes_on(
+    rarefy_: Rarefy, shelf: Path, llama: Path, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    if stage == "candidates":
+        asked = search_arguments(shelf, llama)
+    else:
+        asked = arguments(shelf, llama, "--blocks", 2, "--neurons", 0.5, "--multiple", 8)
+    asked += ["--no-texts", "--quiet"]
+    counted = {
+        "blocks": (BlockSets, "_without_each"),
+        "candidates": (search._Maker, "_made_and_measured"),
+        "parts": (width, "_solved"),
+    }[stage]
+    original, calls, last = getattr(*counted), [0], [0]
+
+    def killed(*args: Any, **kwargs: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == last[0]:
+            raise KeyboardInterrupt
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(*counted, killed)
+    assert rarefy_(*asked, "-o", "whole").status == 0
+    needed, last[0] = calls[0], calls[0] + 2
+    assert rarefy_(*asked, "-o", "out").status == 130
+    assert {path.name for path in Path("out").iterdir()} == {"unfinished"}
+    other = rarefy_(*arguments(shelf, llama, "--blocks", 1), "-o", "out")
+    assert (other.status, is_one_sentence(other.err)) == (2, True), other.err
+    assert "holds an unfinished run with blocks" in other.err
+    calls[0] = last[0] = 0
+    assert rarefy_(*asked, "-o", "out").status == 0
+    assert calls[0] == needed - 1  # the one that was finished is not done again
+    for name in ("model/model.safetensors", "recipe.yaml"):
+        assert Path("out", name).read_bytes() == Path("whole", name).read_bytes()
+    facts = [json.loads(Path(name, "run.json").read_text())["shrink"] for name in ("out", "whole")]
+    assert facts[0] == facts[1]
+    assert not Path("out/unfinished").exists()
+
+
+def test_a_run_that_had_been_finished(rarefy_: Rarefy, shelf: Path, llama: Path) -> None:
+    asked = arguments(shelf, llama, "--blocks", 1, "--by", "kl", "-o", "out", "--no-texts")
+    assert rarefy_(*asked).status == 0
+    journal = ShrinkJournal(Path("out"))
+    journal.open(Fingerprint({}, {}, "")).close()  # as if it had been killed before it removed its journal
+    again = rarefy_(*asked)
+    assert again.status == 0, again.err
+    assert "had been finished before" in again.err
+    assert not Path("out/unfinished").exists()
+
+
+def test_a_damaged_journal(rarefy_: Rarefy, shelf: Path, llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = arguments(shelf, llama, "--neurons", 0.5, "--multiple", 8, "-o", "out", "--quiet")
+    with monkeypatch.context() as patched:
+        patched.setattr(ShrinkJournal, "recall", raise_after(2, ShrinkJournal.recall))
+        assert rarefy_(*asked).status == 130
+    Path("out/unfinished/block-00000.safetensors").write_bytes(b"no tensors")
+    done = rarefy_(*asked)
+    assert (done.status, is_one_sentence(done.err)) == (2, True), done.err
+    assert "block-00000.safetensors is missing or damaged" in done.err
+
+
+def raise_after(times: int, original: Any) -> Any:
+    """The function, which is interrupted at its last call."""
+    calls = [0]
+
+    def called(*args: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == times:
+            raise KeyboardInterrupt
+        return original(*args)
+
+    return called
+
+
 MISTAKES: dict[str, tuple[list[object], str]] = {
     "nothing": ([], "--blocks, --heads or --neurons says what"),
+    "search alone": (["--search"], "--search goes with --size, the share of the parameters that is left"),
+    "size alone": (["--size", 0.8], "--size goes with --search"),
+    "among alone": (["--among", "blocks", "--blocks", 1], "--among goes with --search"),
+    "search and blocks": (["--search", "--size", 0.8, "--blocks", 1], "so --blocks cannot be said, too"),
+    "size of all": (["--search", "--size", 1], "--size is 1, but must be a share between 0 and 1"),
+    "size of nothing": (["--search", "--size", 0.01], "--size is 0.01, but must be a share of at least 0."),
+    "among others": (["--search", "--size", 0.8, "--among", "rows"], "must be some of blocks, heads and neurons"),
+    "no candidates": (["--search", "--size", 0.8, "--candidates", 0], "--candidates is 0"),
     "too many": (["--blocks", 5], "--blocks is 5, but must be a number from 1 to 4"),
     "no whole number": (["--blocks", 1.5], "--blocks is 1.5, but must be a whole number"),
     "negative": (["--blocks", -1], "--blocks is -1, but must be"),

@@ -28,8 +28,10 @@ if TYPE_CHECKING:
     from rarefy.methods.alps import ALPS, ALPSPaper
     from rarefy.methods.base import IterativeMethod, Method
     from rarefy.methods.compose import BestOf, Then
+    from rarefy.methods.dass import DaSS
     from rarefy.methods.dsnot import DSnoT
     from rarefy.methods.magnitude import Magnitude
+    from rarefy.methods.mrp import MRP
     from rarefy.methods.quantize import Quantize
     from rarefy.methods.refit import PCG, Backsolve
     from rarefy.methods.ria import RIA
@@ -56,6 +58,7 @@ __version__ = "0.1.0"
 __all__ = [
     "ADMM",
     "ALPS",
+    "MRP",
     "NM",
     "PCG",
     "RIA",
@@ -65,6 +68,7 @@ __all__ = [
     "CalibrationError",
     "Columns",
     "DSnoT",
+    "DaSS",
     "Fixed",
     "Gram",
     "InputError",
@@ -134,8 +138,10 @@ _HOME = {
     "rarefy.methods.alps": ("ALPS", "ALPSPaper"),
     "rarefy.methods.base": ("IterativeMethod", "Method"),
     "rarefy.methods.compose": ("BestOf", "Then"),
+    "rarefy.methods.dass": ("DaSS",),
     "rarefy.methods.dsnot": ("DSnoT",),
     "rarefy.methods.magnitude": ("Magnitude",),
+    "rarefy.methods.mrp": ("MRP",),
     "rarefy.methods.quantize": ("Quantize",),
     "rarefy.methods.refit": ("PCG", "Backsolve"),
     "rarefy.methods.ria": ("RIA",),

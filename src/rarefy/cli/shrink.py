@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from rarefy.cli.options import Bos, Device, Dtype, Log, Quiet, RecipeFile, Text, TextColumn
+from rarefy.cli.options import Bos, Device, Dtype, Log, Quiet, RecipeFile, Text, TextColumn, split
 from rarefy.cli.terminal import Terminal, print_table
 from rarefy.errors import InputError
 from rarefy.pruning.records import three_digits
@@ -39,12 +39,29 @@ def shrink(
         typer.Option(
             metavar="RULE",
             help="Which blocks: kl or perplexity (of each one alone), taylor, greedy (one after the other; default), "
-            "or search (over sets).",
+            "search (over sets), or policy-gradient.",
         ),
     ] = None,
     generations: Annotated[Text, typer.Option(metavar="N", help="Generations of --by search (default: 32).")] = None,
     offspring: Annotated[
         Text, typer.Option(metavar="N", help="Sets tried in each generation of --by search (default: 16).")
+    ] = None,
+    steps: Annotated[Text, typer.Option(metavar="N", help="Steps of --by policy-gradient (default: 500).")] = None,
+    search: Annotated[
+        bool | None,
+        typer.Option("--search", help="Find how many blocks, heads and neurons to remove for --size."),
+    ] = None,
+    size: Annotated[
+        Text, typer.Option(metavar="SHARE", help="At most this share of the parameters is left (with --search).")
+    ] = None,
+    among: Annotated[
+        Text,
+        typer.Option(
+            metavar="A,B", help="What --search may remove: blocks, heads, neurons (default: all that can be)."
+        ),
+    ] = None,
+    candidates: Annotated[
+        Text, typer.Option(metavar="N", help="Counts that --search tries at most (default: 32).")
     ] = None,
     heads: Annotated[
         Text,
@@ -109,6 +126,8 @@ def shrink(
 
     names = set(ShrinkRecipe.model_fields)
     said = {name: value for name, value in context.params.items() if name in names and value is not None}
+    if among is not None:
+        said["among"] = split(among)
     folder = RunFolder(output) if output is not None else None
     wanted = ShrinkRecipe.read(said, recipe)
     if folder is None and not dry_run:
@@ -124,6 +143,8 @@ def shrink(
 
         terminal.begin()
         result = execute_shrinking(plan, folder, ["rarefy", *context.obj], terminal, texts)
+        if result.went_on:
+            terminal.note("the run had been finished before")
         _print_result(result, terminal)
 
 
@@ -131,13 +152,50 @@ def _print_plan(plan: ShrinkPlan) -> None:
     """What ``--dry-run`` shows."""
     from rarefy.runs.shrink import removed_words
 
+    if plan.space:
+        _print_search(plan)
+        return
+    assert plan.after is not None
     print(f"{removed_words(plan)} would be removed")
     print_table(_sizes(plan.before.to_dict(), plan.after.to_dict()))
+
+
+def _print_search(plan: ShrinkPlan) -> None:
+    """What a search would try, and what that costs."""
+    from rarefy.structure.parts import WORDS
+
+    assert plan.space is not None
+    space, tried = plan.space, plan.candidates
+    print(f"at most {space.limit:,} of {plan.before.parameters:,} parameters would be left")
+    rows = [["removed", "of", "from", "to"]]
+    for kind, number in space.numbers.items():
+        fewest, most = space.span(kind)
+        what = "blocks" if kind == "blocks" else f"{WORDS[kind]} of each block"
+        rows.append([what, f"{number:,}", f"{fewest:,}", f"{most:,}"])
+    print_table(rows, f"{len(tried)} of {len(space.candidates)} counts that are no larger would be tried:")
+    rows = [["round", "candidates", "windows to repair", "windows to measure"]]
+    for place, one in enumerate(plan.rounds, start=1):
+        rows.append([str(place), str(one.candidates), str(one.repaired), str(one.measured)])
+    print_table(rows)
+    passes = search_passes(plan)
+    print(f"about {passes:,} passes of one block over all windows, beside those of --by {plan.recipe.by}")
+    for kind, reason in space.refused.items():
+        print(f"no {kind} are removed: {reason}")
+
+
+def search_passes(plan: ShrinkPlan) -> int:
+    """Passes of one block over all windows that a search takes at most, without those of the rule for blocks."""
+    windows, blocks = plan.rounds[-1].repaired + plan.rounds[-1].measured, plan.before.blocks
+    each = sum(one.candidates * (3 * one.repaired + one.measured) for one in plan.rounds)
+    return round(each / windows * blocks)
 
 
 def _print_result(result: ShrinkResult, terminal: Terminal) -> None:
     facts = result.facts["shrink"]
     print_table(_sizes(facts["before"], facts["after"]), f"removed: {result.facts['pattern']}")
+    if facts["search"]:
+        best, tried = facts["search"]["best"], len(facts["search"]["candidates"])
+        print(f"search: {tried} models were made; KL of this one to the dense model {three_digits(best['kl'])} nats")
     if facts["blocks"]:
         removed = ", ".join(map(str, facts["blocks"]["removed"]))
         print(f"removed blocks: {removed}; KL to the dense model {three_digits(facts['blocks']['kl'])} nats")

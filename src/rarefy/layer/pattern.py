@@ -6,6 +6,7 @@ pruned, ties keep the lowest index. N:M keeps N of every M consecutive inputs of
 
 from __future__ import annotations
 
+import itertools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
@@ -34,12 +35,14 @@ class Pattern(ABC):
     rows_independent: bool = True
     #: True where all rows have the same mask, so that no weight can be moved within a row alone.
     rows_alike: bool = False
-    #: True where columns are counted as well as rows, so that no weight can be moved within a row alone.
-    columns_counted: bool = False
     #: Length of the groups of inputs that belong together; blockwise methods cut at its multiples.
     group: int = 1
+    #: Length of the groups of outputs that belong together, at whose multiples rows can be cut.
+    row_group: int = 1
     #: Whether there is more than one allowed mask, so that a method has something to choose.
     has_choice: bool = True
+    #: How many masks a group may have where each is chosen by itself; 0 where there are no such groups.
+    num_group_masks: int = 0
 
     @abstractmethod
     def count(self, shape: Shape) -> int:
@@ -69,6 +72,10 @@ class Pattern(ABC):
     def trust(self) -> float:
         """The share of a warm start's mask that a search for a better one had best leave as it is."""
         return 0.6  # measured (docs/log.md)
+
+    def group_masks(self) -> Bool[Tensor, "masks group"]:
+        """The masks of one group, ``num_group_masks`` of them; where several do equally well, the first is chosen."""
+        return torch.zeros(0, self.group, dtype=torch.bool)
 
     @abstractmethod
     def at(self, share: float) -> Pattern:
@@ -254,6 +261,14 @@ class NM(Pattern):
     def group(self) -> int:  # type: ignore[override]
         return self.of
 
+    @property
+    def num_group_masks(self) -> int:  # type: ignore[override]
+        return math.comb(self.of, self.keep)
+
+    def group_masks(self) -> Bool[Tensor, "masks group"]:
+        kept = torch.tensor(list(itertools.combinations(range(self.of), self.keep)))
+        return torch.zeros(len(kept), self.of, dtype=torch.bool).scatter_(1, kept, True)
+
     def validate(self, shape: Shape, name: str = "the weight") -> None:
         if shape[1] % self.of:
             raise PatternError.sentence(
@@ -435,14 +450,17 @@ def pattern_from_spec(spec: Mapping[str, Any]) -> Pattern:
             # The module imports this one, so it is imported when it is needed.
             columns: Pattern = import_module("rarefy.layer.columns").Columns(spec["keep"], spec["group"])
             return columns
+        if kind == "n:m across":
+            across: Pattern = import_module("rarefy.layer.across").AcrossNM(spec["keep"], spec["of"])
+            return across
     except (KeyError, TypeError) as error:
         raise PatternError(
             "pattern",
             dict(spec),
-            "of kind n:m with keep and of, of kind unstructured or row with sparsity, or of kind columns with keep "
-            "and group",
+            "of kind n:m or n:m across with keep and of, of kind unstructured or row with sparsity, or of kind "
+            "columns with keep and group",
         ) from error
-    raise PatternError("pattern", dict(spec), "of kind n:m, unstructured, row or columns")
+    raise PatternError("pattern", dict(spec), "of kind n:m, n:m across, unstructured, row or columns")
 
 
 def check_sparsity(sparsity: object, argument: str = "sparsity") -> None:

@@ -61,7 +61,14 @@ class TransposableNM(NM):
     """``keep`` of every ``of`` consecutive inputs of a row are kept, and of every ``of`` outputs of a column."""
 
     rows_independent = False
-    columns_counted = True
+    num_group_masks = 0  # type: ignore[assignment]  # for the groups of a block depend on each other
+
+    @property
+    def row_group(self) -> int:  # type: ignore[override]
+        return self.of
+
+    def group_masks(self) -> Mask:
+        return torch.zeros(0, self.of, dtype=torch.bool)
 
     def __str__(self) -> str:
         return f"{self.keep}:{self.of}t"

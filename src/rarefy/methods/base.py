@@ -77,12 +77,12 @@ class Method(ABC):
     default_scope: ClassVar[str] = "layer"
     #: Whether the Gram must carry the mean of the inputs.
     needs_means: ClassVar[bool] = False
+    #: Whether it reads ``LayerProblem.output_norms``, which are then collected.
+    needs_output_norms: ClassVar[bool] = False
     #: Whether it only improves a start (an earlier method's solution) and cannot come first.
     needs_start: ClassVar[bool] = False
     #: Whether it can go on from a start; one that cannot is only ever the first of a combination.
     takes_start: ClassVar[bool] = False
-    #: Whether it moves weights within each row by itself, which patterns that count in columns forbid.
-    row_by_row: ClassVar[bool] = False
     #: Whether its weights lie on a grid that nothing after it may leave.
     comes_last: ClassVar[bool] = False
 
@@ -91,6 +91,9 @@ class Method(ABC):
 
     def __post_init__(self) -> None:
         check_hyperparameters(self)
+
+    def check_pattern(self, pattern: Pattern) -> None:  # noqa: B027 (most work with every pattern)
+        """Raise PatternError where the method cannot work with ``pattern``, whatever the layer."""
 
     @abstractmethod
     def solve(self, problem: LayerProblem, pattern: Pattern, start: Solution | None = None) -> Solution:
@@ -180,6 +183,7 @@ def run(
     """
     if method.needs_start and start is None:
         raise cannot_come_first(method)
+    method.check_pattern(pattern)
     pattern.validate(problem.shape, name)
     problem.check(name)
     started = time.perf_counter()
@@ -211,7 +215,7 @@ def check_rows_apart(method: Method, pattern: Pattern) -> None:
         raise PatternError.sentence(
             f"{method} changes the mask of each row by itself, but {pattern} has one mask for all rows."
         )
-    if pattern.columns_counted:
+    if pattern.row_group > 1:
         raise PatternError.sentence(
             f"{method} moves weights within a row, but {pattern} counts them in columns, too: choose another method."
         )

@@ -57,7 +57,6 @@ class DSnoT(Method):
     name: ClassVar[str] = "dsnot"
     summary: ClassVar[str] = "swaps weights of a row until its mean output is that of the dense row"
     paper: ClassVar[str] = "arXiv 2310.08915"
-    row_by_row: ClassVar[bool] = True
     default_scope: ClassVar[str] = "row"
     needs_means: ClassVar[bool] = True
     takes_start: ClassVar[bool] = True
@@ -65,8 +64,10 @@ class DSnoT(Method):
     steps: int = hyper(50, "swaps per row at most", low=0)
     threshold: float = hyper(0.1, "residual that is small enough, as a share of the row's output", low=0)
 
-    def solve(self, problem: LayerProblem, pattern: Pattern, start: Solution | None = None) -> Solution:
+    def check_pattern(self, pattern: Pattern) -> None:
         check_rows_apart(self, pattern)
+
+    def solve(self, problem: LayerProblem, pattern: Pattern, start: Solution | None = None) -> Solution:
         W, scores = problem.W0, wanda_scores(problem)
         mask = pattern.project(scores) if start is None else start.mask
         if not pattern.has_choice:

@@ -32,7 +32,6 @@ class Settable(Protocol):
     needs_start: ClassVar[bool]
     takes_start: ClassVar[bool]
     comes_last: ClassVar[bool]
-    row_by_row: ClassVar[bool]
 
 
 AnyMethod = TypeVar("AnyMethod", bound=Settable)

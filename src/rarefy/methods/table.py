@@ -11,8 +11,10 @@ from rarefy.methods.admm import ADMM
 from rarefy.methods.alps import ALPS, ALPSPaper
 from rarefy.methods.base import Method
 from rarefy.methods.compose import Then
+from rarefy.methods.dass import DaSS
 from rarefy.methods.dsnot import DSnoT
 from rarefy.methods.magnitude import Magnitude
+from rarefy.methods.mrp import MRP
 from rarefy.methods.quantize import Quantize
 from rarefy.methods.refit import PCG, Backsolve
 from rarefy.methods.ria import RIA
@@ -28,6 +30,7 @@ METHODS: dict[str, Method] = {
     "wanda": Wanda(),
     "ria": RIA(),
     "sparsegpt": SparseGPT(),
+    "mrp": MRP(),
     "admm": ADMM(),
     "admm-reselect": ADMM(schedule="reselect"),
     "admm1": ADMM(schedule="fixed"),
@@ -36,6 +39,7 @@ METHODS: dict[str, Method] = {
     "sparsefw": SparseFW(),
     "swaps": Swaps(),
     "dsnot": DSnoT(),
+    "dass": DaSS(),
     "pcg": PCG(),
     "backsolve": Backsolve(),
     "quantize": Quantize(),
@@ -74,10 +78,7 @@ def described() -> dict[str, dict[str, Any]]:
     """What ``described.json`` holds: of each method what ``settings.check`` looks at, which does not import it."""
     return {
         name: {
-            **{
-                key: getattr(method, key)
-                for key in ("name", "needs_start", "takes_start", "comes_last", "row_by_row")
-            },
+            **{key: getattr(method, key) for key in ("name", "needs_start", "takes_start", "comes_last")},
             "hyperparameters": {
                 item.name: {
                     "default": getattr(method, item.name),

@@ -17,6 +17,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from itertools import zip_longest
 
 from jaxtyping import Int64
@@ -43,6 +44,7 @@ from rarefy.pruning.reparametrise import Reparametrisation
 from rarefy.pruning.settings import PatternOf, PruneSettings, allocated, as_pattern_of
 from rarefy.pruning.steps import PrunedBlock
 from rarefy.pruning.stores import BlockStore
+from rarefy.pruning.survey import num_survey_parts, surveyed
 from rarefy.pruning.write import OVERFLOWED
 
 _NAMED = 8  # of these, so many are named in the warning
@@ -76,7 +78,8 @@ def prune(
     and ``refresh`` lets each group of a block's layers see what was pruned before it in the block. ``permute``
     reorders MLP neurons and the dimensions inside attention heads, for N:M patterns, and ``rotate`` rotates the
     latter: both are merged into the weights before a block is pruned, and change nothing that it computes.
-    ``allocation`` spreads the zeros of a pattern over the layers: "uniform", "profile", or a .json or .csv file.
+    ``allocation`` spreads the zeros of a pattern over the layers: "uniform", "profile", a .json or .csv file, or
+    "owl", "alphapruning", "lsa" or "search", which measure the dense model first.
     ``on_progress(done, total, note)`` and ``on_layer(record)`` are called as the run goes on. What torch.compile or
     data parallelism wraps around a model is taken off. Raises ModelError for a model that cannot be pruned, such as
     one with adapters or quantised weights, PatternError before anything changes where the pattern does not fit a
@@ -135,21 +138,27 @@ def prune_blocks(
     """
     started = time.perf_counter()
     world = store.world
-    own, first = _own(world, windows)
+    own, first = _own(world, windows, settings.batch_size if settings.steps else 1)
     blocks = select_sites(find_blocks(store.model), settings.include, settings.exclude)
-    check_patterns(blocks, settings.pattern_of)
+    check_patterns(blocks, settings.pattern_of, settings.method)
     reparametrise = Reparametrisation.of(store.model, blocks, settings)
     last = max(block.index for block in blocks if block.sites)
     records = store.records()
     todo = blocks[store.finished : last + 1]
+    num_batches = -(-len(own) // settings.batch_size)
+    measuring = num_survey_parts(store, blocks, own, first, len(windows), settings)
+    of_all = sum(world.gather(num_batches))
+    counter = PartCounter(on_progress, measuring + _num_parts(todo, num_batches, of_all, settings))
+    settings = surveyed(store, blocks, own, first, len(windows), settings, counter)
     if todo:
         with world.together():
             entering, dense = store.hidden_states(
                 blocks, own, settings.batch_size, first, dense_path=settings.needs_dense_path
             )
+        # What one process measures, all of them do.
+        computing = world.from_first(partial(compute_dtype, entering.states.dtype, entering.device))
         for states in filter(None, (entering, dense)):
-            convert_calls(states, compute_dtype(states.states.dtype, states.device))
-        counter = PartCounter(on_progress, _num_parts(todo, entering.num_batches, settings))
+            convert_calls(states, computing)
     for block, following in zip_longest(todo, todo[1:]):
         done = []
         masks: Masks | None = {} if settings.steps else None
@@ -195,8 +204,11 @@ def changed_parameters(block: Block, settings: PruneSettings) -> list[str]:
     return list(dict.fromkeys(site.parameter_name for site in block.sites))
 
 
-def _num_parts(blocks: Sequence[Block], num_batches: int, settings: PruneSettings) -> int:
-    """What progress counts: batches collected and advanced, layers solved, parts of steps."""
+def _num_parts(blocks: Sequence[Block], num_batches: int, of_all: int, settings: PruneSettings) -> int:
+    """What progress counts: batches collected and advanced, layers solved, parts of steps.
+
+    ``num_batches`` are this process's, ``of_all`` those of all processes.
+    """
     collected = sum(len(gram_groups(block.sites)) for block in blocks)
     if settings.permute or settings.rotate:
         collected += sum(bool(block.sites) for block in blocks)
@@ -204,27 +216,32 @@ def _num_parts(blocks: Sequence[Block], num_batches: int, settings: PruneSetting
     if settings.needs_dense_path:
         advanced += len(blocks)
     layers = sum(len(block.sites) for block in blocks)
-    steps = sum(step.num_parts(block, num_batches) for step in settings.steps for block in blocks)
+    steps = sum(step.num_parts(block, of_all) for step in settings.steps for block in blocks)
     return (collected + advanced) * num_batches + layers + steps
 
 
-def check_patterns(blocks: Sequence[Block], pattern_of: PatternOf) -> None:
-    """Raise PatternError, naming the first layer, where its pattern does not fit its shape."""
+def check_patterns(blocks: Sequence[Block], pattern_of: PatternOf, method: Method) -> None:
+    """Raise PatternError, naming the first layer, where its pattern does not fit its shape, or not the method."""
     for block in blocks:
         for site in block.sites:
+            method.check_pattern(pattern_of(site))
             pattern_of(site).validate(site.shape, site.name)
 
 
-def _own(world: World, windows: Tensor) -> tuple[Tensor, int]:
-    """The windows that are this process's, and the number of the first. Raises InputError for too few of them."""
+def _own(world: World, windows: Tensor, together: int) -> tuple[Tensor, int]:
+    """The windows that are this process's, and the number of the first. Raises InputError for too few of them.
+
+    So many of them stay ``together``, as one process would have them in a batch, if there are enough for all.
+    """
     if world.size == 1:
         return windows, 0
     if len(windows) < world.size:
         raise InputError.sentence(
             f"windows holds {len(windows)}, but must hold at least {world.size}, one for each process."
         )
-    share = world.share(len(windows))
-    return windows[share.start : share.stop], share.start
+    together = together if len(windows) > together * (world.size - 1) else 1
+    share = world.share(-(-len(windows) // together))
+    return windows[share.start * together : share.stop * together], share.start * together
 
 
 def _check_alike(world: World, model: nn.Module, windows: Tensor, settings: PruneSettings) -> None:
@@ -233,7 +250,10 @@ def _check_alike(world: World, model: nn.Module, windows: Tensor, settings: Prun
     given = {
         "model": [(name, tuple(each.shape), each.dtype) for name, each in model.named_parameters()],
         "windows": hashlib.sha256(windows.cpu().numpy().tobytes()).hexdigest(),
-        "pattern": [str(settings.pattern_of(site)) for block in find_blocks(model) for site in block.sites],
+        "pattern": [
+            settings.pattern_name,
+            *(str(settings.pattern_of(site)) for block in find_blocks(model) for site in block.sites),
+        ],
         "method": re.sub(r" at 0x\w+", "", repr(settings.method)),  # addresses of what a method of one's own holds
         **{key: str(getattr(settings, key)) for key in compared},
     }

@@ -7,11 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rarefy.allocation.allocate import allocate
+from rarefy.allocation.names import MEASURED
 from rarefy.errors import InputError
-from rarefy.layer.pattern import Pattern
+from rarefy.layer.across import AcrossNM
+from rarefy.layer.pattern import NM, Pattern
 from rarefy.methods.base import Method
 from rarefy.models.blocks import Block
 from rarefy.models.sites import Site
+from rarefy.pruning.outputs import neuron_makers
 from rarefy.pruning.steps import BlockStep
 
 PatternOf = Callable[[Site], Pattern]
@@ -54,6 +57,35 @@ class PerLayer:
 
 
 @dataclass(frozen=True)
+class Unmeasured(PerLayer):
+    """The same pattern for every site, until the dense model has been measured for ``allocation`` (survey.py)."""
+
+
+@dataclass(frozen=True)
+class AcrossNeurons(PerLayer):
+    """N:M groups of consecutive neurons of each MLP: ``patterns`` has those of the layers that make neurons."""
+
+    def __str__(self) -> str:
+        return f"{self.pattern} of neurons"
+
+    def describe(self) -> str:
+        """The pattern as a clause for people."""
+        return f"{self.pattern.describe()}; in layers that make the neurons of an MLP, of every consecutive outputs"
+
+
+def across_neurons(pattern: NM, blocks: Sequence[Block]) -> AcrossNeurons:
+    """``pattern`` along the inputs of each site of ``blocks``, but across the outputs of those that make neurons."""
+    makers = {name for block in blocks for name in neuron_makers(block)}
+    patterns = {
+        site.name: AcrossNM(pattern.keep, pattern.of)
+        for block in blocks
+        for site in block.sites
+        if site.name in makers
+    }
+    return AcrossNeurons(patterns, pattern, "neurons")
+
+
+@dataclass(frozen=True)
 class PruneSettings:
     """The arguments of ``rarefy.prune`` that say what is done; that function's docstring explains them.
 
@@ -78,6 +110,17 @@ class PruneSettings:
     def __post_init__(self) -> None:
         if not 0 <= self.drift <= 1:
             raise InputError("drift", self.drift, "a number from 0 to 1")
+        if self.drift and self.refresh:
+            # Refreshed Grams would be of other inputs than the drift, and the correction explodes (docs/log.md).
+            raise InputError.sentence(
+                "drift does not go with refresh: the drift is that of a block's inputs before it is pruned, and "
+                "refreshed Grams are of others."
+            )
+        if self.refresh and self.method.needs_output_norms:
+            raise InputError.sentence(
+                f"refresh does not go with {self.method}: it needs what the last linear of an MLP reads before the "
+                "others are solved."
+            )
         if self.steps and self.method.comes_last:
             raise InputError.sentence(
                 f"matching does not go with {self.method}: it would move weights off the grid they are rounded to."
@@ -95,8 +138,10 @@ class PruneSettings:
 
 
 def allocated(allocation: str, pattern: Pattern, blocks: Sequence[Block]) -> Uniform | PerLayer:
-    """The pattern of each site of ``blocks``. Raises InputError, PatternError (``allocate``)."""
+    """The pattern of each site of ``blocks``, or ``Unmeasured``. Raises InputError, PatternError (``allocate``)."""
     patterns = allocate(allocation, pattern, blocks)
+    if allocation in MEASURED:
+        return Unmeasured({}, pattern, allocation)
     return PerLayer(patterns, pattern, allocation) if patterns else Uniform(pattern)
 
 

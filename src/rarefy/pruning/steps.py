@@ -42,7 +42,7 @@ class BlockStep(Protocol):
     needs_dense_path: bool
 
     def num_parts(self, block: Block, num_batches: int) -> int:
-        """How often ``on_part`` will be called, for the progress bar."""
+        """How often ``on_part`` will be called, for the progress bar; batches are those of all processes."""
 
     def __call__(self, pruned: PrunedBlock, on_part: Callable[[], None]) -> None:
         """Change the parameters of the block in place, the same way on all processes."""

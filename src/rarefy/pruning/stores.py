@@ -44,6 +44,7 @@ if TYPE_CHECKING:
         def finished(self) -> int: ...
         def keep(self, name: str, content: bytes) -> None: ...
         def kept(self, name: str) -> bytes | None: ...
+        def remember(self, name: str, content: bytes) -> None: ...
         def damaged(self, path: Path) -> OutputError: ...
         def records(self) -> list[LayerRecord]: ...
         def finish_block(self, index: int, records: Sequence[LayerRecord], states: Sequence[StatesPart]) -> None: ...
@@ -87,9 +88,21 @@ class BlockStore:
         entering = record(self.model, [block.module for block in blocks], windows, batch_size)
         return entering, entering.fork() if dense_path else None
 
+    def recall(self, name: str) -> bytes | None:
+        """What an earlier part of this run has remembered under ``name``; None where it has not."""
+        return None
+
+    def remember(self, name: str, content: bytes) -> None:
+        """Keep what was found before the first block is pruned, for a run that goes on."""
+
     @contextmanager
     def loaded(self, block: Block, following: Block | None) -> Iterator[None]:
         """Within the scope, ``block`` is in memory; ``following`` is the one that will be loaded next."""
+        yield
+
+    @contextmanager
+    def ending(self, blocks: Sequence[Block]) -> Iterator[None]:
+        """Within the scope, all of the model but its ``blocks`` is in memory: embeddings, norm and head."""
         yield
 
     def store(self, block: Block, names: Collection[str]) -> None:
@@ -124,6 +137,16 @@ class JournaledStore(BlockStore):
     def records(self) -> list[LayerRecord]:
         """The records of the finished blocks. Raises OutputError where a file is missing or damaged."""
         return self.world.from_first(self.journal.records)
+
+    def recall(self, name: str) -> bytes | None:
+        """What the journal has under ``name``. Raises OutputError where it is missing or damaged."""
+        return self.world.from_first(lambda: self.journal.kept(name))
+
+    def remember(self, name: str, content: bytes) -> None:
+        """Keep it beside the journal. Raises OutputError."""
+        with self.world.together():
+            if self.world.leads:
+                self.journal.remember(name, content)
 
     def hidden_states(
         self,
@@ -272,6 +295,11 @@ class StreamedStore(JournaledStore):
         with self.streamed.loaded(block.name, device=self.device):
             if following is not None and self.device.type != "cpu":
                 self.streamed.prefetch(following.name)
+            yield
+
+    @contextmanager
+    def ending(self, blocks: Sequence[Block]) -> Iterator[None]:
+        with self.streamed.loaded("", without=[block.name for block in blocks], device=self.device):
             yield
 
     def store(self, block: Block, names: Collection[str]) -> None:

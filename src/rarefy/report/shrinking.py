@@ -32,7 +32,25 @@ def shrinking(runs: Sequence[RunView]) -> list[Part]:
             for key, name in _ROWS
         ]
         parts.append(Part(heading=view.label, text=_text(facts), rows=rows, pictures=_pictures(facts, view.label)))
+        if facts.get("search"):
+            parts.append(_search(facts["search"], view.label))
     return parts
+
+
+def _search(search: Mapping[str, Any], label: str) -> Part:
+    """The candidates of a search that were made on all windows, the best first."""
+    last = max(one["round"] for one in search["candidates"])
+    final = [one for one in search["candidates"] if one["round"] == last and one["kl"] is not None]
+    rows = [["blocks removed", "KV heads of each block", "MLP neurons of each block", "KL, nats"]]
+    rows += [
+        [*(f"{one[key]:,}" for key in ("blocks", "heads", "neurons")), three_digits(one["kl"])]
+        for one in sorted(final, key=lambda one: float(one["kl"]))
+    ]
+    text = (
+        f"{len(search['candidates'])} models of at most {search['size']:.1%} of the parameters were made, these of "
+        "them with all windows."
+    )
+    return Part(heading=f"search of {label}", text=text, rows=rows)
 
 
 def _text(facts: Mapping[str, Any]) -> str:

@@ -48,6 +48,7 @@ _ERRORS: dict[str, type[InputError]] = {
     "sparsity": PatternError,
     "pattern": PatternError,
     "scope": PatternError,
+    "along": PatternError,
 }
 
 Number = Annotated[float, BeforeValidator(_no_bool)]
@@ -70,6 +71,7 @@ class Recipe(BaseModel):
         None, ge=0, lt=1, allow_inf_nan=False, description="a number in [0, 1), the fraction of zeros"
     )
     pattern: str | None = Field(None, description="text such as 2:4")
+    along: Literal["inputs", "neurons"] = Field("inputs", description="inputs or neurons")
     scope: Literal["layer", "row"] | None = Field(None, description="layer or row")
     calibration: str | None = Field(None, min_length=1, description="a source of text, such as self or a .txt file")
     text_column: str | None = Field(None, min_length=1, description="the name of a column of the calibration's rows")
@@ -108,6 +110,7 @@ class Recipe(BaseModel):
         base = read_yaml(file) if file else {}
         if "sparsity" in options:
             base.pop("pattern", None)
+            base.pop("along", None)
         if "pattern" in options:
             base.pop("sparsity", None)
             base.pop("scope", None)
@@ -151,6 +154,12 @@ class Recipe(BaseModel):
         if not is_allocation(recipe.allocation):
             kind = RecipeError if from_file("allocation") else InputError
             raise kind(written("allocation"), recipe.allocation, ALLOWED)
+        plain = recipe.pattern is not None and not parse_pattern(recipe.pattern)[2]
+        if recipe.along == "neurons" and not (plain and recipe.allocation == "uniform"):
+            raise PatternError.sentence(
+                f"{written('along')} is 'neurons', which goes with an N:M {written('pattern')} that is the same for "
+                "all layers."
+            )
         if ":" in recipe.method and from_file("method") and not allow_code:
             raise RecipeError.sentence(
                 f"{written('method')} is {recipe.method!r}, which is code from outside Rarefy: --allow-code lets a "
@@ -160,11 +169,10 @@ class Recipe(BaseModel):
             parts = check(recipe.method, recipe.settings)
         except MethodError as error:
             raise MethodError.sentence(_named(str(error), written)) from None
-        apart = next((part for part in parts if part.row_by_row), None)
-        if apart and recipe.pattern is not None and parse_pattern(recipe.pattern)[2]:
-            raise PatternError.sentence(
-                f"{written('pattern')} {recipe.pattern} does not go with {apart}, which moves weights within a row: "
-                "columns are counted, too."
+        if recipe.drift and recipe.refresh:
+            raise InputError.sentence(
+                f"{written('drift')} does not go with {written('refresh')}: the drift is that of a block's inputs "
+                "before it is pruned, and refreshed Grams are of others."
             )
         if recipe.match and any(part.comes_last for part in parts):
             raise InputError.sentence(

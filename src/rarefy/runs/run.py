@@ -22,6 +22,7 @@ from rarefy.errors import InputError, ModelError, OutputError, RankError, Rarefy
 from rarefy.models.memory import peak_bytes
 from rarefy.parallel.world import World
 from rarefy.pruning.loop import prune_blocks
+from rarefy.pruning.precision import compute_dtype, compute_words
 from rarefy.pruning.records import Report
 from rarefy.pruning.stores import keep_windows
 from rarefy.runs.card import base_model, model_card
@@ -150,6 +151,8 @@ def execute(
     with clock.stage("load"), world.together():
         model = open_model(plan, events)
     events.note(calibration_words(plan.recipe) + ("" if chosen else " (the default)"))
+    if words := compute_words(model.dtype, plan.device):
+        events.note(words)
     with clock.stage("texts"), world.together():
         if world.leads and texts:
             model.write_dense_texts()
@@ -217,7 +220,7 @@ def _journal(plan: Plan, folder: RunFolder, windows: torch.Tensor, events: Event
     def keep(error: BaseException) -> bool:
         # The same command would end in the same way unless it is the machine that fails.
         again = isinstance(error, RarefyError) and not isinstance(error, OutputError | ModelError | RankError)
-        return not opened or (journal.finished > 0 and not again)
+        return not opened or (journal.goes_on and not again)
 
     with folder.writing(keep) if world.leads else nullcontext():
         with world.together():
@@ -235,7 +238,7 @@ def _journal(plan: Plan, folder: RunFolder, windows: torch.Tensor, events: Event
             if not keep(error):
                 journal.remove()
             elif not isinstance(error, OutputError | RankError):  # whose sentences say it
-                events.note(f"{finished_blocks(journal.finished)} kept, and the same command goes on from there")
+                events.note(f"{journal.kept_words} kept, and the same command goes on from there")
             raise
         finally:
             journal.close()
@@ -292,7 +295,7 @@ def _facts(plan: Plan, report: Report, command: Sequence[str], began: datetime, 
         "method": report.method,
         "paper": plan.method.paper,
         "pattern": report.pattern,
-        "pattern_spec": plan.pattern.spec(),
+        "pattern_spec": plan.pattern.spec() if plan.recipe.along == "inputs" else {},
         "pattern_words": plan.pattern_of.describe(),
         "allocation": recipe.allocation,
         "layers": len(report.layers),
@@ -305,6 +308,7 @@ def _facts(plan: Plan, report: Report, command: Sequence[str], began: datetime, 
         "seed": recipe.seed,
         "device": str(plan.device),
         "dtype": str(dtype).removeprefix("torch."),
+        "compute_dtype": str(compute_dtype(dtype, plan.device)).removeprefix("torch."),
         "calibration": {
             "source": recipe.calibration,
             "num_samples": recipe.num_samples,

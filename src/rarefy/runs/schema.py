@@ -105,10 +105,26 @@ class _Exit(_Content):
     error: float
 
 
+class _Candidate(_Content):
+    blocks: Count
+    heads: Count
+    neurons: Count
+    round: Count
+    remove: list[Count]
+    kl: float | None
+
+
+class _Search(_Content):
+    size: float
+    best: _Candidate
+    candidates: list[_Candidate]
+
+
 class _Shrink(_Content):
     before: _Size
     after: _Size
     repair: bool
+    search: _Search | None = None
     blocks: _Blocks | None
     parts: list[_Exit]
 

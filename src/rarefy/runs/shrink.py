@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from rarefy.errors import VerificationError
+from rarefy.errors import ModelError, OutputError, RarefyError, VerificationError
 from rarefy.models.memory import give_back, peak_bytes
+from rarefy.pruning.stores import keep_windows, kept_windows
 from rarefy.runs.card import base_model, model_card
 from rarefy.runs.events import Events, Silent
 from rarefy.runs.fingerprint import versions
 from rarefy.runs.folder import RunFolder
+from rarefy.runs.shrink_journal import ShrinkJournal
 from rarefy.runs.shrink_plan import ShrinkPlan, make_shrink_plan
 from rarefy.runs.shrink_recipe import ShrinkRecipe
 from rarefy.runs.verify import count_tensors, inspect_folder
@@ -34,10 +36,14 @@ _SAME = 1e-3
 
 @dataclass(frozen=True)
 class ShrinkResult:
-    """What a run left: its folder, and what ``run.json`` says of it."""
+    """What a run left: its folder, and what ``run.json`` says of it.
+
+    ``went_on`` is True where it had been finished before and only its journal was left to remove.
+    """
 
     folder: RunFolder
     facts: Mapping[str, Any]
+    went_on: bool = False
 
 
 def shrink(
@@ -46,7 +52,8 @@ def shrink(
     """Remove blocks, KV heads and MLP neurons of a model, as ``rarefy shrink`` does, into folder ``output``.
 
     ``recipe`` is a ``ShrinkRecipe``, its keys in a mapping, or the path of a YAML file. What is written is the
-    ordinary folder of a smaller model, which needs no Rarefy.
+    ordinary folder of a smaller model, which needs no Rarefy. A run that was killed goes on with all that it had
+    measured and the blocks that it had repaired, and ends with the same bits.
 
     Raises InputError for mistakes, before a model is loaded, ModelError where a removal has no stock form,
     VerificationError where the written model is not the one in memory.
@@ -69,15 +76,44 @@ def execute_shrinking(
 
     Errors are those of ``shrink``.
     """
-    with folder.writing():
-        return _Run(plan, folder, events, texts).carry_out(command)
+    if folder.run.is_file():
+        return _end_finished(plan, folder)
+    journal = ShrinkJournal(folder.path)
+
+    def keep(error: BaseException) -> bool:
+        # The same command would end in the same way unless it is the machine that fails.
+        again = isinstance(error, RarefyError) and not isinstance(error, OutputError | ModelError)
+        return not journal.opened or (journal.has_something and not again)
+
+    with folder.writing(keep), journal:
+        try:
+            journal.open(plan.fingerprint())
+            return _Run(plan, folder, journal, events, texts).carry_out(command)
+        except BaseException as error:
+            if not keep(error):
+                journal.remove()
+            elif journal.opened and not isinstance(error, OutputError):
+                events.note("what has been measured is kept, and the same command goes on from there")
+            raise
+
+
+def _end_finished(plan: ShrinkPlan, folder: RunFolder) -> ShrinkResult:
+    """Remove the journal of a run that was killed when nothing else was left to do."""
+    if not folder.recipe.is_file() or folder.recipe.read_bytes() != plan.recipe.to_yaml().encode():
+        raise OutputError("--output", str(folder.path), "a new or empty folder; this one holds another run")
+    facts = folder.read_run()
+    ShrinkJournal(folder.path).remove()
+    folder.remove_partial()
+    return ShrinkResult(folder, facts, went_on=True)
 
 
 class _Run:
     """The stages of one run, and the seconds they took."""
 
-    def __init__(self, plan: ShrinkPlan, folder: RunFolder, events: Events, texts: bool) -> None:
-        self.plan, self.folder, self.events, self.texts = plan, folder, events, texts
+    def __init__(
+        self, plan: ShrinkPlan, folder: RunFolder, journal: ShrinkJournal, events: Events, texts: bool
+    ) -> None:
+        self.plan, self.folder, self.journal, self.events, self.texts = plan, folder, journal, events, texts
         self.seconds: dict[str, float] = {}
         self._clock = self._started = time.perf_counter()
 
@@ -92,12 +128,18 @@ class _Run:
         dense_texts = self._texts_of(model, tokenizer)
         windows = self._windows(model)
         self._lap("text")
+        if self.journal.has_something:
+            self.events.note("the run goes on with what has been measured before")
         shrinking: dict[str, Any] = {}
+        searched: tuple[int, ...] | None = None
+        if plan.space:
+            plan, searched, shrinking["search"] = self._search(model, windows)
+            self._lap("search")
         if plan.remove_blocks:
-            model, shrinking["blocks"] = self._without_blocks(model, windows)
+            model, shrinking["blocks"] = self._without_blocks(model, windows, plan, searched)
             self._lap("blocks")
         if plan.keep:
-            model, shrinking["parts"] = self._without_parts(model, windows)
+            model, shrinking["parts"] = self._without_parts(model, windows, plan)
             self._lap("parts")
         texts = self._texts_of(model, tokenizer)
         self._write(model, tokenizer)
@@ -106,13 +148,15 @@ class _Run:
         self._lap("verify")
         from rarefy.structure.size import size_of
 
-        facts = self._facts(command, began, shrinking, windows, str(dtype).removeprefix("torch."))
+        facts = self._facts(command, began, shrinking, windows, removed_words(plan))
         facts["shrink"] |= {"after": size_of(model).to_dict()}
+        facts |= {"dtype": str(dtype).removeprefix("torch.")}
         facts |= {"tensors": tensors, "dense_texts": dense_texts, "texts": texts}
         facts |= {"peak_bytes": peak_bytes(plan.device), "finished": _iso(datetime.now(UTC))}
         facts |= {"seconds": {**self.seconds, "total": round(time.perf_counter() - self._started, 3)}}
         self.folder.write_card(model_card(facts))
         self.folder.write_run(facts)
+        self.journal.remove()
         return ShrinkResult(self.folder, facts)
 
     def _lap(self, stage: str) -> None:
@@ -129,33 +173,82 @@ class _Run:
     def _windows(self, model: PreTrainedModel) -> Tensor:
         if self.plan.windows is not None:
             return self.plan.windows
+        found = kept_windows(self.folder.path)
+        if found is not None:
+            return found
         from rarefy.calibration.self_text import write_text
 
         recipe = self.plan.recipe
         assert recipe.num_samples is not None
         assert recipe.sequence_length is not None
         with self.events.watch("writing tokens") as watch:
-            return write_text(model, recipe.num_samples, recipe.sequence_length, recipe.seed, progress=watch)
+            found = write_text(model, recipe.num_samples, recipe.sequence_length, recipe.seed, progress=watch)
+        keep_windows(self.folder.path, found)
+        return found
 
-    def _without_blocks(self, model: PreTrainedModel, windows: Tensor) -> tuple[PreTrainedModel, dict[str, Any]]:
-        """The model without the blocks that the rule chooses, and what ``run.json`` says of them."""
+    def _search(self, model: PreTrainedModel, windows: Tensor) -> tuple[ShrinkPlan, tuple[int, ...], dict[str, Any]]:
+        """The plan with the counts that the search finds, the blocks to remove, and what ``run.json`` says of it."""
         from rarefy.structure.depth import BlockSets
-        from rarefy.structure.rules import choose_blocks
-        from rarefy.structure.shrink import Removal
-        from rarefy.structure.shrink import shrink as shrunk
+        from rarefy.structure.search import block_sets, search_counts
 
-        recipe = self.plan.recipe
+        recipe, candidates = self.plan.recipe, self.plan.candidates
+        sets = BlockSets(model, windows, recipe.batch_size, self.journal.memo)
         with self.events.watch("choosing blocks") as watch:
-            sets = BlockSets(model, windows, recipe.batch_size)
-            chosen = choose_blocks(
+            remove = block_sets(
                 sets,
-                self.plan.remove_blocks,
+                [counts.blocks for counts in candidates],
                 recipe.by,
                 seed=recipe.seed,
                 generations=recipe.generations,
                 offspring=recipe.offspring,
+                steps=recipe.steps,
                 watch=watch,
             )
+        with self.events.watch("searching for the counts") as watch:
+            found = search_counts(
+                sets,
+                candidates,
+                remove,
+                choice=recipe.choose,
+                repair=recipe.repair,
+                damping=recipe.damping,
+                watch=watch,
+            )
+        facts = {
+            "size": recipe.size,
+            "best": found.best.to_dict(),
+            "candidates": [one.to_dict() for one in found.all],
+            "rounds": [asdict(one) for one in self.plan.rounds],
+            "block_tokens": found.block_tokens,
+        }
+        return self.plan.with_counts(found.best.counts), found.best.remove, facts
+
+    def _without_blocks(
+        self, model: PreTrainedModel, windows: Tensor, plan: ShrinkPlan, searched: tuple[int, ...] | None
+    ) -> tuple[PreTrainedModel, dict[str, Any]]:
+        """The model without the blocks that the rule chooses, or a search, and what ``run.json`` says of them."""
+        from rarefy.structure.depth import BlockSets
+        from rarefy.structure.rules import Chosen, choose_blocks
+        from rarefy.structure.shrink import Removal
+        from rarefy.structure.shrink import shrink as shrunk
+
+        recipe = plan.recipe
+        sets = BlockSets(model, windows, recipe.batch_size, self.journal.memo)
+        if searched is not None:
+            left = [index for index in range(sets.number) if index not in searched]
+            chosen = Chosen(searched, sets.measure(left), block_tokens=sets.block_tokens)
+        else:
+            with self.events.watch("choosing blocks") as watch:
+                chosen = choose_blocks(
+                    sets,
+                    plan.remove_blocks,
+                    recipe.by,
+                    seed=recipe.seed,
+                    generations=recipe.generations,
+                    offspring=recipe.offspring,
+                    steps=recipe.steps,
+                    watch=watch,
+                )
         kept = tuple(index for index in range(sets.number) if index not in chosen.remove)
         smaller = shrunk(model, Removal(kept))
         sets.confirm(smaller, kept)
@@ -169,18 +262,18 @@ class _Run:
             "block_tokens": chosen.block_tokens,
         }
 
-    def _without_parts(self, model: PreTrainedModel, windows: Tensor) -> tuple[PreTrainedModel, list[dict[str, Any]]]:
+    def _without_parts(
+        self, model: PreTrainedModel, windows: Tensor, plan: ShrinkPlan
+    ) -> tuple[PreTrainedModel, list[dict[str, Any]]]:
         """The model without the neurons and heads that are chosen, and a record of every exit."""
         from rarefy.structure.parts import find_parts
         from rarefy.structure.shrink import Removal, with_order
         from rarefy.structure.shrink import shrink as shrunk
         from rarefy.structure.width import remove_parts
 
-        recipe = self.plan.recipe
+        recipe = plan.recipe
         probe = windows[:1, :_PROBE]
-        wanted = [
-            (with_order(model, find_parts(model, kind), probe), kept) for kind, (kept, _) in self.plan.keep.items()
-        ]
+        wanted = [(with_order(model, find_parts(model, kind), probe), kept) for kind, (kept, _) in plan.keep.items()]
         with self.events.watch("removing heads and neurons") as watch:
             parts, records = remove_parts(
                 model,
@@ -190,6 +283,7 @@ class _Run:
                 repair=recipe.repair,
                 choice=recipe.choose,
                 damping=recipe.damping,
+                finished=self.journal,
                 watch=watch,
             )
         blocks = tuple(range(int(model.config.num_hidden_layers)))
@@ -226,7 +320,7 @@ class _Run:
         return count_tensors(inspection.tensors)
 
     def _facts(
-        self, command: Sequence[str], began: datetime, shrinking: dict[str, Any], windows: Tensor, dtype: str
+        self, command: Sequence[str], began: datetime, shrinking: dict[str, Any], windows: Tensor, removed: str
     ) -> dict[str, Any]:
         """What ``run.json`` and the model card say."""
         plan, recipe, source = self.plan, self.plan.recipe, self.plan.source
@@ -237,9 +331,9 @@ class _Run:
             "base_model": base_model(source.name, source.kind, source.path),
             "method": "shrink",
             "paper": "",
-            "pattern": removed_words(plan),
+            "pattern": removed,
             "pattern_spec": {},
-            "pattern_words": removed_words(plan),
+            "pattern_words": removed,
             "layers": 0,
             "failed": [],
             "size": 0,
@@ -249,7 +343,6 @@ class _Run:
             "balanced_error": None,
             "seed": recipe.seed,
             "device": str(plan.device),
-            "dtype": dtype,
             "processes": 1,
             "calibration": {
                 "source": recipe.calibration,
@@ -261,6 +354,7 @@ class _Run:
                 "before": plan.before.to_dict(),
                 "repair": recipe.repair,
                 "choose": recipe.choose,
+                "search": None,
                 "blocks": None,
                 "parts": [],
                 **shrinking,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from rarefy.calibration.sources import SELF, parse_source
@@ -17,7 +17,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from rarefy.models.source import ModelSource
+    from rarefy.runs.fingerprint import Fingerprint
+    from rarefy.structure.counts import Counts, Space
     from rarefy.structure.parts import Kind
+    from rarefy.structure.search import Round
     from rarefy.structure.size import Size
 
 
@@ -25,7 +28,8 @@ if TYPE_CHECKING:
 class ShrinkPlan:
     """A checked recipe with what follows from it. ``windows`` are None where the model writes them itself.
 
-    ``remove_blocks`` is how many, ``keep`` of each kind of parts how many every block keeps, of how many.
+    ``remove_blocks`` is how many, ``keep`` of each kind of parts how many every block keeps, of how many. Where a
+    search finds them, both are empty, ``space`` is what it searches, and ``after`` is None.
     """
 
     recipe: ShrinkRecipe
@@ -35,7 +39,41 @@ class ShrinkPlan:
     remove_blocks: int
     keep: dict[Kind, tuple[int, int]]
     before: Size
-    after: Size
+    after: Size | None
+    space: Space | None = None
+
+    def fingerprint(self) -> Fingerprint:
+        """All that the result depends on; text that the model writes itself follows from it."""
+        import torch
+
+        from rarefy.runs.fingerprint import Fingerprint, versions
+
+        made_by = {name: versions()[name] for name in ("rarefy", "torch", "transformers")}
+        settings = self.recipe.model_dump() | {"device": self.device.type, **made_by}
+        windows = torch.empty(0, 0, dtype=torch.int64) if self.windows is None else self.windows
+        return Fingerprint.of(settings, self.source.path, windows)
+
+    @property
+    def candidates(self) -> list[Counts]:
+        """The counts that a search tries; empty where there is none."""
+        return self.space.drawn(self.recipe.candidates, self.recipe.seed) if self.space else []
+
+    @property
+    def rounds(self) -> list[Round]:
+        """The rounds of a search; empty where there is none."""
+        from rarefy.structure.search import plan_rounds
+
+        recipe = self.recipe
+        assert recipe.num_samples is not None
+        return plan_rounds(self.candidates, recipe.num_samples, recipe.batch_size) if self.space else []
+
+    def with_counts(self, counts: Counts) -> ShrinkPlan:
+        """The plan of a search that is over: these are removed."""
+        assert self.space is not None
+        kinds: tuple[Kind, ...] = ("heads", "neurons")
+        numbers = self.space.numbers
+        keep = {kind: (numbers[kind] - counts.of(kind), numbers[kind]) for kind in kinds if counts.of(kind)}
+        return replace(self, remove_blocks=counts.blocks, keep=keep)
 
 
 def make_shrink_plan(recipe: ShrinkRecipe) -> ShrinkPlan:
@@ -59,8 +97,19 @@ def make_shrink_plan(recipe: ShrinkRecipe) -> ShrinkPlan:
     recipe = recipe.resolved(source.context)
     model = source.skeleton()
     blocks = find_blocks(model)
-    remove = _number_of_blocks(recipe.blocks, len(blocks))
-    smaller, keep = _smaller(model, recipe, remove)
+    space: Space | None = None
+    after: Size | None = None
+    keep: dict[Kind, tuple[int, int]] = {}
+    remove = 0
+    if recipe.search:
+        from rarefy.structure.counts import find_space
+
+        assert recipe.size is not None
+        space = find_space(model, recipe.size, recipe.among, recipe.multiple)
+    else:
+        remove = _number_of_blocks(recipe.blocks, len(blocks))
+        smaller, keep = _smaller(model, recipe, remove)
+        after = size_of(smaller)
     check_blocks(model, blocks)
     windows = None
     if text is not SELF:
@@ -71,7 +120,7 @@ def make_shrink_plan(recipe: ShrinkRecipe) -> ShrinkPlan:
         windows = draw_windows(tokens, num, length, recipe.seed, bos_id, name=f"the text of {text.name}")
     else:
         recipe = recipe.model_copy(update={"bos": False})  # what the model writes begins with it anyway
-    return ShrinkPlan(recipe, source, device, windows, remove, keep, size_of(model), size_of(smaller))
+    return ShrinkPlan(recipe, source, device, windows, remove, keep, size_of(model), after, space)
 
 
 def _number_of_blocks(said: float | None, blocks: int) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -28,18 +28,25 @@ _SHARE = "a share between 0 and 1"
 class ShrinkRecipe(BaseModel):
     """What is removed from a model, and how it is chosen. A field's description is what its errors say is allowed.
 
-    None means "not said"; of ``blocks``, ``heads`` and ``neurons`` at least one is.
+    None means "not said"; of ``blocks``, ``heads`` and ``neurons`` at least one is, or else ``search`` and ``size``.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     model: str = Field(min_length=1, description="a hub id, a local folder, a .gguf file, or smollm2")
     blocks: Number | None = Field(None, gt=0, allow_inf_nan=False, description=f"{_WHOLE} 1, or {_SHARE}")
-    by: Literal["kl", "perplexity", "taylor", "greedy", "search"] = Field(
-        "greedy", description="kl, perplexity, taylor, greedy or search"
+    by: Literal["kl", "perplexity", "taylor", "greedy", "search", "policy-gradient"] = Field(
+        "greedy", description="kl, perplexity, taylor, greedy, search or policy-gradient"
     )
     generations: Whole = Field(32, ge=1, description=f"{_WHOLE} 1")
     offspring: Whole = Field(16, ge=1, description=f"{_WHOLE} 1")
+    steps: Whole = Field(500, ge=1, description=f"{_WHOLE} 1")
+    search: bool = Field(False, description="true or false")
+    size: Number | None = Field(None, gt=0, lt=1, description=_SHARE)
+    among: tuple[Literal["blocks", "heads", "neurons"], ...] = Field(
+        (), description="some of blocks, heads and neurons"
+    )
+    candidates: Whole = Field(32, ge=1, description=f"{_WHOLE} 1")
     heads: Number | None = Field(None, gt=0, lt=1, description=_SHARE)
     neurons: Number | None = Field(None, gt=0, lt=1, description=_SHARE)
     multiple: Whole = Field(64, ge=1, description=f"{_WHOLE} 1 (neurons)")
@@ -92,12 +99,30 @@ class ShrinkRecipe(BaseModel):
 
     def _check(self, written: Callable[[str], str]) -> None:
         """What one key says of another."""
-        if self.blocks is None and self.heads is None and self.neurons is None:
+        said = [key for key in ("blocks", "heads", "neurons") if getattr(self, key) is not None]
+        if self.search:
+            self._check_search(written, said)
+        elif self.size is not None or self.among:
+            key = "size" if self.size is not None else "among"
+            raise InputError.sentence(f"{written(key)} goes with --search, which finds how much of each kind goes.")
+        elif not said:
             raise InputError.sentence(
-                "Nothing is to be removed: --blocks, --heads or --neurons says what, and how much of it."
+                "Nothing is to be removed: --blocks, --heads or --neurons says what, and how much of it; or --search "
+                "with --size."
             )
         if self.blocks is not None and self.blocks >= 1 and self.blocks != int(self.blocks):
             raise InputError(written("blocks"), self.blocks, f"{_WHOLE} 1, or {_SHARE}")
+
+    def _check_search(self, written: Callable[[str], str], said: Sequence[str]) -> None:
+        if self.size is None:
+            raise InputError.sentence(
+                f"{written('search')} goes with --size, the share of the parameters that is left, such as 0.8."
+            )
+        if said:
+            raise InputError.sentence(
+                f"{written('search')} finds by itself how much goes, so {written(said[0])} cannot be said, too; "
+                "--among names the kinds that may go."
+            )
 
     def resolved(self, context: int | None) -> Self:
         """The same recipe with all defaults. Raises InputError where windows exceed the model's ``context``."""
@@ -111,4 +136,5 @@ class ShrinkRecipe(BaseModel):
     def to_yaml(self) -> str:
         """The recipe as YAML that ``read`` reads back; what is not said is left out."""
         values = self.model_dump(exclude_none=True)
+        values["among"] = list(self.among)  # YAML has no tuples
         return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, default_flow_style=False)

@@ -6,7 +6,7 @@ is known from one pass, so that L blocks take L + L (L - 1) / 2 block passes ins
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +22,7 @@ from rarefy.errors import ModelError
 from rarefy.layer.passes import row_dots
 from rarefy.models.blocks import find_blocks
 from rarefy.models.head import base_output, head_alone, predicting, vocabulary_size
+from rarefy.structure.memo import Memo
 
 #: Logits of this many bytes exist at once in float32.
 LOGIT_BYTES = 64 * 2**20
@@ -29,6 +30,9 @@ LOGIT_BYTES = 64 * 2**20
 #: Tokens on which a smaller model is compared with the dense one, and how far they may be apart: both do the same
 #: products in the same order, but for what a model derives from the number of its blocks.
 _PROBE, _SAME = 32, 1e-3
+
+#: In a memo, the tokens times blocks that what is in it took.
+_TOKENS = "block_tokens"
 
 Progress = Callable[[int, int], None]
 
@@ -46,58 +50,103 @@ class BlockSets:
 
     What enters the dense model's head (or its logits, where the head does not stand alone) is kept of all windows.
     ``block_tokens`` counts tokens times the blocks that they went through, the measure of what a search costs.
-    Raises ModelError where the model does not run its blocks one after the other.
+    What is in ``memo`` is not measured again, and counts as it did. Raises ModelError where the model does not run
+    its blocks one after the other.
     """
 
-    def __init__(self, model: PreTrainedModel, windows: Int64[Tensor, "num length"], batch_size: int = 4) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        windows: Int64[Tensor, "num length"],
+        batch_size: int = 4,
+        memo: Memo | None = None,
+    ) -> None:
         self.model, self.windows, self.batch_size = model, windows, batch_size
         self.blocks = [block.module for block in find_blocks(model)]
+        self.memo = Memo() if memo is None else memo
         self.block_tokens = 0
         self._output: Any = None  # what a block puts out, for its form
         self._forwards = [block.forward for block in self.blocks]
         with torch.no_grad():
             self._alone = head_alone(model, windows)
-            self._dense = [self._rows(ids, _Run(range(len(self.blocks)))) for ids in self._batches(len(windows))]
-        self._known: dict[tuple[int, frozenset[int]], Distance] = {}
+            everything = range(len(self.blocks))
+            self._dense = [self._rows(self._ids(batch), _Run(everything)) for batch in range(self.num_batches)]
+        self.block_tokens = int(self.memo.get(_TOKENS, self.block_tokens))
 
     @property
     def number(self) -> int:
         """How many blocks the dense model has."""
         return len(self.blocks)
 
+    @property
+    def num_batches(self) -> int:
+        """In how many batches the windows are measured."""
+        return self._batches(len(self.windows))
+
     def measure(self, kept: Collection[int], num_windows: int | None = None) -> Distance:
-        """The distance of the model with these blocks only, on the first ``num_windows`` windows (None: all)."""
+        """The distance of the model with these blocks only, on the first ``num_windows`` windows (None: all).
+
+        Batches are whole, so that it may be a few windows more.
+        """
         num = num_windows or len(self.windows)
-        key = num, frozenset(kept)
-        if key not in self._known:
-            with torch.no_grad():
-                sums = [
-                    self._compare([self._rows(ids, _Run(kept))], dense, ids)[0]
-                    for ids, dense in zip(self._batches(num), self._dense)
-                ]
-            self._known[key] = self._mean(sums)
-        return self._known[key]
+        return self._remembered(_key(f"{num} windows", kept), lambda: self._sums(range(self._batches(num)), kept))
+
+    def measure_batch(self, kept: Collection[int], batch: int) -> Distance:
+        """The distance of the model with these blocks only, on one of the batches of windows."""
+        return self._remembered(_key(f"batch {batch}", kept), lambda: self._sums([batch], kept))
+
+    def measure_model(self, model: PreTrainedModel, num_windows: int | None = None) -> Distance:
+        """The distance of a model with the dense one's head, and other blocks; windows as for ``measure``."""
+        number, sums = len(find_blocks(model)), []
+        with torch.no_grad():
+            for batch in range(self._batches(num_windows or len(self.windows))):
+                ids = self._ids(batch)
+                hidden = base_output(model, ids) if self._alone else model(input_ids=ids, use_cache=False).logits
+                sums += self._compare([predicting(hidden)], self._dense[batch], ids)
+                self.block_tokens += ids.numel() * number
+        return self._mean(sums)
 
     def without_each(self, kept: Sequence[int], progress: Progress | None = None) -> dict[int, Distance]:
         """The distance with each one of the ``kept`` blocks left out, by its index."""
+        keys = {index: _key(f"{len(self.windows)} windows", {*kept} - {index}) for index in kept}
+        if not all(key in self.memo for key in keys.values()):
+            sums = self._without_each(kept, progress)
+            self._remember({keys[index]: self._mean(of) for index, of in sums.items()})
+        return {index: Distance(*self.memo[key]) for index, key in keys.items()}
+
+    def _without_each(
+        self, kept: Sequence[int], progress: Progress | None
+    ) -> dict[int, list[tuple[float, float, int]]]:
         sums: dict[int, list[tuple[float, float, int]]] = {index: [] for index in kept}
-        batches = list(self._batches(len(self.windows)))
+        number = self.num_batches
         with torch.no_grad():
-            for done, (ids, dense) in enumerate(zip(batches, self._dense)):
-                whole = _Run(kept, keeps_entries=True)
+            for batch in range(number):
+                ids, whole = self._ids(batch), _Run(kept, keeps_entries=True)
                 self._rows(ids, whole)
                 found = []
                 for index in kept:
                     left = [other for other in kept if other != index]
                     found.append(self._rows(ids, _Run(left, first=index, entry=whole.entries.pop(index))))
-                for index, one in zip(kept, self._compare(found, dense, ids)):
+                for index, one in zip(kept, self._compare(found, self._dense[batch], ids)):
                     sums[index].append(one)
                 if progress:
-                    progress(done + 1, len(batches))
-        distances = {index: self._mean(of) for index, of in sums.items()}
-        for index, distance in distances.items():
-            self._known[len(self.windows), frozenset(kept) - {index}] = distance
-        return distances
+                    progress(batch + 1, number)
+        return sums
+
+    def _sums(self, batches: Iterable[int], kept: Collection[int]) -> list[tuple[float, float, int]]:
+        with torch.no_grad():
+            return [
+                self._compare([self._rows(self._ids(batch), _Run(kept))], self._dense[batch], self._ids(batch))[0]
+                for batch in batches
+            ]
+
+    def _remembered(self, key: str, found: Callable[[], Sequence[tuple[float, float, int]]]) -> Distance:
+        if key not in self.memo:
+            self._remember({key: self._mean(found())})
+        return Distance(*self.memo[key])
+
+    def _remember(self, found: Mapping[str, Distance]) -> None:
+        self.memo.keep({key: [one.kl, one.loss] for key, one in found.items()} | {_TOKENS: self.block_tokens})
 
     def confirm(self, smaller: PreTrainedModel, kept: Collection[int]) -> None:
         """Raise ModelError unless a model of the ``kept`` blocks alone computes what was measured of them."""
@@ -112,10 +161,12 @@ class BlockSets:
                 "blocks handing their input on, so that Rarefy cannot remove them."
             )
 
-    def _batches(self, num: int) -> Iterator[Tensor]:
-        # Batches are always the same, as the dense model's rows are kept of each.
-        for start in range(0, num, self.batch_size):
-            yield self.windows[start : start + self.batch_size].to(self.model.device)
+    def _batches(self, num: int) -> int:
+        """How many batches the first ``num`` windows are in; always the same ones, as the dense rows are of each."""
+        return -(-num // self.batch_size)
+
+    def _ids(self, batch: int) -> Tensor:
+        return self.windows[batch * self.batch_size :][: self.batch_size].to(self.model.device)
 
     def _rows(self, ids: Tensor, run: _Run) -> Float[Tensor, "rows _"]:
         """What enters the head at the predicted positions, or the logits, of a model of which a part runs."""
@@ -202,6 +253,10 @@ class _Run:
         self.kept, self.first, self.entry, self.keeps_entries = frozenset(kept), first, entry, keeps_entries
         self.entries: dict[int, Tensor] = {}
         self.called: list[int] = []
+
+
+def _key(windows: str, kept: Collection[int]) -> str:
+    return f"{windows}, blocks {','.join(map(str, sorted(kept)))}"
 
 
 def lowest(scores: Mapping[int, float], num: int) -> list[int]:

@@ -7,6 +7,7 @@
 | taylor     | sum of abs(w dL/dw) over its weights                 | Shortened LLaMA, with protected ends    |
 | greedy     | as kl, again after every block that is removed       | ours                                    |
 | search     | KL of whole sets, which mutate                       | EvoPress, arXiv 2410.14649, blocks only |
+| policy-gradient | how often it is kept, as random sets teach (policy.py) | arXiv 2406.10576, for blocks     |
 
 The search is (1 + offspring) evolution: of a set, up to three blocks are exchanged with removed ones; the offspring
 are measured on a few windows, the best of them on all, and it replaces its parent where it is nearer to the dense
@@ -21,7 +22,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Int64
@@ -31,9 +32,10 @@ from transformers import PreTrainedModel
 from rarefy.errors import InputError
 from rarefy.models.blocks import find_blocks
 from rarefy.structure.depth import BlockSets, Distance, lowest
+from rarefy.structure.policy import policy_gradient
 
-Rule = Literal["kl", "perplexity", "taylor", "greedy", "search"]
-RULES: tuple[Rule, ...] = ("kl", "perplexity", "taylor", "greedy", "search")
+Rule = Literal["kl", "perplexity", "taylor", "greedy", "search", "policy-gradient"]
+RULES: tuple[Rule, ...] = get_args(Rule)
 
 #: Shortened LLaMA's "+": blocks at both ends that Taylor scores, which are low there without reason, never remove.
 TAYLOR_ENDS = (4, 2)
@@ -57,8 +59,8 @@ class Chosen:
     block_tokens: int = 0
 
 
-def _silent(done: int, total: int, note: str) -> None:
-    """Nobody watches."""
+def silent(done: int, total: int, note: str) -> None:
+    """A ``Watch`` that ignores how far it is."""
 
 
 def choose_blocks(
@@ -69,16 +71,21 @@ def choose_blocks(
     seed: int = 0,
     generations: int = 32,
     offspring: int = 16,
-    watch: Watch = _silent,
+    steps: int = 500,
+    watch: Watch = silent,
 ) -> Chosen:
     """The ``num`` blocks that a rule removes. Raises InputError where fewer than one block would be left."""
     if not 1 <= num < sets.number:
         raise InputError("blocks", num, f"from 1 to {sets.number - 1}, as the model has {sets.number} blocks")
-    before = sets.block_tokens
+    start = f"block_tokens before {rule} {num}"  # those of a run that was killed, where it goes on
+    sets.memo.setdefault(start, sets.block_tokens)
     everything = list(range(sets.number))
     trace: list[float] = []
     if rule == "taylor":
-        scores = taylor_scores(sets.model, sets.windows, sets.batch_size, watch)
+        if "taylor" not in sets.memo:
+            found = taylor_scores(sets.model, sets.windows, sets.batch_size, watch)
+            sets.memo.keep({"taylor": {str(index): score for index, score in found.items()}})
+        scores = {int(index): score for index, score in sets.memo["taylor"].items()}
         first, last = TAYLOR_ENDS if sets.number - sum(TAYLOR_ENDS) >= num else (0, 0)
         remove = lowest({index: scores[index] for index in everything[first : sets.number - last]}, num)
     elif rule == "greedy":
@@ -91,8 +98,10 @@ def choose_blocks(
         if rule == "search":
             starts = [lowest(by_kl, num), lowest(by_loss, num)]
             remove, trace = _search(sets, starts, seed, generations, offspring, watch)
+        elif rule == "policy-gradient":
+            remove, trace = policy_gradient(sets, num, by_kl, seed=seed, steps=steps, watch=watch)
     distance = sets.measure(_rest(everything, remove))
-    return Chosen(tuple(remove), distance, scores, trace, sets.block_tokens - before)
+    return Chosen(tuple(remove), distance, scores, trace, sets.block_tokens - sets.memo[start])
 
 
 def _rest(everything: Iterable[int], remove: Iterable[int]) -> list[int]:
@@ -149,7 +158,7 @@ def _mutated(remove: Sequence[int], number: int, draw: random.Random) -> list[in
 
 
 def taylor_scores(
-    model: PreTrainedModel, windows: Int64[Tensor, "num length"], batch_size: int, watch: Watch = _silent
+    model: PreTrainedModel, windows: Int64[Tensor, "num length"], batch_size: int, watch: Watch = silent
 ) -> dict[int, float]:
     """Of each block the sum of |w dL/dw| over all its weights; L is the mean loss of the text over all windows."""
     blocks = find_blocks(model)

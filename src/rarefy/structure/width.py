@@ -9,9 +9,9 @@ its shapes.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, Protocol
 
 from jaxtyping import Bool, Int64
 from torch import Tensor
@@ -50,6 +50,16 @@ class ExitRecord:
     error: float
 
 
+class Finished(Protocol):
+    """Keeps the blocks that are finished, so that a run that was killed goes on with the next one."""
+
+    def recall(self, block: int, /) -> tuple[Mapping[str, Tensor], Sequence[Mapping[str, Any]]] | None:
+        """What ``keep`` got for a block; None where it is not finished."""
+
+    def keep(self, block: int, tensors: Mapping[str, Tensor], records: Sequence[Mapping[str, Any]], /) -> None:
+        """A block is finished: its tensors, and its records as plain values."""
+
+
 def remove_parts(
     model: PreTrainedModel,
     windows: Int64[Tensor, "num length"],
@@ -60,12 +70,14 @@ def remove_parts(
     choice: Choice = "interactions",
     damping: float = DAMPING,
     offload: Path | None = None,
+    finished: Finished | None = None,
     watch: Callable[[int, int, str], None] | None = None,
 ) -> tuple[list[tuple[Parts, Mapping[int, Tensor]]], list[ExitRecord]]:
     """Write zeros into the exits' columns of removed parts, and repaired weights into the others, in place.
 
-    ``wanted`` says of each kind how many parts every block keeps. Returns what is kept, as ``Removal`` takes it, and
-    a record of each exit. Raises NumericalError where a Gram matrix cannot be factored.
+    ``wanted`` says of each kind how many parts every block keeps; blocks that are ``finished`` are taken as they
+    are. Returns what is kept, as ``Removal`` takes it, and a record of each exit. Raises NumericalError where a Gram
+    matrix cannot be factored.
     """
     blocks = find_blocks(model)
     stream = record(model, [block.module for block in blocks], windows, batch_size, offload)
@@ -73,25 +85,45 @@ def remove_parts(
     records = []
     last = max((index for parts, _ in wanted for index in parts.exits), default=-1)
     for block in blocks[: last + 1]:
-        for (parts, number), (_, masks) in zip(wanted, kept):
-            site = parts.exits.get(block.index)
-            if site is None:
-                continue
-            gram = collect(stream, block.module, block.index, [site])[site.name]
-            problem = LayerProblem(site.read(), gram)
-            problem.check(site.name)
-            columns = _chosen(problem, Columns(number * parts.width, parts.width), choice, damping)
-            masked = apply_mask(problem.W0, columns.expand(problem.shape).contiguous())
-            weight = refit_columns(problem, columns, damping)[0] if repair else masked
-            errors = [problem.relative_error(one) for one in (masked, weight)]
-            site.write(weight)
-            masks[block.index] = columns.view(parts.number, parts.width)[:, 0].cpu()
-            records.append(ExitRecord(site.name, block.index, parts.kind, parts.number, number, *errors))
+        own = [(parts, number) for parts, number in wanted if block.index in parts.exits]
+        known = finished.recall(block.index) if finished else None
+        if known is None:
+            made: dict[str, Tensor] = {}
+            found = []
+            for parts, number in own:
+                site = parts.exits[block.index]
+                problem = LayerProblem(site.read(), collect(stream, block.module, block.index, [site])[site.name])
+                problem.check(site.name)
+                weight, columns, errors = _solved(problem, parts, number, repair, choice, damping)
+                site.write(weight)
+                made |= {f"{parts.kind}.weight": site.read(), f"{parts.kind}.kept": columns}
+                found.append(ExitRecord(site.name, block.index, parts.kind, parts.number, number, *errors))
+            if finished:
+                finished.keep(block.index, made, [asdict(one) for one in found])
+        else:
+            made, found = dict(known[0]), [ExitRecord(**one) for one in known[1]]
+            for parts, _ in own:
+                parts.exits[block.index].write(made[f"{parts.kind}.weight"])
+        for (parts, _), (_, masks) in zip(wanted, kept):
+            if block.index in parts.exits:
+                masks[block.index] = made[f"{parts.kind}.kept"]
+        records += found
         if block.index < last:
             stream.advance(block.module, block.index)
         if watch:
             watch(block.index + 1, last + 1, f"error {records[-1].error:.3g}" if records else "")
     return [(parts, masks) for parts, masks in kept], records
+
+
+def _solved(
+    problem: LayerProblem, parts: Parts, number: int, repair: bool, choice: Choice, damping: float
+) -> tuple[Tensor, Bool[Tensor, " parts"], tuple[float, float]]:
+    """The weight of an exit, which parts are kept, and its error before and after the repair."""
+    columns = _chosen(problem, Columns(number * parts.width, parts.width), choice, damping)
+    masked = apply_mask(problem.W0, columns.expand(problem.shape).contiguous())
+    weight = refit_columns(problem, columns, damping)[0] if repair else masked
+    kept = columns.view(parts.number, parts.width)[:, 0].cpu()
+    return weight, kept, (problem.relative_error(masked), problem.relative_error(weight))
 
 
 def _chosen(problem: LayerProblem, pattern: Columns, choice: Choice, damping: float) -> Bool[Tensor, " inputs"]:

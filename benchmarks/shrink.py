@@ -1,0 +1,201 @@
+"""Smaller models: each rule at 10, 20, 30 and 40 % fewer parameters, its perplexity on two texts, and its speed.
+
+    python benchmarks/shrink.py --calibration FILE --text FILE --held-out FILE [--removed 0.1,0.2,0.3,0.4]
+        [--rows "kl;greedy;neurons;search"] [--windows 32x1024] [--candidates 32] [--seeds 0] [-o shrink.jsonl]
+
+One row after the other is added to the file, and rows that are there are not computed again; a row that was killed
+goes on from its journal under ``FILE.runs``. Each run prints the table of all. Rows of one size remove the fewest
+blocks, heads or neurons that leave at most this share of the parameters. Text is 20 windows of 2,048 tokens, the
+held-out text 8. Prefill (512 tokens) and decode (64) are ratios to the dense model, measured in turn in one process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+import rarefy
+from rarefy.calibration.sources import parse_source
+from rarefy.calibration.windows import token_stream
+from rarefy.cli import keep_freed_memory
+from rarefy.errors import InputError
+from rarefy.evaluation.perplexity import perplexity
+from rarefy.models.checkpoint import load_model, load_tokenizer, resolve_model
+from rarefy.packing.bench import Variant, measure_speed, warm_up
+from rarefy.structure.counts import REMOVABLE, Counts, find_space
+
+_BLOCKS = ("kl", "perplexity", "taylor", "greedy", "search", "policy-gradient")
+#: What a row removes, and the settings of its recipe.
+ROWS: dict[str, tuple[str, dict[str, Any]]] = {
+    **{f"blocks {rule}": ("blocks", {"by": rule}) for rule in _BLOCKS},
+    "neurons": ("neurons", {}),
+    "neurons, not repaired": ("neurons", {"repair": False}),
+    "neurons single": ("neurons", {"choose": "single"}),
+    "neurons wanda": ("neurons", {"choose": "wanda"}),
+    "neurons wanda, not repaired": ("neurons", {"choose": "wanda", "repair": False}),
+    "heads": ("heads", {}),
+    "heads, not repaired": ("heads", {"repair": False}),
+    "search": ("search", {}),
+    "search kl": ("search", {"by": "kl"}),
+}
+#: Rows that are computed unless --rows says others: the others take long, or are variants.
+USUAL = [row for row in ROWS if row not in ("blocks policy-gradient", "search", "neurons wanda, not repaired")]
+
+_PREFILL, _DECODE = 512, 64
+Texts = list[tuple[Tensor, int]]
+
+
+def settings_of(skeleton: PreTrainedModel, row: str, size: float, multiple: int) -> dict[str, Any] | None:
+    """The settings of a row's recipe; None where one kind alone does not make the model so small."""
+    what, more = ROWS[row]
+    if what == "search":
+        return {"search": True, "size": size, **more}
+    try:
+        space = find_space(skeleton, size, [what], multiple)  # type: ignore[list-item]
+    except InputError:
+        return None
+    (counts,) = space.candidates
+    return {**shares(counts, space.numbers), **more}
+
+
+def shares(counts: Counts, numbers: Any) -> dict[str, float]:
+    """Counts as a recipe says them: the number of blocks, shares of heads and neurons."""
+    found = {kind: counts.of(kind) for kind in REMOVABLE if counts.of(kind)}
+    return {kind: number if kind == "blocks" else number / numbers[kind] for kind, number in found.items()}
+
+
+def ratios(dense: PreTrainedModel, small: PreTrainedModel, rounds: int) -> dict[str, float]:
+    """Tokens a second of the smaller model over those of the dense one."""
+    models = {"dense": dense, "small": small}
+    for model in models.values():
+        warm_up(model)
+    variants = [Variant(name, model) for name, model in models.items()]
+    before, after = measure_speed(variants, _PREFILL, _DECODE, rounds, lambda *_: None)
+    return {"prefill": after.prefill / before.prefill, "decode": after.decode / before.decode}
+
+
+def measured(
+    said: argparse.Namespace, recipe: dict[str, Any], folder: Path, dense: PreTrainedModel, texts: Texts
+) -> dict[str, Any]:
+    """One row: the smaller model is made as ``rarefy shrink`` makes it, loaded as anybody would, and evaluated."""
+    began = time.perf_counter(), time.process_time()
+    facts = rarefy.shrink(recipe, folder).facts
+    found = {"seconds": time.perf_counter() - began[0], "cpu_seconds": time.process_time() - began[1]}
+    small, _ = load_model(resolve_model(str(folder / "model")), torch.device("cpu"), "auto")
+    if said.rounds:
+        found |= ratios(dense, small, said.rounds)
+    small.to(getattr(torch, said.eval_dtype))
+    values = [perplexity(small, tokens, max_windows=number).perplexity for tokens, number in texts]
+    shrunk = facts["shrink"]
+    errors = [(part["masked_error"], part["error"]) for part in shrunk["parts"]]
+    means = [sum(column) / len(errors) for column in zip(*errors)] or [None, None]
+    return {
+        **found,
+        "left": shrunk["after"]["parameters"] / shrunk["before"]["parameters"],
+        "multiplications": shrunk["after"]["multiplications"] / shrunk["before"]["multiplications"],
+        "what": facts["pattern"],
+        "removed": shrunk["blocks"]["removed"] if shrunk["blocks"] else [],
+        "kl_of_blocks": shrunk["blocks"]["kl"] if shrunk["blocks"] else None,
+        "kl_of_search": shrunk["search"]["best"]["kl"] if shrunk["search"] else None,
+        "tried": shrunk["search"]["candidates"] if shrunk["search"] else [],
+        "block_tokens": (shrunk["search"] or shrunk["blocks"] or {}).get("block_tokens"),
+        "masked_error": means[0],
+        "error": means[1],
+        "peak_bytes": facts["peak_bytes"],
+        "text": values[0],
+        "held_out": values[1],
+    }
+
+
+def print_table(lines: list[dict[str, Any]]) -> None:
+    """All rows as Markdown, those of one size together, the best on the text first."""
+    print("| removed | rule | what | text | held out | prefill | decode | left | CPU seconds | 1e9 block tokens |")
+    print("|---|---|---|---|---|---|---|---|---|---|")
+    for line in sorted(lines, key=lambda line: (line["asked"], line["text"])):
+        speed = [f"{line[key]:.2f}" if key in line else "" for key in ("prefill", "decode")]
+        cost = f"{line['block_tokens'] / 1e9:.3f}" if line["block_tokens"] else ""
+        print(
+            f"| {line['asked']:.0%} | {line['row']} | {line['what']} | {line['text']:.2f} | {line['held_out']:.2f} | "
+            f"{' | '.join(speed)} | {line['left']:.1%} | {line['cpu_seconds']:.0f} | {cost} |"
+        )
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("--model", default="smollm2")
+    arguments.add_argument("--calibration", required=True)
+    arguments.add_argument("--text", required=True)
+    arguments.add_argument("--held-out", required=True)
+    arguments.add_argument("--removed", default="0.1,0.2,0.3,0.4", help="shares of the parameters")
+    arguments.add_argument("--rows", default=";".join(USUAL), help=f"some of {'; '.join(ROWS)}")
+    arguments.add_argument("--windows", default="32x1024")
+    arguments.add_argument("--multiple", type=int, default=64)
+    arguments.add_argument("--candidates", type=int, default=32)
+    arguments.add_argument("--steps", type=int, default=500)
+    arguments.add_argument("--generations", type=int, default=32)
+    arguments.add_argument("--seeds", default="0")
+    arguments.add_argument("--eval-dtype", default="float32")
+    arguments.add_argument("--rounds", type=int, default=3, help="of timing; 0 for none")
+    arguments.add_argument("-o", "--output", type=Path, default=Path("shrink.jsonl"))
+    said = arguments.parse_args()
+    if unknown := set(said.rows.split(";")) - ROWS.keys():
+        arguments.error(f"--rows names {min(unknown)!r}, which is none of {'; '.join(ROWS)}")
+    keep_freed_memory()
+    source = resolve_model(said.model)
+    dense, _ = load_model(source, torch.device("cpu"), "auto")
+    tokenizer = load_tokenizer(source)
+    assert tokenizer is not None
+    texts = [
+        (token_stream(parse_source(name), tokenizer), most) for name, most in ((said.text, 20), (said.held_out, 8))
+    ]
+    number, length = map(int, said.windows.split("x"))
+    common = {"model": said.model, "calibration": said.calibration, "num_samples": number, "sequence_length": length}
+    common |= {"multiple": said.multiple, "candidates": said.candidates, "steps": said.steps}
+    common |= {"generations": said.generations}
+    key = {**common, "eval_dtype": said.eval_dtype}
+
+    def done() -> list[dict[str, Any]]:
+        lines = said.output.read_text().splitlines() if said.output.exists() else []
+        return [
+            line for line in map(json.loads, lines) if all(line.get(name) == value for name, value in key.items())
+        ]
+
+    def add(line: dict[str, Any]) -> None:
+        with said.output.open("a") as file:
+            file.write(json.dumps({**key, **line}) + "\n")
+
+    if not any(line["row"] == "dense" for line in done()):
+        model, _ = load_model(source, torch.device("cpu"), "auto")
+        model.to(getattr(torch, said.eval_dtype))
+        values = [perplexity(model, tokens, max_windows=most).perplexity for tokens, most in texts]
+        empty = {"what": "", "left": 1.0, "cpu_seconds": 0.0, "block_tokens": None}
+        add({"row": "dense", "asked": 0.0, "seed": 0, "text": values[0], "held_out": values[1], **empty})
+    for seed in map(int, said.seeds.split(",")):
+        for removed in map(float, said.removed.split(",")):
+            for row in said.rows.split(";"):
+                cell = {"row": row, "asked": removed, "seed": seed}
+                if any(all(line[name] == value for name, value in cell.items()) for line in done()):
+                    continue
+                settings = settings_of(source.skeleton(), row, 1 - removed, said.multiple)
+                if settings is None:
+                    print(f"{row}: no model of {1 - removed:.0%} of the parameters")
+                    continue
+                place = f"{row.replace(' ', '-').replace(',', '')}-{removed}-{seed}-{said.windows}"
+                folder = said.output.with_name(said.output.name + ".runs") / place
+                line = measured(said, {**common, **settings, "seed": seed}, folder, dense, texts)
+                add({**cell, **line})
+                shutil.rmtree(folder)
+                print(f"{row}, {removed:.0%}: {line['text']:.2f}, {line['held_out']:.2f}", flush=True)
+    print_table(done())
+
+
+if __name__ == "__main__":
+    main()
