@@ -1,7 +1,8 @@
 """What each part that looks beyond the layer gains: perplexity of two texts, seconds of the CPU and peak memory.
 
     python benchmarks/parts.py --calibration FILE --text FILE --held-out FILE [--patterns 0.6,0.7,2:4]
-        [--rows "layers;all"] [--blocks 8] [--seeds 0] [--windows 32x1024] [--eval-dtype float32] [-o parts.jsonl]
+        [--rows "layers;matching, drift"] [--blocks 8] [--seeds 0] [--windows 32x1024] [--eval-dtype float32]
+        [-o parts.jsonl]
 
 One row after the other is added to the file, and rows that are there are not computed again; each run prints the
 table of all. Text is 20 windows of 2,048 tokens, the held-out text 8. ``--blocks`` prunes the first blocks only.
@@ -39,7 +40,6 @@ ROWS: dict[str, dict[str, Any]] = {
     "matching, refresh": {"matching": _MATCH, "refresh": True},
     "matching, profile": {"matching": _MATCH, "allocation": "profile"},
     "matching, drift, profile": {"matching": _MATCH, "drift": 0.25, "allocation": "profile"},
-    "all": {"matching": _MATCH, "drift": 0.25, "refresh": True, "allocation": "profile"},
 }
 
 

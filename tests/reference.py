@@ -204,7 +204,9 @@ def ria(W0: Matrix, H: Matrix, pattern: Pattern, exponent: float = 0.5) -> Answe
 # --- SparseGPT
 
 
-def sparsegpt(W0: Matrix, H: Matrix, pattern: Pattern, block_size: int = 128, damping: float = 0.01) -> Answer:
+def sparsegpt(
+    W0: Matrix, H: Matrix, pattern: Pattern, block_size: int = 128, damping: float = 0.01, score: str = "single"
+) -> Answer:
     """SparseGPT (Frantar and Alistarh, arXiv 2301.00774) as textbook OBS, one column after the other.
 
     H^-1 is that of the columns not yet passed; column j is passed by Gaussian elimination of its row and
@@ -213,7 +215,10 @@ def sparsegpt(W0: Matrix, H: Matrix, pattern: Pattern, block_size: int = 128, da
     W^2 / pivot on entering the block: with K kept of
     `in` columns, the blocks up to column b have kept floor(K b / in), over all rows ("layer") or in every
     row ("row"); N:M masks on entering each group.
-    Choices: a dead input's diagonal becomes 1 and its weight 0; N:M groups do not care where blocks end.
+    Choices: a dead input's diagonal becomes 1 and its weight 0; N:M groups do not care where blocks end. With the
+    score "joint" (arXiv 2410.15567) each group of each row loses the set P of the lowest w_P (G_PP)^-1 w_P, G the
+    inverse of the columns from the group on, all of which make up for P together; of equals the set that keeps the
+    first columns.
     """
     W, H = _floats(W0), _floats(H)
     out, inputs = W.shape
@@ -231,6 +236,18 @@ def sparsegpt(W0: Matrix, H: Matrix, pattern: Pattern, block_size: int = 128, da
     pivots = np.array([inverses[j][j, j] for j in range(inputs)])
 
     mask = np.zeros((out, inputs), dtype=bool)
+    if score == "joint" and pattern[0] == "nm":
+        for j in range(0, inputs, pattern[2]):
+            for i in range(out):
+                least = np.inf
+                for kept in itertools.combinations(range(j, j + pattern[2]), pattern[1]):
+                    P = [c for c in range(j, j + pattern[2]) if c not in kept]
+                    weights = np.linalg.solve(inverses[j][np.ix_(P, P)], W[i, P])
+                    if W[i, P] @ weights < least:
+                        least, update = W[i, P] @ weights, weights @ inverses[j][P]
+                        mask[i, j : j + pattern[2]] = [c in kept for c in range(j, j + pattern[2])]
+                W[i] -= update
+        return _answer(W, mask)
     for j in range(inputs):
         if pattern[0] == "fixed":
             mask[:, j] = _mask(pattern[1])[:, j]
@@ -249,6 +266,25 @@ def sparsegpt(W0: Matrix, H: Matrix, pattern: Pattern, block_size: int = 128, da
                 mask[:, j:end] = _mask(project_rows(scores, K * end // inputs - K * j // inputs))
         removed = np.where(mask[:, j], 0, W[:, j])
         W -= np.outer(removed / pivots[j], inverses[j][j, :])
+    return _answer(W, mask)
+
+
+def mrp(W0: Matrix, H: Matrix, pattern: Pattern, damping: float = 0.01) -> Answer:
+    """MRP (arXiv 2410.15567): the joint score where there are groups; then each row's set P is removed at once.
+
+    dw = -w_P (G_PP)^-1 G_P,: with G the inverse of the whole damped H. Choices: a fixed mask is taken as it is, and
+    a dead input as in `sparsegpt`.
+    """
+    _, chosen = sparsegpt(W0, H, pattern, damping=damping, score="joint")
+    W, H, mask = _floats(W0), _floats(H), _mask(chosen)
+    dead = np.diag(H) == 0
+    H = H + damping * np.diag(np.diag(H))
+    H[dead, dead] = 1
+    W[:, dead] = 0
+    G = np.linalg.inv(H)
+    for i in range(len(W)):
+        P = ~mask[i]
+        W[i] -= np.linalg.solve(G[np.ix_(P, P)], W[i, P]) @ G[P]
     return _answer(W, mask)
 
 

@@ -21,6 +21,7 @@ from rarefy.methods.alps import ALPS, ALPSPaper
 from rarefy.methods.base import Method, run
 from rarefy.methods.compose import Then
 from rarefy.methods.magnitude import Magnitude
+from rarefy.methods.mrp import MRP
 from rarefy.methods.quantize import Quantize
 from rarefy.methods.refit import PCG, Backsolve
 from rarefy.methods.ria import RIA
@@ -118,6 +119,8 @@ PAIRS: dict[str, Pair] = {
     "sparsegpt": Pair(SparseGPT(), reference.sparsegpt),
     "sparsegpt 8": Pair(SparseGPT(block_size=8), with_(reference.sparsegpt, block_size=8)),
     "sparsegpt 5": Pair(SparseGPT(block_size=5, damping=0.1), with_(reference.sparsegpt, block_size=5, damping=0.1)),
+    "mrp": Pair(MRP(), reference.mrp),
+    "mrp damped": Pair(MRP(damping=0.1), with_(reference.mrp, damping=0.1)),
     "admm": Pair(ADMM(), reference.admm),
     "admm-reselect": Pair(ADMM(schedule="reselect"), with_(reference.admm, schedule="reselect")),
     "admm1": Pair(ADMM(schedule="fixed"), with_(reference.admm, schedule="fixed")),

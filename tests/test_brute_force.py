@@ -20,6 +20,7 @@ from rarefy.methods.alps import ALPS, ALPSPaper
 from rarefy.methods.base import Method, run
 from rarefy.methods.compose import BestOf, Then
 from rarefy.methods.magnitude import Magnitude
+from rarefy.methods.mrp import MRP
 from rarefy.methods.refit import PCG, Backsolve
 from rarefy.methods.ria import RIA
 from rarefy.methods.sparsegpt import SparseGPT
@@ -57,6 +58,7 @@ METHODS: dict[str, Distance] = {
     "wanda+pcg": Distance(Then(Wanda(), PCG()), 2.15),
     "wanda+backsolve": Distance(Then(Wanda(), Backsolve()), 2.15),
     "sparsegpt": Distance(SparseGPT(), 7.1),
+    "mrp": Distance(MRP(), 3.0),
     "admm1": Distance(ADMM(schedule="fixed"), 4.5),
     "admm-reselect": Distance(ADMM(schedule="reselect"), 4.05),
     "admm": Distance(ADMM(), 4.05),

@@ -43,6 +43,7 @@ from rarefy.runs.texts import PROMPTS, write_texts
         ("--pattern 2:5", "--pattern is 2:5, but model.layers.0.self_attn.q_proj has 32 inputs"),
         ("--pattern 2:4 --sparsity 0.5", "--sparsity does not go with --pattern"),
         ("--pattern 2:4 --scope row", "--scope does not go with --pattern"),
+        ("--drift 0.25 --refresh", "--drift does not go with --refresh"),
         ("--scope column", "--scope is 'column', but must be layer or row"),
         ("--method wnada", "did you mean wanda?"),
         ("--method wanda+nothing", "--method is 'nothing', but must be"),

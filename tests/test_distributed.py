@@ -225,11 +225,27 @@ def test_two_processes_do_what_one_does(ranks: Ranks, shelf: Path, tmp_path: Pat
     _assert_alike(tmp_path / "two", tmp_path / "one")
 
 
-def test_two_processes_correct_the_drift_as_one_does(ranks: Ranks, shelf: Path, tmp_path: Path) -> None:
-    more = ("--drift", 0.25, "--refresh", "--allocation", "profile", "--sparsity", 0.6)
+@pytest.mark.parametrize("part", [("--drift", 0.25), ("--refresh",)], ids=["drift", "refresh"])
+def test_two_processes_look_beyond_the_layer_as_one_does(
+    ranks: Ranks, shelf: Path, tmp_path: Path, part: tuple[str, ...]
+) -> None:
+    more = (*part, "--allocation", "profile", "--sparsity", 0.6)
     assert ranks.run(2, *_arguments(shelf, tmp_path / "two", *more)) == [0, 0], ranks.err()
     assert ranks.run(1, *_arguments(shelf, tmp_path / "one", *more)) == [0], ranks.err()
     _assert_alike(tmp_path / "two", tmp_path / "one")
+
+
+@pytest.mark.parametrize("allocation", ["owl", "lsa", "alphapruning"])
+def test_two_processes_measure_what_one_does(ranks: Ranks, shelf: Path, tmp_path: Path, allocation: str) -> None:
+    more = ("--allocation", allocation, "--sparsity", 0.6, "--method", "wanda", "--scope", "layer")
+    assert ranks.run(2, *_arguments(shelf, tmp_path / "two", *more)) == [0, 0], ranks.err()
+    assert ranks.run(1, *_arguments(shelf, tmp_path / "one", *more)) == [0], ranks.err()
+    kept = [[record["kept"] for record in _records(tmp_path / output)] for output in ("two", "one")]
+    sizes = [record["shape"][0] * record["shape"][1] for record in _records(tmp_path / "one")]
+    assert len({one / size for one, size in zip(kept[0], sizes, strict=True)}) > 1
+    # Facts are sums in another order, so what is rounded to whole weights may differ by some.
+    assert sum(kept[0]) == sum(kept[1])
+    assert kept[0] == pytest.approx(kept[1], abs=3)
 
 
 @pytest.mark.parametrize("method", ["sparsegpt", "wanda"])

@@ -113,11 +113,12 @@ def test_later_layers_of_a_block_see_what_was_pruned_before_them(monkeypatch: py
     assert not torch.allclose(grams["model.layers.0.mlp.down_proj"], X.T @ X, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("part", [{"drift": 0.25}, {"refresh": True}], ids=["drift", "refresh"])
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "mixtral", "qwen3_moe", "gemma3"])
 @pytest.mark.filterwarnings("ignore:.*weights of experts were solved with all tokens")
-def test_other_families_and_progress(architecture: str) -> None:
+def test_other_families_and_progress(architecture: str, part: dict[str, Any]) -> None:
     seen: list[tuple[int, int]] = []
-    options = {"drift": 0.25, "refresh": True, "matching": rarefy.Matching(passes=1, batch_size=4)}
+    options = part | {"matching": rarefy.Matching(passes=1, batch_size=4)}
     _, report = _pruned(architecture, **options, on_progress=lambda done, total, _: seen.append((done, total)))
     assert seen == [(done, len(seen)) for done in range(1, len(seen) + 1)]
     _, plain = _pruned(architecture)
@@ -129,6 +130,11 @@ def test_a_share_of_nothing_is_the_plain_target() -> None:
     plain = _pruned()[0].state_dict()
     assert all(torch.equal(tensor, states[0][name]) for name, tensor in plain.items())
     assert any(not torch.equal(tensor, states[1][name]) for name, tensor in plain.items())
+
+
+def test_drift_and_refresh_do_not_go_together() -> None:
+    with pytest.raises(rarefy.InputError, match=r"^drift does not go with refresh: "):
+        _pruned(drift=0.25, refresh=True)
 
 
 @pytest.mark.parametrize("share", [-0.1, 1.5, float("nan")])

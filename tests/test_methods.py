@@ -29,6 +29,7 @@ from rarefy.methods.base import IterativeMethod, Method, hyper, run, wanda_score
 from rarefy.methods.compose import BestOf, Then
 from rarefy.methods.dsnot import DSnoT
 from rarefy.methods.magnitude import Magnitude
+from rarefy.methods.mrp import MRP
 from rarefy.methods.quantize import Quantize
 from rarefy.methods.refit import PCG, Backsolve, conjugate_gradients_
 from rarefy.methods.ria import RIA
@@ -60,6 +61,8 @@ PATTERNS: dict[str, Callable[[], Pattern]] = {
     "columns": lambda: Columns(10),
     "heads": lambda: Columns(12, 4),
 }
+#: Methods that hand out a share of the budget to each block of columns, so that dead inputs may stay.
+LEFT_TO_RIGHT = ("sparsegpt", "sparsegpt in blocks", "mrp")
 #: Methods that change the mask of each row by itself, and refuse patterns of columns (test_columns.py).
 ROW_BY_ROW = ("swaps", "dsnot")
 
@@ -95,6 +98,8 @@ CLAIMS: dict[str, Claims] = {
     # Goes from left to right, so the order of the inputs matters.
     "sparsegpt": Claims(SparseGPT(), inputs=False),
     "sparsegpt in blocks": Claims(SparseGPT(block_size=7), inputs=False),
+    # As sparsegpt; its refit is the best answer on the mask that it finds with the damping, not without.
+    "mrp": Claims(MRP(), inputs=False),
     "admm": Claims(ADMM()),
     "admm-reselect": Claims(ADMM(schedule="reselect")),
     "admm1": Claims(ADMM(schedule="fixed")),
@@ -429,7 +434,7 @@ def test_dead_inputs_are_pruned_first_and_kept_ones_stay(method: str, dtype: tor
     problem = draw("dead_columns", dtype)
     alive = int((~problem.dead).sum()) * OUT
     solution = run(CLAIMS[method].method, problem, Unstructured(0.2))
-    if "sparsegpt" not in method:  # which hands out budgets per block of columns
+    if method not in LEFT_TO_RIGHT:  # which hand out budgets per block of columns
         assert not solution.mask[:, problem.dead].any()
     # more is kept than there are live weights: some dead ones must stay, as they were, and nothing is lost
     few = Unstructured(0.04)
@@ -439,7 +444,7 @@ def test_dead_inputs_are_pruned_first_and_kept_ones_stay(method: str, dtype: tor
     assert bool(dead.any())
     if CLAIMS[method].rounds:  # a large one may be beyond the last number of the grid
         torch.testing.assert_close(solution.weight[dead], problem.W0[dead], rtol=0, atol=0.6)
-    elif "sparsegpt" not in method:
+    elif method not in LEFT_TO_RIGHT:
         assert torch.equal(solution.weight[dead], problem.W0[dead])
         assert solution.relative_error <= (1e-20 if dtype == torch.float64 else 1e-10)
 
@@ -1048,7 +1053,7 @@ def test_settings_change_hyperparameters() -> None:
     assert build("wanda+pcg", {"steps": "3"}) == Then(Wanda(), PCG(steps=3))
     assert build("admm+pcg", {"admm.steps": 5, "pcg.steps": 6}) == Then(ADMM(steps=5), PCG(steps=6))
     assert build("admm", {"schedule": "reselect"}) == ADMM(schedule="reselect")
-    assert hyperparameters(SparseGPT()) == {"damping": 0.01, "block_size": 128}
+    assert hyperparameters(SparseGPT()) == {"damping": 0.01, "block_size": 128, "score": "single"}
     assert METHODS["sparsegpt"] == SparseGPT()
     assert build("sparsefw", {"alpha": "0"}).alpha == build("sparsefw", {"alpha": 0}).alpha == 0.0  # type: ignore[attr-defined]
 

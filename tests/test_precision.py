@@ -11,6 +11,7 @@ import torch
 import rarefy
 from models_for_tests import VOCABULARY, make_model
 from rarefy.methods.base import Method
+from rarefy.pruning import precision
 from rarefy.pruning.precision import full_float32
 
 #: Ways in which users make products coarse; after some, torch refuses to answer the older question.
@@ -89,3 +90,43 @@ def test_solving_one_layer_is_in_full_float32() -> None:
     rarefy.solve(torch.randn(4, 8), torch.eye(8), rarefy.PerRow(0.5), method)
     assert {legacy for legacy, *_ in _Asks.seen} == {"highest"}
     assert torch.get_float32_matmul_precision() == "medium"
+
+
+@pytest.mark.parametrize(
+    ("gain", "stored", "device", "runs_in"),
+    [
+        (0.6, torch.bfloat16, "cpu", torch.float32),
+        (1.2, torch.bfloat16, "cpu", torch.float32),
+        (2.0, torch.bfloat16, "cpu", torch.bfloat16),
+        (8.0, torch.float16, "cpu", torch.float32),
+        (8.0, torch.float32, "cpu", torch.float32),
+        (0.6, torch.bfloat16, "cuda", torch.bfloat16),
+        (0.6, torch.float16, "cuda", torch.float16),
+    ],
+)
+def test_blocks_run_in_bfloat16_where_its_products_are_faster(
+    monkeypatch: pytest.MonkeyPatch, gain: float, stored: torch.dtype, device: str, runs_in: torch.dtype
+) -> None:
+    monkeypatch.setattr(precision, "bfloat16_gain", lambda: gain)
+    assert precision.compute_dtype(stored, torch.device(device)) == runs_in
+
+
+@pytest.mark.parametrize(("slow", "least", "most"), [(torch.bfloat16, 0.0, 0.25), (torch.float32, 4.0, 1e9)])
+def test_the_gain_is_that_of_the_products(
+    monkeypatch: pytest.MonkeyPatch, slow: torch.dtype, least: float, most: float
+) -> None:
+    now = [0.0]
+    calls = []
+
+    def product(x: torch.Tensor, weight: torch.Tensor) -> None:
+        calls.append(x.dtype)
+        now[0] += 8.0 if x.dtype == slow else 1.0
+
+    monkeypatch.setattr(precision.nn.functional, "linear", product)
+    monkeypatch.setattr(precision.time, "perf_counter", lambda: now[0])
+    precision.bfloat16_gain.cache_clear()
+    try:
+        assert least <= precision.bfloat16_gain() <= most
+    finally:
+        precision.bfloat16_gain.cache_clear()
+    assert len(calls) == (2 if slow == torch.bfloat16 else 12)  # emulated products are not asked again

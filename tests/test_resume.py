@@ -236,7 +236,7 @@ def test_an_interrupted_run_is_kept_and_only_the_same_command_goes_on(
 def test_a_run_with_all_that_sees_beyond_the_layer_goes_on_with_the_same_bits(
     rarefy_: Rarefy, shelf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: tuple[str, ...]
 ) -> None:
-    parts = ("--match", 1, "--match-lr", 1e-3, "--drift", 0.25, "--refresh", "--allocation", "profile", *more)
+    parts = ("--match", 1, "--match-lr", 1e-3, "--drift", 0.25, "--allocation", "profile", *more)
     with monkeypatch.context() as patch:
         _interrupt_after(patch, 2, KeyboardInterrupt())
         assert rarefy_(*_arguments(shelf, tmp_path / "out", *parts)).status == 130

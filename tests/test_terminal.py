@@ -12,7 +12,7 @@ from rich.console import Console
 
 from cli_for_tests import Rarefy, is_one_sentence, prune_arguments
 from rarefy.cli import watch as module
-from rarefy.cli.terminal import Terminal
+from rarefy.cli.terminal import Terminal, print_texts
 from rarefy.cli.watch import LayerTable
 from rarefy.errors import OutputError
 from rarefy.pruning.records import LayerRecord, three_digits
@@ -256,3 +256,14 @@ def test_a_failure_is_the_last_line_of_the_log(rarefy_: Rarefy, shelf: Path, mon
     monkeypatch.setattr("rarefy.runs.run.prune_blocks", interrupted)
     assert rarefy_(*prune_arguments(shelf, "-o", "out", "--log", "run.log")).status == 130
     assert Path("run.log").read_text().endswith(" ended: KeyboardInterrupt\n")
+
+
+def test_what_both_models_write_stands_side_by_side(capsys: pytest.CaptureFixture[str]) -> None:
+    dense = [{"prompt": "One [b]", "text": " two\nthree"}, {"prompt": "Lost", "text": "never"}]
+    pruned = [{"prompt": "One [b]", "text": " two two"}, {"prompt": "Found", "text": "never"}]
+    print_texts({"dense_texts": dense, "texts": pruned}, "pruned")
+    heading, row = (re.split(r"\s{2,}", line.strip()) for line in capsys.readouterr().out.splitlines() if "e" in line)
+    assert heading == ["prompt", "dense", "pruned"]
+    assert row == ["One [b]", "two three", "two two"]
+    print_texts({"dense_texts": dense, "texts": []}, "pruned")
+    assert capsys.readouterr().out == ""

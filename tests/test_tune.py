@@ -401,6 +401,8 @@ MISTAKES: dict[str, tuple[str, str]] = {
     "full folder": ("{place}/run -o {wrong}/full", "a new or empty folder; this one is not empty"),
     "window too long": ("{place}/run --sequence-length 4096 -o {out}", "--sequence-length is 4096, but must be"),
     "batch": ("{place}/run --batch-size 4 --micro-batch 3 -o {out}", "--micro-batch is 3, but must be a divisor of"),
+    "rank": ("{place}/run --rank 8 -o {out}", "--rank is 8, but --parametrisation full has none"),
+    "alpha": ("{place}/run --alpha 8 --parametrisation norms -o {out}", "--alpha is 8, but --parametrisation norms"),
     "form": ("{place}/run --parametrisation dora -o {out}", "--parametrisation is 'dora', but must be full, norms"),
     "experts": (
         "{wrong}/experts --against {wrong}/experts_dense --parametrisation spp -o {out}",
@@ -571,6 +573,6 @@ def test_dry_run_says_what_would_be_trained(place: Path, rarefy_: Rarefy) -> Non
     assert done.status == 0, done.err
     shapes = [(32, 32), (16, 32), (16, 32), (32, 32), (64, 32), (64, 32), (32, 64)]
     numbers = 2 * sum(2 * inputs + rows for rows, inputs in shapes)
-    assert f"spp: {numbers:,} numbers would be trained in 64 steps" in done.out
+    assert f"spp: {numbers:,} numbers would be trained in 24 steps" in done.out
     assert "8 windows of 32 tokens" in done.out
     assert "peak memory, estimated: " in done.out

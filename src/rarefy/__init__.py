@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from rarefy.methods.compose import BestOf, Then
     from rarefy.methods.dsnot import DSnoT
     from rarefy.methods.magnitude import Magnitude
+    from rarefy.methods.mrp import MRP
     from rarefy.methods.quantize import Quantize
     from rarefy.methods.refit import PCG, Backsolve
     from rarefy.methods.ria import RIA
@@ -56,6 +57,7 @@ __version__ = "0.1.0"
 __all__ = [
     "ADMM",
     "ALPS",
+    "MRP",
     "NM",
     "PCG",
     "RIA",
@@ -136,6 +138,7 @@ _HOME = {
     "rarefy.methods.compose": ("BestOf", "Then"),
     "rarefy.methods.dsnot": ("DSnoT",),
     "rarefy.methods.magnitude": ("Magnitude",),
+    "rarefy.methods.mrp": ("MRP",),
     "rarefy.methods.quantize": ("Quantize",),
     "rarefy.methods.refit": ("PCG", "Backsolve"),
     "rarefy.methods.ria": ("RIA",),

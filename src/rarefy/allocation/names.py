@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-UNIFORM, PROFILE = "uniform", "profile"
-NAMES = (UNIFORM, PROFILE)
+UNIFORM, PROFILE, OWL, ALPHAPRUNING, LSA = "uniform", "profile", "owl", "alphapruning", "lsa"
+#: Those that look at the dense model first, which takes time before the first block is pruned.
+MEASURED = (OWL, ALPHAPRUNING, LSA)
+NAMES = (UNIFORM, PROFILE, *MEASURED)
 FILES = (".json", ".csv")
 ALLOWED = f"{', '.join(NAMES)}, or a .json or .csv file of globs and sparsities"
 

@@ -9,15 +9,17 @@ from __future__ import annotations
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from rarefy.cli.watch import Watch
 from rarefy.errors import OutputError
@@ -34,7 +36,7 @@ class Terminal:
     """
 
     def __init__(self, quiet: bool = False, log: Path | None = None) -> None:
-        self._quiet = quiet
+        self.quiet = quiet
         self._path = log
         self._begun = False
         self._lines: list[str] = []
@@ -63,7 +65,7 @@ class Terminal:
     def note(self, text: str) -> None:
         """Say something that is no result."""
         self.log(text)
-        if not self._quiet:
+        if not self.quiet:
             say(text)
 
     def warn(self, text: object) -> None:
@@ -83,7 +85,7 @@ class Terminal:
 
     def watch(self, what: str, linears: Sequence[tuple[int, str]] = ()) -> Watch:
         """What shows how far stage ``what`` is; ``linears`` are block numbers and names of layers to prune."""
-        return Watch(what, self.note, self.log, quiet=self._quiet, linears=linears)
+        return Watch(what, self.note, self.log, quiet=self.quiet, linears=linears)
 
     def _append(self, line: str) -> None:
         # Opened for each line: they are few, and the file can be read, moved or cut while the run goes on.
@@ -124,6 +126,21 @@ def print_table(rows: list[list[str]], title: str = "") -> None:
         console.print(table)
     else:
         print("\n".join(filter(None, [title, *aligned(rows)])))
+
+
+def print_texts(facts: Mapping[str, Any], after: str) -> None:
+    """Print what the dense model and the one made from it write, side by side; nothing where no text was written.
+
+    ``facts`` are those of run.json, ``after`` is what was done to the model ("pruned").
+    """
+    dense = {one["prompt"]: one["text"] for one in facts.get("dense_texts", [])}
+    table = Table("prompt", "dense", after, show_lines=True, box=box.SIMPLE)
+    for one in facts.get("texts", []):
+        if one["prompt"] in dense:
+            texts = (one["prompt"], dense[one["prompt"]], one["text"])
+            table.add_row(*(Text(" ".join(text.split())) for text in texts))
+    if table.row_count:
+        Console().print(table)
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from rarefy.cli.options import Bos, Device, Log, Quiet, RecipeFile, Text, TextColumn
-from rarefy.cli.terminal import Terminal, print_table
+from rarefy.cli.terminal import Terminal, print_table, print_texts
 from rarefy.errors import InputError
 from rarefy.pruning.records import three_digits
 from rarefy.runs.folder import RunFolder
@@ -71,7 +71,7 @@ def tune(
     micro_batch: Annotated[
         Text, typer.Option(metavar="N", help="Windows that run through the model at once (default: 1).")
     ] = None,
-    epochs: Annotated[Text, typer.Option(metavar="N", help="Passes over the windows (default: 8).")] = None,
+    epochs: Annotated[Text, typer.Option(metavar="N", help="Passes over the windows (default: 3).")] = None,
     max_steps: Annotated[Text, typer.Option(metavar="N", help="Steps at most (default: no limit).")] = None,
     warmup_steps: Annotated[
         Text, typer.Option(metavar="N", help="Steps in which the learning rate rises (default: 8).")
@@ -179,6 +179,8 @@ def _print_result(result: TuneResult, terminal: Terminal) -> None:
         rows += [_measured("before", measured[0]), _measured("best", best), _measured("as written", facts["written"])]
         print_table(rows)
         terminal.log("; ".join(" ".join(row) for row in rows[1:]))
+    if not terminal.quiet:
+        print_texts(result.facts, "tuned")
     print(f"{model} holds the model; its files were read again: every mask is what it was")
     terminal.note(f"peak memory: {memory_words(result.facts['peak_bytes'])} on {result.facts['device']}")
 

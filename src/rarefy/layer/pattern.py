@@ -6,6 +6,7 @@ pruned, ties keep the lowest index. N:M keeps N of every M consecutive inputs of
 
 from __future__ import annotations
 
+import itertools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
@@ -38,6 +39,8 @@ class Pattern(ABC):
     group: int = 1
     #: Whether there is more than one allowed mask, so that a method has something to choose.
     has_choice: bool = True
+    #: How many masks a group may have where each is chosen by itself; 0 where there are no such groups.
+    num_group_masks: int = 0
 
     @abstractmethod
     def count(self, shape: Shape) -> int:
@@ -67,6 +70,10 @@ class Pattern(ABC):
     def trust(self) -> float:
         """The share of a warm start's mask that a search for a better one had best leave as it is."""
         return 0.6  # measured (docs/log.md)
+
+    def group_masks(self) -> Bool[Tensor, "masks group"]:
+        """The masks of one group, ``num_group_masks`` of them; where several do equally well, the first is chosen."""
+        return torch.zeros(0, self.group, dtype=torch.bool)
 
     @abstractmethod
     def at(self, share: float) -> Pattern:
@@ -251,6 +258,14 @@ class NM(Pattern):
     @property
     def group(self) -> int:  # type: ignore[override]
         return self.of
+
+    @property
+    def num_group_masks(self) -> int:  # type: ignore[override]
+        return math.comb(self.of, self.keep)
+
+    def group_masks(self) -> Bool[Tensor, "masks group"]:
+        kept = torch.tensor(list(itertools.combinations(range(self.of), self.keep)))
+        return torch.zeros(len(kept), self.of, dtype=torch.bool).scatter_(1, kept, True)
 
     def validate(self, shape: Shape, name: str = "the weight") -> None:
         if shape[1] % self.of:

@@ -90,6 +90,9 @@ class Method(ABC):
     def __post_init__(self) -> None:
         check_hyperparameters(self)
 
+    def check_pattern(self, pattern: Pattern) -> None:  # noqa: B027 (most work with every pattern)
+        """Raise PatternError where the method cannot work with ``pattern``, whatever the layer."""
+
     @abstractmethod
     def solve(self, problem: LayerProblem, pattern: Pattern, start: Solution | None = None) -> Solution:
         """A weight and mask for ``problem`` that ``pattern`` allows.
@@ -178,6 +181,7 @@ def run(
     """
     if method.needs_start and start is None:
         raise cannot_come_first(method)
+    method.check_pattern(pattern)
     pattern.validate(problem.shape, name)
     problem.check(name)
     started = time.perf_counter()

@@ -32,6 +32,10 @@ class _Combination(Method):
         object.__setattr__(self, "needs_means", any(part.needs_means for part in parts))
         object.__setattr__(self, "comes_last", any(part.comes_last for part in parts))
 
+    def check_pattern(self, pattern: Pattern) -> None:
+        for part in self.parts:
+            part.check_pattern(pattern)
+
     def cost(self, shape: Shape, pattern: Pattern) -> Cost:
         costs = [part.cost(shape, pattern) for part in self.parts]
         held = 1.0 if len(costs) > 1 else 0.0  # the solution of the part before

@@ -23,7 +23,7 @@ Each step lowers the loss of every row. Rows are treated a strip at a time, to b
 layers.
 
 Backsolve solves H_SS w_S = (W0 H)_S for each row's support S by Cholesky in float64 (the reference
-that PCG is compared with).
+that PCG is compared with); with damping, A_SS w_S = (W0 A)_S for the damped A.
 """
 
 from __future__ import annotations
@@ -140,11 +140,14 @@ class Backsolve(Method):
     needs_start: ClassVar[bool] = True
     takes_start: ClassVar[bool] = True
 
+    damping: float = hyper(0.0, "pulls towards the dense weight, as a share of each input's own energy", low=0)
+
     def solve(self, problem: LayerProblem, pattern: Pattern, start: Solution | None = None) -> Solution:
         if start is None:
             raise cannot_come_first(self)
         scaled = problem.scaled
-        A = scaled.A.double()
+        A = scaled.A.to(torch.float64, copy=True)  # the Gram's own stays as it is
+        A.diagonal().add_(self.damping)
         W0 = problem.to_scaled(problem.W0, scaled).double()
         W = problem.to_scaled(start.weight.to(problem.dtype), scaled).double().mul_(start.mask)
         shift = 0.0
@@ -154,7 +157,7 @@ class Backsolve(Method):
             shift = max(shift, _solve_rows_(W, W0, start.mask, A, rows))
         weight = problem.from_scaled(W.to(problem.dtype), start.mask, scaled)
         status = Status.DAMPED if shift > 0 else Status.SOLVED
-        return Solution(weight, start.mask, status, details={"damping": shift})
+        return Solution(weight, start.mask, status, details={"damping": self.damping + shift})
 
     def rows_independent(self, pattern: Pattern) -> bool:
         return True

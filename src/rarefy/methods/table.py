@@ -13,6 +13,7 @@ from rarefy.methods.base import Method
 from rarefy.methods.compose import Then
 from rarefy.methods.dsnot import DSnoT
 from rarefy.methods.magnitude import Magnitude
+from rarefy.methods.mrp import MRP
 from rarefy.methods.quantize import Quantize
 from rarefy.methods.refit import PCG, Backsolve
 from rarefy.methods.ria import RIA
@@ -28,6 +29,7 @@ METHODS: dict[str, Method] = {
     "wanda": Wanda(),
     "ria": RIA(),
     "sparsegpt": SparseGPT(),
+    "mrp": MRP(),
     "admm": ADMM(),
     "admm-reselect": ADMM(schedule="reselect"),
     "admm1": ADMM(schedule="fixed"),

@@ -16,6 +16,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from itertools import zip_longest
 
 from jaxtyping import Int64
@@ -41,6 +42,7 @@ from rarefy.pruning.records import LayerRecord, Report
 from rarefy.pruning.settings import PatternOf, PruneSettings, allocated, as_pattern_of
 from rarefy.pruning.steps import PrunedBlock
 from rarefy.pruning.stores import BlockStore
+from rarefy.pruning.survey import num_survey_parts, surveyed
 from rarefy.pruning.write import OVERFLOWED
 
 _NAMED = 8  # of these, so many are named in the warning
@@ -70,7 +72,8 @@ def prune(
     ``include`` and ``exclude`` are globs on full module names. ``matching`` trains what is kept of each block to
     match the dense model. ``drift`` is the share of the drift from the dense path that targets correct (0 = off),
     and ``refresh`` lets each group of a block's layers see what was pruned before it in the block. ``allocation``
-    spreads the zeros of a pattern over the layers: "uniform", "profile", or a .json or .csv file.
+    spreads the zeros of a pattern over the layers: "uniform", "profile", a .json or .csv file, or "owl",
+    "alphapruning" or "lsa", which measure the dense model first.
     ``on_progress(done, total, note)`` and ``on_layer(record)`` are called as the run goes on. What torch.compile or
     data parallelism wraps around a model is taken off. Raises ModelError for a model that cannot be pruned, such as
     one with adapters or quantised weights, PatternError before anything changes where the pattern does not fit a
@@ -129,18 +132,23 @@ def prune_blocks(
     world = store.world
     own, first = _own(world, windows)
     blocks = select_sites(find_blocks(store.model), settings.include, settings.exclude)
-    check_patterns(blocks, settings.pattern_of)
+    check_patterns(blocks, settings.pattern_of, settings.method)
     last = max(block.index for block in blocks if block.sites)
     records = store.records()
     todo = blocks[store.finished : last + 1]
+    num_batches = -(-len(own) // settings.batch_size)
+    measuring = num_survey_parts(store, blocks[: last + 1], num_batches, settings)
+    counter = PartCounter(on_progress, measuring + _num_parts(todo, num_batches, settings))
+    settings = surveyed(store, blocks[: last + 1], own, first, settings, counter)
     if todo:
         with world.together():
             entering, dense = store.hidden_states(
                 blocks, own, settings.batch_size, first, dense_path=settings.needs_dense_path
             )
+        # What one process measures, all of them do.
+        computing = world.from_first(partial(compute_dtype, entering.states.dtype, entering.device))
         for states in filter(None, (entering, dense)):
-            convert_calls(states, compute_dtype(states.states.dtype, states.device))
-        counter = PartCounter(on_progress, _num_parts(todo, entering.num_batches, settings))
+            convert_calls(states, computing)
     for block, following in zip_longest(todo, todo[1:]):
         done = []
         masks: Masks | None = {} if settings.steps else None
@@ -195,10 +203,11 @@ def _num_parts(blocks: Sequence[Block], num_batches: int, settings: PruneSetting
     return (collected + advanced) * num_batches + layers + steps
 
 
-def check_patterns(blocks: Sequence[Block], pattern_of: PatternOf) -> None:
-    """Raise PatternError, naming the first layer, where its pattern does not fit its shape."""
+def check_patterns(blocks: Sequence[Block], pattern_of: PatternOf, method: Method) -> None:
+    """Raise PatternError, naming the first layer, where its pattern does not fit its shape, or not the method."""
     for block in blocks:
         for site in block.sites:
+            method.check_pattern(pattern_of(site))
             pattern_of(site).validate(site.shape, site.name)
 
 
@@ -220,7 +229,10 @@ def _check_alike(world: World, model: nn.Module, windows: Tensor, settings: Prun
     given = {
         "model": [(name, tuple(each.shape), each.dtype) for name, each in model.named_parameters()],
         "windows": hashlib.sha256(windows.cpu().numpy().tobytes()).hexdigest(),
-        "pattern": [str(settings.pattern_of(site)) for block in find_blocks(model) for site in block.sites],
+        "pattern": [
+            settings.pattern_name,
+            *(str(settings.pattern_of(site)) for block in find_blocks(model) for site in block.sites),
+        ],
         "method": re.sub(r" at 0x\w+", "", repr(settings.method)),  # addresses of what a method of one's own holds
         **{key: str(getattr(settings, key)) for key in compared},
     }

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rarefy.allocation.allocate import allocate
+from rarefy.allocation.names import MEASURED
 from rarefy.errors import InputError
 from rarefy.layer.pattern import Pattern
 from rarefy.methods.base import Method
@@ -54,6 +55,11 @@ class PerLayer:
 
 
 @dataclass(frozen=True)
+class Unmeasured(PerLayer):
+    """The same pattern for every site, until the dense model has been measured for ``allocation`` (survey.py)."""
+
+
+@dataclass(frozen=True)
 class PruneSettings:
     """The arguments of ``rarefy.prune`` that say what is done; that function's docstring explains them.
 
@@ -75,6 +81,12 @@ class PruneSettings:
     def __post_init__(self) -> None:
         if not 0 <= self.drift <= 1:
             raise InputError("drift", self.drift, "a number from 0 to 1")
+        if self.drift and self.refresh:
+            # Refreshed Grams would be of other inputs than the drift, and the correction explodes (docs/log.md).
+            raise InputError.sentence(
+                "drift does not go with refresh: the drift is that of a block's inputs before it is pruned, and "
+                "refreshed Grams are of others."
+            )
         if self.steps and self.method.comes_last:
             raise InputError.sentence(
                 f"matching does not go with {self.method}: it would move weights off the grid they are rounded to."
@@ -92,8 +104,10 @@ class PruneSettings:
 
 
 def allocated(allocation: str, pattern: Pattern, blocks: Sequence[Block]) -> Uniform | PerLayer:
-    """The pattern of each site of ``blocks``. Raises InputError, PatternError (``allocate``)."""
+    """The pattern of each site of ``blocks``, or ``Unmeasured``. Raises InputError, PatternError (``allocate``)."""
     patterns = allocate(allocation, pattern, blocks)
+    if allocation in MEASURED:
+        return Unmeasured({}, pattern, allocation)
     return PerLayer(patterns, pattern, allocation) if patterns else Uniform(pattern)
 
 

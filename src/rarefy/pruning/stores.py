@@ -44,6 +44,7 @@ if TYPE_CHECKING:
         def finished(self) -> int: ...
         def keep(self, name: str, content: bytes) -> None: ...
         def kept(self, name: str) -> bytes | None: ...
+        def remember(self, name: str, content: bytes) -> None: ...
         def damaged(self, path: Path) -> OutputError: ...
         def records(self) -> list[LayerRecord]: ...
         def finish_block(self, index: int, records: Sequence[LayerRecord], states: Sequence[StatesPart]) -> None: ...
@@ -87,6 +88,13 @@ class BlockStore:
         entering = record(self.model, [block.module for block in blocks], windows, batch_size)
         return entering, entering.fork() if dense_path else None
 
+    def recall(self, name: str) -> bytes | None:
+        """What an earlier part of this run has remembered under ``name``; None where it has not."""
+        return None
+
+    def remember(self, name: str, content: bytes) -> None:
+        """Keep what was found before the first block is pruned, for a run that goes on."""
+
     @contextmanager
     def loaded(self, block: Block, following: Block | None) -> Iterator[None]:
         """Within the scope, ``block`` is in memory; ``following`` is the one that will be loaded next."""
@@ -124,6 +132,16 @@ class JournaledStore(BlockStore):
     def records(self) -> list[LayerRecord]:
         """The records of the finished blocks. Raises OutputError where a file is missing or damaged."""
         return self.world.from_first(self.journal.records)
+
+    def recall(self, name: str) -> bytes | None:
+        """What the journal has under ``name``. Raises OutputError where it is missing or damaged."""
+        return self.world.from_first(lambda: self.journal.kept(name))
+
+    def remember(self, name: str, content: bytes) -> None:
+        """Keep it beside the journal. Raises OutputError."""
+        with self.world.together():
+            if self.world.leads:
+                self.journal.remember(name, content)
 
     def hidden_states(
         self,

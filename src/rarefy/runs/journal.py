@@ -135,8 +135,13 @@ class Journal(UnfinishedFolder):
         replace_file(self.folder / name, content)
         self._files = {**self._files, name: zlib.crc32(content)}
 
+    def remember(self, name: str, content: bytes) -> None:
+        """Write a file that belongs to no block beside the journal, and name it there at once. Raises OutputError."""
+        self.keep(name, content)
+        self._write_journal()
+
     def kept(self, name: str) -> bytes | None:
-        """The content of a file of a finished block; None where it has none of that name.
+        """The content of a file that the journal names; None where it has none of that name.
 
         Raises OutputError where the file is missing or damaged.
         """

@@ -51,7 +51,7 @@ def make_plan(recipe: Recipe, output: Path | None = None, offload: Path | None =
     skeleton = source.skeleton()
     blocks = select_sites(find_blocks(skeleton), recipe.include, recipe.exclude)
     pattern_of = allocated(recipe.allocation, pattern, blocks)
-    check_patterns(blocks, pattern_of)
+    check_patterns(blocks, pattern_of, method)
     check_blocks(skeleton, blocks)
     windows = None
     if text is not SELF:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
+from rarefy.allocation.names import ALPHAPRUNING
 from rarefy.errors import CalibrationError
 from rarefy.models.memory import free_bytes, resident_bytes
 from rarefy.runs.words import memory_words
@@ -126,6 +127,8 @@ def _pruning_bytes(plan: Plan) -> int:
             each.append(
                 _MATCHED * 4 * sizes[block.index] + 4 * tokens * (_KEPT_HIDDEN * hidden + _KEPT_INNER * inner)
             )
+        if plan.recipe.allocation == ALPHAPRUNING:  # in float64 a weight, its square, and what eigenvalues take
+            each += [kept + 8 * (site.shape[0] * site.shape[1] + 4 * min(site.shape) ** 2) for site in block.sites]
     whole = 0 if plan.streams else weights_bytes(plan)
     if plan.device.type == "cpu" and plan.streams:
         whole = max(0, entry - stored * sizes[0])  # the embeddings are freed, but not handed back

@@ -154,6 +154,11 @@ class Recipe(BaseModel):
             parts = check(recipe.method, recipe.settings)
         except MethodError as error:
             raise MethodError.sentence(_named(str(error), written)) from None
+        if recipe.drift and recipe.refresh:
+            raise InputError.sentence(
+                f"{written('drift')} does not go with {written('refresh')}: the drift is that of a block's inputs "
+                "before it is pruned, and refreshed Grams are of others."
+            )
         if recipe.match and any(part.comes_last for part in parts):
             raise InputError.sentence(
                 f"{written('match')} does not go with {written('method')} {recipe.method}: it would move weights "

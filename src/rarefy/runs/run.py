@@ -22,6 +22,7 @@ from rarefy.errors import InputError, ModelError, OutputError, RankError, Rarefy
 from rarefy.models.memory import peak_bytes
 from rarefy.parallel.world import World
 from rarefy.pruning.loop import prune_blocks
+from rarefy.pruning.precision import compute_dtype, compute_words
 from rarefy.pruning.records import Report
 from rarefy.pruning.stores import keep_windows
 from rarefy.runs.card import base_model, model_card
@@ -150,6 +151,8 @@ def execute(
     with clock.stage("load"), world.together():
         model = open_model(plan, events)
     events.note(calibration_words(plan.recipe) + ("" if chosen else " (the default)"))
+    if words := compute_words(model.dtype, plan.device):
+        events.note(words)
     with clock.stage("texts"), world.together():
         if world.leads and texts:
             model.write_dense_texts()
@@ -305,6 +308,7 @@ def _facts(plan: Plan, report: Report, command: Sequence[str], began: datetime, 
         "seed": recipe.seed,
         "device": str(plan.device),
         "dtype": str(dtype).removeprefix("torch."),
+        "compute_dtype": str(compute_dtype(dtype, plan.device)).removeprefix("torch."),
         "calibration": {
             "source": recipe.calibration,
             "num_samples": recipe.num_samples,

@@ -41,7 +41,7 @@ class TuneRecipe(BaseModel):
     learning_rate: Number | None = Field(None, gt=0, allow_inf_nan=False, description="a number above 0")
     batch_size: Whole = Field(1, ge=1, description=f"{_WHOLE} 1 (windows)")
     micro_batch: Whole | None = Field(None, ge=1, description=f"{_WHOLE} 1 (windows)")
-    epochs: Whole = Field(8, ge=1, description=f"{_WHOLE} 1")
+    epochs: Whole = Field(3, ge=1, description=f"{_WHOLE} 1")
     max_steps: Whole | None = Field(None, ge=1, description=f"{_WHOLE} 1")
     warmup_steps: Whole = Field(8, ge=0, description=f"{_WHOLE} 0")
     schedule: Literal["linear", "cosine", "constant"] = Field("linear", description="linear, cosine or constant")
@@ -109,6 +109,12 @@ class TuneRecipe(BaseModel):
                 f"{written('hidden_weight')} needs the dense model's hidden states, which {written('teacher')} "
                 f"{self.teacher} does not keep: model does."
             )
+        for key in ("rank", "alpha") if self.parametrisation in ("full", "norms") else ():
+            if (value := getattr(self, key)) != type(self).model_fields[key].default:
+                raise InputError.sentence(
+                    f"{written(key)} is {value:g}, but {written('parametrisation')} "
+                    f"{self.parametrisation} has none: spp and lora do."
+                )
         for text in self.calibration:
             split_share(text, written("calibration"))
 

@@ -114,8 +114,8 @@ def plan_sweep(options: Options, folder: SweepFolder) -> Plan:
     source = resolve_model(options.model)
     cells = [Cell(recipe.resolved(source.context)) for recipe in checked.recipes]
     blocks = select_sites(find_blocks(source.skeleton()), options.include, options.exclude)
-    for pattern in dict.fromkeys(cell.recipe.build_pattern() for cell in cells):
-        check_patterns(blocks, Uniform(pattern))
+    for cell in cells:
+        check_patterns(blocks, Uniform(cell.recipe.build_pattern()), cell.recipe.build_method())
     tokenizer = load_tokenizer(source)
     if tokenizer is None:
         raise ModelError.sentence(f"{source.name} has no tokenizer, so nothing can be measured of it.")

@@ -28,7 +28,7 @@ class TuneSettings:
     learning_rate: float = 2e-4
     batch_size: int = 1
     micro_batch: int = 1
-    epochs: int = 8
+    epochs: int = 3
     max_steps: int | None = None
     warmup_steps: int = 8
     schedule: Schedule = "linear"
