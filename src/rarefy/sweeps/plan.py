@@ -19,7 +19,7 @@ from rarefy.runs.recipe import Recipe
 from rarefy.runs.shrink_recipe import ShrinkRecipe
 from rarefy.sweeps.folder import SweepFolder
 from rarefy.sweeps.options import Options, check_options
-from rarefy.sweeps.shrinking import ShrinkCell
+from rarefy.sweeps.shrinking import ShrinkCell, shrink_cell
 
 if TYPE_CHECKING:
     import torch
