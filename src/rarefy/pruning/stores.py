@@ -147,8 +147,7 @@ class JournaledStore(BlockStore):
     def remember(self, name: str, content: bytes) -> None:
         """Keep it beside the journal. Raises OutputError."""
         with self.world.together():
-            if self.world.leads:
-                self.journal.remember(name, content)
+            self.journal.remember(name, content)
 
     def hidden_states(
         self,
