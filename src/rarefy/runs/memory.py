@@ -7,6 +7,7 @@ is loaded as a whole to write text. What a solve takes, the method itself says (
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from rarefy.allocation.names import ALPHAPRUNING, SEARCH
@@ -144,12 +145,18 @@ def _pruning_bytes(plan: Plan) -> int:
 
 
 def _search_bytes(plan: Plan) -> int:
-    """What the search takes to compare logits: all but the blocks, two windows of them, and a slice in float32."""
+    """What the search takes: SparseGPT on a block and a copy of it; or, to compare logits, two windows of them.
+
+    A slice of the latter is in float32, beside all of the model but its blocks.
+    """
+    from rarefy.methods.sparsegpt import SparseGPT
     from rarefy.pruning.search import SLICE
 
     vocabulary = int(plan.source.config.get_text_config().vocab_size)
     stored, length = _dtype(plan).itemsize, plan.recipe.window_shape[1]
-    return _ending_bytes(plan) + vocabulary * (2 * length * stored + 4 * 4 * min(length, SLICE))
+    comparing = _ending_bytes(plan) + vocabulary * (2 * length * stored + 4 * 4 * min(length, SLICE))
+    copy = max(_nbytes(block.module.parameters(), stored) for block in plan.blocks)
+    return max(comparing, _pruning_bytes(replace(plan, method=SparseGPT())) + copy)
 
 
 def _fisher_bytes(plan: Plan) -> int:
@@ -171,7 +178,7 @@ def _fisher_bytes(plan: Plan) -> int:
     for block in plan.blocks:
         inner = max((max(site.shape) for site in block.sites), default=0)
         running = _nbytes(block.module.parameters(), item) + (0 if plan.streams else weights_bytes(plan))
-        graphs.append(running + item * tokens * (_KEPT_HIDDEN * int(text.hidden_size) + _KEPT_INNER * inner))
+        graphs.append(running + 4 * tokens * (_KEPT_HIDDEN * int(text.hidden_size) + _KEPT_INNER * inner))
     return states + max(graphs)
 
 
