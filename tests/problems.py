@@ -9,9 +9,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
+
+from rarefy.layer.pattern import Pattern
+from rarefy.layer.problem import LayerProblem
+from rarefy.layer.solution import Solution
+from rarefy.methods.base import Method
 
 InputFamily = Callable[[int, int], Tensor]
 Family = Callable[[int, int, int], tuple[Tensor, Tensor]]
@@ -106,3 +113,25 @@ INPUTS: dict[str, InputFamily] = {
 }
 
 FAMILIES: dict[str, Family] = {name: _family(draw_inputs) for name, draw_inputs in INPUTS.items()}
+
+
+def output_energy(W0: Tensor, H: Tensor) -> Tensor:
+    """The squared norm of each output (out,) over all tokens."""
+    return ((W0 @ H) * W0).sum(dim=1).clamp_min(0)
+
+
+@dataclass(frozen=True)
+class OfNeurons(Method):
+    """A method on a layer whose outputs are neurons, with the norms of the outputs themselves for want of others."""
+
+    name: ClassVar[str] = "of-neurons"
+    summary: ClassVar[str] = "a method that is told norms of outputs"
+
+    method: Method
+
+    def solve(self, problem: LayerProblem, pattern: Pattern, start: Solution | None = None) -> Solution:
+        norms = output_energy(problem.W0, problem.H).sqrt()
+        return self.method.solve(LayerProblem(problem.W0, problem.gram, norms), pattern, start)
+
+    def rows_independent(self, pattern: Pattern) -> bool:
+        return self.method.rows_independent(pattern)

@@ -170,8 +170,11 @@ def float64_grams() -> Iterator[None]:
         rarefy.Gram.__init__ = plain
 
 
-def pruned_in_float64(method: str) -> dict[str, Any]:
-    """The weights of a model with float64 in all of its arithmetic, pruned by all processes of the group."""
+def pruned_in_float64(method: str, passes: int = 0, step: int = 4) -> dict[str, Any]:
+    """The weights of a model with float64 in all of its arithmetic, pruned by all processes of the group.
+
+    ``passes`` of matching follow, ``step`` windows at a time, with masters in float32.
+    """
     import torch
     from transformers import LlamaConfig
 
@@ -181,12 +184,15 @@ def pruned_in_float64(method: str) -> dict[str, Any]:
     sizes = {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 160}
     model = build(LlamaConfig(**{**_GROUPED, **sizes})).double()
     windows = torch.randint(3, VOCABULARY, (7, 48), generator=torch.Generator().manual_seed(0))
+    options: dict[str, Any] = {"pattern": rarefy.PerRow(0.5), "method": METHODS[method], "batch_size": 2}
+    if passes:
+        options["matching"] = rarefy.Matching(passes, learning_rate=1e-3, batch_size=step)
     with float64_grams():
-        rarefy.prune(model, windows, pattern=rarefy.PerRow(0.5), method=METHODS[method], batch_size=2)
+        rarefy.prune(model, windows, **options)
     return dict(model.state_dict())
 
 
-def prune_in_float64(folder: str, method: str) -> None:
+def prune_in_float64(folder: str, method: str, passes: str = "0") -> None:
     """Each rank writes the weights that it ends with."""
     import torch
 
@@ -194,7 +200,7 @@ def prune_in_float64(folder: str, method: str) -> None:
 
     with joined() as _:
         world = World.current()
-        torch.save(pruned_in_float64(method), f"{folder}/{world.rank}.pt")
+        torch.save(pruned_in_float64(method, int(passes)), f"{folder}/{world.rank}.pt")
         world.leave()
 
 

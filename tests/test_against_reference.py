@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import reference
-from problems import FAMILIES
+from problems import FAMILIES, OfNeurons, output_energy
 from rarefy.layer.gram import Gram
 from rarefy.layer.pattern import NM, Fixed, Pattern, PerRow, Unstructured
 from rarefy.layer.problem import LayerProblem
@@ -20,6 +20,7 @@ from rarefy.methods.admm import ADMM
 from rarefy.methods.alps import ALPS, ALPSPaper
 from rarefy.methods.base import Method, run
 from rarefy.methods.compose import Then
+from rarefy.methods.dass import DaSS
 from rarefy.methods.magnitude import Magnitude
 from rarefy.methods.mrp import MRP
 from rarefy.methods.quantize import Quantize
@@ -114,6 +115,10 @@ with_ = functools.partial
 PAIRS: dict[str, Pair] = {
     "magnitude": Pair(Magnitude(), reference.magnitude),
     "wanda": Pair(Wanda(), reference.wanda),
+    "dass": Pair(DaSS(), reference.dass),
+    "dass of neurons": Pair(
+        OfNeurons(DaSS()), lambda W0, H, pattern: reference.dass(W0, H, pattern, output_energy(W0, H).sqrt())
+    ),
     "ria": Pair(RIA(), reference.ria),
     "ria 1": Pair(RIA(exponent=1.0), with_(reference.ria, exponent=1.0)),
     "sparsegpt": Pair(SparseGPT(), reference.sparsegpt),

@@ -102,6 +102,33 @@ def test_progress_counts_every_part() -> None:
         assert seen == [(done, len(seen)) for done in range(1, len(seen) + 1)]
 
 
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "qwen3_moe", "gemma3"])
+@pytest.mark.filterwarnings("ignore:.*weights of experts were solved with all tokens")
+def test_the_dense_path_is_a_plain_pass_of_the_dense_model(architecture: str) -> None:
+    leaving: list[Tensor] = []
+
+    class Capture:
+        needs_dense_path = True
+
+        def num_parts(self, *_: object) -> int:
+            return 0
+
+        def __call__(self, pruned: PrunedBlock, on_part: object) -> None:
+            assert pruned.leaving_dense is not None
+            leaving.append(pruned.leaving_dense.states.clone())
+
+    settings = PruneSettings(Uniform(rarefy.PerRow(0.7)), rarefy.Wanda(), batch_size=5, steps=[Capture()])
+    prune_blocks(BlockStore(make_model(architecture)), WINDOWS, settings)
+    dense, expected = make_model(architecture), []
+    for block in find_blocks(dense):
+        block.module.register_forward_hook(
+            lambda _module, _args, output: expected.append(output[0] if isinstance(output, tuple) else output)
+        )
+    _outputs(dense, WINDOWS)
+    for found, plain in zip(leaving, expected, strict=True):
+        torch.testing.assert_close(found, plain, rtol=1e-4, atol=1e-4)  # float32, in batches of 5
+
+
 def test_two_steps_are_those_of_a_plain_training_loop() -> None:
     """Matching one block, against autograd and torch's AdamW written down plainly."""
     model, plain = make_model("llama"), make_model("llama")
@@ -110,6 +137,7 @@ def test_two_steps_are_those_of_a_plain_training_loop() -> None:
 
     class Capture:
         needs_dense_path = True
+        needs_dense_weights = False
 
         def num_parts(self, *_: object) -> int:
             return 0

@@ -14,7 +14,7 @@ from jaxtyping import TypeCheckError
 from torch import Tensor
 
 import rarefy
-from problems import FAMILIES
+from problems import FAMILIES, OfNeurons
 from rarefy.errors import InputError, MethodError, NumericalError, PatternError
 from rarefy.layer import passes
 from rarefy.layer.columns import Columns
@@ -27,6 +27,7 @@ from rarefy.methods.admm import ADMM
 from rarefy.methods.alps import ALPS, ALPSPaper
 from rarefy.methods.base import IterativeMethod, Method, hyper, run, wanda_scores
 from rarefy.methods.compose import BestOf, Then
+from rarefy.methods.dass import DaSS
 from rarefy.methods.dsnot import DSnoT
 from rarefy.methods.magnitude import Magnitude
 from rarefy.methods.mrp import MRP
@@ -61,6 +62,8 @@ PATTERNS: dict[str, Callable[[], Pattern]] = {
     "columns": lambda: Columns(10),
     "heads": lambda: Columns(12, 4),
 }
+#: Methods that do not know, or may not care, which inputs are dead.
+BLIND = ("magnitude", "best of", "dass of neurons")
 #: Methods that hand out a share of the budget to each block of columns, so that dead inputs may stay.
 LEFT_TO_RIGHT = ("sparsegpt", "sparsegpt in blocks", "mrp")
 #: Methods that change the mask of each row by itself, and refuse patterns of columns (test_columns.py).
@@ -93,6 +96,9 @@ class Claims:
 CLAIMS: dict[str, Claims] = {
     "magnitude": Claims(Magnitude(), weights_kept=True, ignores_inputs=True),
     "wanda": Claims(Wanda(), weights_kept=True),
+    # Equal counts of rows, or of columns where norms of outputs are known; which of them get one more goes by place.
+    "dass": Claims(DaSS(), weights_kept=True, rows=False),
+    "dass of neurons": Claims(OfNeurons(DaSS()), weights_kept=True, inputs=False),
     # Sums over columns couple all rows.
     "ria": Claims(RIA(), weights_kept=True, independent=("fixed",)),
     # Goes from left to right, so the order of the inputs matters.
@@ -428,7 +434,7 @@ def test_equal_scores_keep_the_lowest_index(method: str) -> None:
         assert torch.equal(run(CLAIMS[method].method, problem, allowed).mask, expected), str(allowed)
 
 
-@pytest.mark.parametrize("method", [name for name in CLAIMS if name not in ("magnitude", "best of")])
+@pytest.mark.parametrize("method", [name for name in CLAIMS if name not in BLIND])
 @each_dtype
 def test_dead_inputs_are_pruned_first_and_kept_ones_stay(method: str, dtype: torch.dtype) -> None:
     problem = draw("dead_columns", dtype)

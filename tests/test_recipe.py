@@ -252,6 +252,7 @@ def test_an_option_replaces_the_files_key(tmp_path: Path) -> None:
     assert Recipe.read({"settings": {"damping": "0.2"}}, file).resolved(None).settings == {
         "damping": 0.2,
         "block_size": 32,
+        "score": "single",
     }
     assert Recipe.read({"method": "wanda"}, file).settings == {}
     by_row = in_file(tmp_path, "model: m\nsparsity: 0.7\nscope: row\n")

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from rarefy.methods.alps import ALPS, ALPSPaper
     from rarefy.methods.base import IterativeMethod, Method
     from rarefy.methods.compose import BestOf, Then
+    from rarefy.methods.dass import DaSS
     from rarefy.methods.dsnot import DSnoT
     from rarefy.methods.magnitude import Magnitude
     from rarefy.methods.mrp import MRP
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from rarefy.methods.sparsegpt import SparseGPT
     from rarefy.methods.swaps import Swaps
     from rarefy.methods.wanda import Wanda
+    from rarefy.pruning.barber import Barber
     from rarefy.pruning.loop import prune
     from rarefy.pruning.matching import Matching
     from rarefy.pruning.records import Report
@@ -63,10 +65,12 @@ __all__ = [
     "RIA",
     "ALPSPaper",
     "Backsolve",
+    "Barber",
     "BestOf",
     "CalibrationError",
     "Columns",
     "DSnoT",
+    "DaSS",
     "Fixed",
     "Gram",
     "InputError",
@@ -136,6 +140,7 @@ _HOME = {
     "rarefy.methods.alps": ("ALPS", "ALPSPaper"),
     "rarefy.methods.base": ("IterativeMethod", "Method"),
     "rarefy.methods.compose": ("BestOf", "Then"),
+    "rarefy.methods.dass": ("DaSS",),
     "rarefy.methods.dsnot": ("DSnoT",),
     "rarefy.methods.magnitude": ("Magnitude",),
     "rarefy.methods.mrp": ("MRP",),
@@ -146,6 +151,7 @@ _HOME = {
     "rarefy.methods.sparsegpt": ("SparseGPT",),
     "rarefy.methods.swaps": ("Swaps",),
     "rarefy.methods.wanda": ("Wanda",),
+    "rarefy.pruning.barber": ("Barber",),
     "rarefy.pruning.loop": ("prune",),
     "rarefy.pruning.matching": ("Matching",),
     "rarefy.pruning.records": ("Report",),

@@ -9,7 +9,7 @@ from rarefy.allocation.alphapruning import AlphaPruning
 from rarefy.allocation.budget import Layer, patterns
 from rarefy.allocation.listed import listed, read_listed
 from rarefy.allocation.lsa import Lsa
-from rarefy.allocation.names import ALLOWED, ALPHAPRUNING, LSA, OWL, PROFILE, UNIFORM, is_allocation
+from rarefy.allocation.names import ALLOWED, ALPHAPRUNING, LSA, MEASURED, OWL, PROFILE, UNIFORM, is_allocation
 from rarefy.allocation.owl import Owl
 from rarefy.allocation.profile import profile
 from rarefy.allocation.rule import MeasuredRule
@@ -40,7 +40,7 @@ def allocate(allocation: str, pattern: Pattern, blocks: Sequence[Block]) -> dict
     sparsity = pattern.nominal_sparsity()
     if allocation in RULES:
         return patterns(pattern, RULES[allocation](layers, sparsity), by_name)
-    if allocation in MEASURED_RULES:
+    if allocation in MEASURED:
         return patterns(pattern, dict.fromkeys(by_name, sparsity), by_name)
     if not is_allocation(allocation):
         raise InputError("allocation", allocation, ALLOWED)

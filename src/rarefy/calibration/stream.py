@@ -81,6 +81,15 @@ class HiddenStates:
         for i in range(self.num_batches):
             yield i, slice(i * self.batch_size, (i + 1) * self.batch_size)
 
+    @property
+    def crosses(self) -> bool:
+        """Whether more than hidden states goes from block to block, such as keys and values that some share."""
+        found: list[bool] = []
+        for batches in self.calls:
+            for call in batches[:1]:
+                mapped((call.args, call.kwargs), lambda _, leaf: found.append(isinstance(leaf, SharedMapping)))
+        return bool(self.carried.last_reader) or any(found)
+
     def fork(self, offload: Path | None = None) -> HiddenStates:
         """A second path that starts with the same states, and calls blocks in the same way.
 

@@ -67,7 +67,18 @@ def prune(
     ] = None,
     pattern: Annotated[
         Text,
-        typer.Option(metavar="N:M", help="Keep N of every M weights along the inputs, instead of a sparsity."),
+        typer.Option(
+            metavar="N:M",
+            help="Keep N of every M weights along the inputs, instead of a sparsity; N:Mt: in columns as well.",
+        ),
+    ] = None,
+    along: Annotated[
+        Text,
+        typer.Option(
+            metavar="WHAT",
+            help="What N:M groups are of: inputs, or neurons, which are outputs of the layers that make the neurons "
+            "of an MLP; no sparse kernel takes these (default: inputs).",
+        ),
     ] = None,
     scope: Annotated[
         Text,
@@ -116,6 +127,24 @@ def prune(
     strict: Annotated[
         bool | None, typer.Option("--strict/--no-strict", help="Stop where the method fails on a layer.")
     ] = None,
+    barber: Annotated[
+        Text,
+        typer.Option(
+            metavar="SCORE",
+            help="Swap revived and pruned weights of each block by the error of its attention and its MLP: published "
+            "or signed (default: none).",
+        ),
+    ] = None,
+    barber_share: Annotated[
+        Text, typer.Option(metavar="S", help="Share of the crossing pairs that --barber swaps (default: 0.01).")
+    ] = None,
+    barber_refit: Annotated[
+        bool | None,
+        typer.Option(
+            "--barber-refit/--no-barber-refit",
+            help="Refit what is kept behind --barber, or keep its dense values, as published (default: refit).",
+        ),
+    ] = None,
     match: Annotated[
         Text,
         typer.Option(
@@ -137,12 +166,22 @@ def prune(
         bool | None,
         typer.Option("--refresh/--no-refresh", help="Let later layers of a block see what was pruned before them."),
     ] = None,
+    permute: Annotated[
+        bool | None,
+        typer.Option(
+            "--permute/--no-permute", help="Order MLP neurons and the insides of heads for N:M, at no cost."
+        ),
+    ] = None,
+    rotate: Annotated[
+        bool | None,
+        typer.Option("--rotate/--no-rotate", help="Rotate the insides of heads so that less is pruned, at no cost."),
+    ] = None,
     allocation: Annotated[
         Text,
         typer.Option(
             metavar="RULE",
-            help="Sparsity of each layer at the same total: uniform, profile, owl, alphapruning, lsa, or a .json or "
-            ".csv file of globs and sparsities (default: uniform).",
+            help="Sparsity of each layer at the same total: uniform, profile, owl, alphapruning, lsa, search, or a "
+            ".json or .csv file of globs and sparsities (default: uniform).",
         ),
     ] = None,
     offload_dir: OffloadDir = None,
@@ -169,6 +208,7 @@ def prune(
         "method": method,
         "sparsity": sparsity,
         "pattern": pattern,
+        "along": along,
         "scope": scope,
         "calibration": calibration,
         "text_column": text_column,
@@ -183,11 +223,16 @@ def prune(
         "exclude": exclude or None,
         "settings": parse_settings(settings) if settings else None,
         "strict": strict,
+        "barber": barber,
+        "barber_share": barber_share,
+        "barber_refit": barber_refit,
         "match": match,
         "match_lr": match_lr,
         "match_batch": match_batch,
         "drift": drift,
         "refresh": refresh,
+        "permute": permute,
+        "rotate": rotate,
         "allocation": allocation,
     }
     world = World.current()

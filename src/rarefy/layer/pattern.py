@@ -37,6 +37,8 @@ class Pattern(ABC):
     rows_alike: bool = False
     #: Length of the groups of inputs that belong together; blockwise methods cut at its multiples.
     group: int = 1
+    #: Length of the groups of outputs that belong together, at whose multiples rows can be cut.
+    row_group: int = 1
     #: Whether there is more than one allowed mask, so that a method has something to choose.
     has_choice: bool = True
     #: How many masks a group may have where each is chosen by itself; 0 where there are no such groups.
@@ -436,6 +438,11 @@ def pattern_from_spec(spec: Mapping[str, Any]) -> Pattern:
     try:
         kind = spec["kind"]
         if kind == "n:m":
+            if spec.get("transposable"):
+                transposable: Pattern = import_module("rarefy.layer.transposable").TransposableNM(
+                    spec["keep"], spec["of"]
+                )
+                return transposable
             return NM(spec["keep"], spec["of"])
         if kind in ("unstructured", "row"):
             return (Unstructured if kind == "unstructured" else PerRow)(spec["sparsity"])
@@ -443,14 +450,17 @@ def pattern_from_spec(spec: Mapping[str, Any]) -> Pattern:
             # The module imports this one, so it is imported when it is needed.
             columns: Pattern = import_module("rarefy.layer.columns").Columns(spec["keep"], spec["group"])
             return columns
+        if kind == "n:m across":
+            across: Pattern = import_module("rarefy.layer.across").AcrossNM(spec["keep"], spec["of"])
+            return across
     except (KeyError, TypeError) as error:
         raise PatternError(
             "pattern",
             dict(spec),
-            "of kind n:m with keep and of, of kind unstructured or row with sparsity, or of kind columns with keep "
-            "and group",
+            "of kind n:m or n:m across with keep and of, of kind unstructured or row with sparsity, or of kind "
+            "columns with keep and group",
         ) from error
-    raise PatternError("pattern", dict(spec), "of kind n:m, unstructured, row or columns")
+    raise PatternError("pattern", dict(spec), "of kind n:m, n:m across, unstructured, row or columns")
 
 
 def check_sparsity(sparsity: object, argument: str = "sparsity") -> None:

@@ -39,19 +39,29 @@ class Scaled:
 class LayerProblem:
     """One layer: dense weight W0 (out, in) and the Gram matrix H (in, in) of its inputs.
 
-    Works in float32, or in float64 if the weight or the Gram is float64.
+    Works in float32, or in float64 if the weight or the Gram is float64. ``output_norms`` (out,) are the norms of
+    what the layer's outputs become before the next linear reads them, over all tokens; None where nothing is known.
     Raises InputError for shapes that do not fit.
     """
 
-    def __init__(self, W0: Float[Tensor, "out inputs"], gram: Gram) -> None:
+    def __init__(
+        self, W0: Float[Tensor, "out inputs"], gram: Gram, output_norms: Float[Tensor, " out"] | None = None
+    ) -> None:
         if W0.ndim != 2 or W0.shape[1] != gram.size:
             raise InputError(
                 "weight", f"a tensor of shape {tuple(W0.shape)}", f"(out, {gram.size}), as wide as its Gram"
+            )
+        if output_norms is not None and tuple(output_norms.shape) != (W0.shape[0],):
+            raise InputError(
+                "output_norms",
+                f"a tensor of shape {tuple(output_norms.shape)}",
+                f"({W0.shape[0]},), one for each output",
             )
         double = torch.float64 in (W0.dtype, gram.H.dtype)
         self.dtype = torch.float64 if double else torch.float32
         self.gram = gram
         self.W0 = W0.detach().to(self.dtype)
+        self.output_norms = None if output_norms is None else output_norms.to(self.W0)
 
     @property
     def shape(self) -> tuple[int, int]:

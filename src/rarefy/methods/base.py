@@ -77,6 +77,8 @@ class Method(ABC):
     default_scope: ClassVar[str] = "layer"
     #: Whether the Gram must carry the mean of the inputs.
     needs_means: ClassVar[bool] = False
+    #: Whether it reads ``LayerProblem.output_norms``, which are then collected.
+    needs_output_norms: ClassVar[bool] = False
     #: Whether it only improves a start (an earlier method's solution) and cannot come first.
     needs_start: ClassVar[bool] = False
     #: Whether it can go on from a start; one that cannot is only ever the first of a combination.
@@ -212,6 +214,10 @@ def check_rows_apart(method: Method, pattern: Pattern) -> None:
     if pattern.rows_alike:
         raise PatternError.sentence(
             f"{method} changes the mask of each row by itself, but {pattern} has one mask for all rows."
+        )
+    if pattern.row_group > 1:
+        raise PatternError.sentence(
+            f"{method} moves weights within a row, but {pattern} counts them in columns, too: choose another method."
         )
 
 

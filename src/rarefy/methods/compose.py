@@ -30,6 +30,7 @@ class _Combination(Method):
         object.__setattr__(self, "default_scope", parts[0].default_scope)
         object.__setattr__(self, "paper", "; ".join(dict.fromkeys(part.paper for part in parts if part.paper)))
         object.__setattr__(self, "needs_means", any(part.needs_means for part in parts))
+        object.__setattr__(self, "needs_output_norms", any(part.needs_output_norms for part in parts))
         object.__setattr__(self, "comes_last", any(part.comes_last for part in parts))
 
     def check_pattern(self, pattern: Pattern) -> None:

@@ -11,6 +11,7 @@ from rarefy.methods.admm import ADMM
 from rarefy.methods.alps import ALPS, ALPSPaper
 from rarefy.methods.base import Method
 from rarefy.methods.compose import Then
+from rarefy.methods.dass import DaSS
 from rarefy.methods.dsnot import DSnoT
 from rarefy.methods.magnitude import Magnitude
 from rarefy.methods.mrp import MRP
@@ -38,6 +39,7 @@ METHODS: dict[str, Method] = {
     "sparsefw": SparseFW(),
     "swaps": Swaps(),
     "dsnot": DSnoT(),
+    "dass": DaSS(),
     "pcg": PCG(),
     "backsolve": Backsolve(),
     "quantize": Quantize(),

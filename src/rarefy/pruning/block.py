@@ -19,6 +19,7 @@ from rarefy.parallel.sharing import Piece, share_out
 from rarefy.parallel.world import World
 from rarefy.pruning.collect import collect_grams, reading_order
 from rarefy.pruning.drift import Drifts
+from rarefy.pruning.outputs import OutputNorms, output_norms
 from rarefy.pruning.parts import Part, join
 from rarefy.pruning.records import LayerRecord, three_digits
 from rarefy.pruning.settings import PruneSettings
@@ -53,10 +54,11 @@ def prune_layers(
             grams, notes = collect_grams(
                 world, block, sites, entering, means=settings.method.needs_means, on_batch=on_batch
             )
+            norms = output_norms(block, grams) if settings.method.needs_output_norms else {}
             # One process has the record of a layer as soon as it is solved; several share out all layers at hand.
             for some in [[site] for site in sites] if world.size == 1 else [sites]:
                 solved = _prune_sites(
-                    world, some, block.index, grams, settings, counter, entering.device, masks, drifts
+                    world, some, block.index, grams, settings, counter, entering.device, masks, drifts, norms
                 )
                 for record in solved:
                     record.details |= notes[record.name]
@@ -73,6 +75,7 @@ def _prune_sites(
     device: torch.device,
     masks: Masks | None,
     drifts: Drifts | None,
+    norms: OutputNorms,
 ) -> list[LayerRecord]:
     """Solve and write some layers of a block, and take their Grams away; their records, in order."""
     can_be_cut = [settings.method.rows_independent(settings.pattern_of(site)) for site in sites]
@@ -86,7 +89,7 @@ def _prune_sites(
             own = [piece for piece in pieces if (piece.layer, piece.rank) == (layer, world.rank)]
             for piece in own:
                 D = drifts.get(site.name) if drifts else None
-                solved[piece], mask = solve_piece(site, piece, block, gram, settings, D)
+                solved[piece], mask = solve_piece(site, piece, block, gram, settings, D, norms.get(site.name))
                 if masks is not None:
                     masks[site.name][piece.rows] = mask
             if own:

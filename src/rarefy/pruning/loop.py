@@ -1,11 +1,12 @@
-"""The loop over blocks: load, collect, solve, write, step, advance, store.
+"""The loop over blocks: load, reparametrise, collect, solve, write, step, advance, store.
 
-For each block in order, the hidden states of all windows are replayed through the still dense block while hooks
-feed its Grams (collect.py), every linear is solved (solve.py), the sparse weights are written (write.py), further
-steps may change the block (steps.py), and the hidden states are replayed through the pruned block to enter the
-next one (advance.py). A block store (stores.py) hides where blocks come from and go to, so that the loop is the
-same for a model in memory and one that is streamed. Several processes each hold the hidden states of some windows
-and solve some layers; Grams are all-reduced and weights broadcast, so that all go on with the same block.
+For each block in order, its inner dimensions may be reordered (reparametrise.py), the hidden states of all windows
+are replayed through the still dense block while hooks feed its Grams (collect.py), every linear is solved
+(solve.py), the sparse weights are written (write.py), further steps may change the block (steps.py), and the hidden
+states are replayed through the pruned block to enter the next one (advance.py). A block store (stores.py) hides
+where blocks come from and go to, so that the loop is the same for a model in memory and one that is streamed.
+Several processes each hold the hidden states of some windows and solve some layers; Grams are all-reduced and
+weights broadcast, so that all go on with the same block.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from itertools import zip_longest
 
@@ -25,7 +27,7 @@ from torch import Tensor, nn
 from rarefy.allocation.names import UNIFORM
 from rarefy.calibration.check import check_blocks
 from rarefy.calibration.collect import gram_groups
-from rarefy.calibration.stream import convert_calls
+from rarefy.calibration.stream import HiddenStates, convert_calls
 from rarefy.errors import InputError
 from rarefy.layer.pattern import Pattern
 from rarefy.methods.base import Method
@@ -33,12 +35,14 @@ from rarefy.models.blocks import Block, find_blocks, select_sites
 from rarefy.models.wrappers import unwrapped
 from rarefy.parallel.world import World
 from rarefy.pruning.advance import advance
+from rarefy.pruning.barber import Barber
 from rarefy.pruning.block import Masks, OnProgress, PartCounter, prune_layers
 from rarefy.pruning.collect import STARVED
 from rarefy.pruning.drift import advance_dense
 from rarefy.pruning.matching import Matching
 from rarefy.pruning.precision import compute_dtype, full_float32
 from rarefy.pruning.records import LayerRecord, Report
+from rarefy.pruning.reparametrise import Reparametrisation
 from rarefy.pruning.settings import PatternOf, PruneSettings, allocated, as_pattern_of
 from rarefy.pruning.steps import PrunedBlock
 from rarefy.pruning.stores import BlockStore
@@ -58,9 +62,12 @@ def prune(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     strict: bool = False,
+    barber: Barber | None = None,
     matching: Matching | None = None,
     drift: float = 0.0,
     refresh: bool = False,
+    permute: bool = False,
+    rotate: bool = False,
     allocation: str = UNIFORM,
     on_progress: OnProgress | None = None,
     on_layer: Callable[[LayerRecord], None] | None = None,
@@ -69,11 +76,14 @@ def prune(
 
     ``windows`` (num, length) are int64 token ids for calibration, replayed ``batch_size`` at a time. ``pattern`` is
     one for all layers, or a function that gives the pattern of a ``Site``.
-    ``include`` and ``exclude`` are globs on full module names. ``matching`` trains what is kept of each block to
-    match the dense model. ``drift`` is the share of the drift from the dense path that targets correct (0 = off),
-    and ``refresh`` lets each group of a block's layers see what was pruned before it in the block. ``allocation``
-    spreads the zeros of a pattern over the layers: "uniform", "profile", a .json or .csv file, or "owl",
-    "alphapruning" or "lsa", which measure the dense model first.
+    ``include`` and ``exclude`` are globs on full module names. ``barber`` changes the masks of each block by what its
+    attention and its MLP put out, and ``matching`` trains what is kept of it to match the dense model. ``drift`` is
+    the share of the drift from the dense path that targets correct (0 = off), and ``refresh`` lets each group of a
+    block's layers see what was pruned before it in the block. ``permute`` reorders MLP neurons and the dimensions
+    inside attention heads, for N:M patterns, and ``rotate`` rotates the latter: both are merged into the weights
+    before a block is pruned, and change nothing that it computes.
+    ``allocation`` spreads the zeros of a pattern over the layers: "uniform", "profile", a .json or .csv file, or
+    "owl", "alphapruning", "lsa" or "search", which measure the dense model first.
     ``on_progress(done, total, note)`` and ``on_layer(record)`` are called as the run goes on. What torch.compile or
     data parallelism wraps around a model is taken off. Raises ModelError for a model that cannot be pruned, such as
     one with adapters or quantised weights, PatternError before anything changes where the pattern does not fit a
@@ -83,14 +93,16 @@ def prune(
     same model, all windows and the same settings; they share the work, and each ends with the pruned model
     and the report. Raises InputError where they differ, RankError where one of them is gone.
     """
-    steps = [matching] if matching is not None else []
+    steps = [step for step in (barber, matching) if step is not None]
     pattern_of = as_pattern_of(pattern)
     if allocation != UNIFORM:
         if not isinstance(pattern, Pattern):
             raise InputError("allocation", allocation, f'"{UNIFORM}" beside a function that gives each layer its own')
         blocks = select_sites(find_blocks(unwrapped(model)), include, exclude)
         pattern_of = allocated(allocation, pattern, blocks)
-    settings = PruneSettings(pattern_of, method, batch_size, include, exclude, strict, steps, drift, refresh)
+    settings = PruneSettings(
+        pattern_of, method, batch_size, include, exclude, strict, steps, drift, refresh, permute, rotate
+    )
     return prune_model(model, windows, settings, on_progress, on_layer)
 
 
@@ -130,16 +142,18 @@ def prune_blocks(
     """
     started = time.perf_counter()
     world = store.world
-    own, first = _own(world, windows)
+    own, first = _own(world, windows, settings.batch_size if settings.steps else 1)
     blocks = select_sites(find_blocks(store.model), settings.include, settings.exclude)
     check_patterns(blocks, settings.pattern_of, settings.method)
+    reparametrise = Reparametrisation.of(store.model, blocks, settings)
     last = max(block.index for block in blocks if block.sites)
     records = store.records()
     todo = blocks[store.finished : last + 1]
     num_batches = -(-len(own) // settings.batch_size)
-    measuring = num_survey_parts(store, blocks[: last + 1], num_batches, settings)
-    counter = PartCounter(on_progress, measuring + _num_parts(todo, num_batches, settings))
-    settings = surveyed(store, blocks[: last + 1], own, first, settings, counter)
+    measuring = num_survey_parts(store, blocks, own, first, len(windows), settings)
+    of_all = sum(world.gather(num_batches))
+    counter = PartCounter(on_progress, measuring + _num_parts(todo, num_batches, of_all, settings))
+    settings = surveyed(store, blocks, own, first, len(windows), settings, counter)
     if todo:
         with world.together():
             entering, dense = store.hidden_states(
@@ -155,18 +169,26 @@ def prune_blocks(
         with ExitStack() as scope:
             with world.together():
                 scope.enter_context(store.loaded(block, following))
+            notes = reparametrise(world, block, entering, counter.count) if reparametrise else {}
             drifts = None
             drifting = any(other.sites for other in blocks[: block.index])  # before it, both paths are the same
             if dense is not None and settings.drift > 0 and block.sites and drifting:
                 drifts = advance_dense(world, block, entering, dense, counter.count)
             elif dense is not None:
                 advance(world, block, dense, counter.count)
+            dense_weights = {site.name: site.read() for site in block.sites} if settings.needs_dense_weights else {}
             for layer in prune_layers(world, block, entering, settings, counter, masks, drifts):
+                layer.details |= notes.get(layer.name, {})
                 done.append(layer)
                 if on_layer:
                     on_layer(layer)
+            by_name = {layer.name: layer for layer in done}
+            again = partial(_solved_again, world, block, entering, settings)
+            pruned = PrunedBlock(
+                block, entering, dense, masks or {}, world, settings.pattern_of, dense_weights, by_name, again
+            )
             for step in settings.steps:
-                step(PrunedBlock(block, entering, dense, masks or {}, world), counter.count)
+                step(pruned, counter.count)
             if following is not None:
                 advance(world, block, entering, counter.count)
             with world.together():
@@ -183,23 +205,43 @@ def prune_blocks(
     return Report(records, seconds=seconds, method=str(settings.method), pattern=settings.pattern_name)
 
 
+def _solved_again(
+    world: World,
+    block: Block,
+    entering: HiddenStates,
+    settings: PruneSettings,
+    pattern_of: PatternOf,
+    method: Method,
+    on_part: Callable[[], None],
+) -> list[LayerRecord]:
+    """The layers of a block with other patterns and another method, from the weights that they have."""
+    settings = replace(settings, pattern_of=pattern_of, method=method, steps=[])
+    counter = PartCounter(lambda *_: on_part(), 0)
+    return list(prune_layers(world, block, entering, settings, counter))
+
+
 def changed_parameters(block: Block, settings: PruneSettings) -> list[str]:
     """The full names of the parameters of a block that a run may change; none where it has no site."""
     if not block.sites:
         return []
-    if settings.steps:
+    if settings.steps or settings.permute or settings.rotate:
         return [name for name, _ in block.module.named_parameters(prefix=block.name)]
     return list(dict.fromkeys(site.parameter_name for site in block.sites))
 
 
-def _num_parts(blocks: Sequence[Block], num_batches: int, settings: PruneSettings) -> int:
-    """What progress counts: batches collected and advanced, layers solved, parts of steps."""
+def _num_parts(blocks: Sequence[Block], num_batches: int, of_all: int, settings: PruneSettings) -> int:
+    """What progress counts: batches collected and advanced, layers solved, parts of steps.
+
+    ``num_batches`` are this process's, ``of_all`` those of all processes.
+    """
     collected = sum(len(gram_groups(block.sites)) for block in blocks)
+    if settings.permute or settings.rotate:
+        collected += sum(bool(block.sites) for block in blocks)
     advanced = len(blocks) - 1  # nothing comes after the last
     if settings.needs_dense_path:
         advanced += len(blocks)
     layers = sum(len(block.sites) for block in blocks)
-    steps = sum(step.num_parts(block, num_batches) for step in settings.steps for block in blocks)
+    steps = sum(step.num_parts(block, of_all) for step in settings.steps for block in blocks)
     return (collected + advanced) * num_batches + layers + steps
 
 
@@ -211,21 +253,25 @@ def check_patterns(blocks: Sequence[Block], pattern_of: PatternOf, method: Metho
             pattern_of(site).validate(site.shape, site.name)
 
 
-def _own(world: World, windows: Tensor) -> tuple[Tensor, int]:
-    """The windows that are this process's, and the number of the first. Raises InputError for too few of them."""
+def _own(world: World, windows: Tensor, together: int) -> tuple[Tensor, int]:
+    """The windows that are this process's, and the number of the first. Raises InputError for too few of them.
+
+    So many of them stay ``together``, as one process would have them in a batch, if there are enough for all.
+    """
     if world.size == 1:
         return windows, 0
     if len(windows) < world.size:
         raise InputError.sentence(
             f"windows holds {len(windows)}, but must hold at least {world.size}, one for each process."
         )
-    share = world.share(len(windows))
-    return windows[share.start : share.stop], share.start
+    together = together if len(windows) > together * (world.size - 1) else 1
+    share = world.share(-(-len(windows) // together))
+    return windows[share.start * together : share.stop * together], share.start * together
 
 
 def _check_alike(world: World, model: nn.Module, windows: Tensor, settings: PruneSettings) -> None:
     """Raise InputError, on all processes, where they are not about to do the same."""
-    compared = ("batch_size", "include", "exclude", "strict", "steps", "drift", "refresh")
+    compared = ("batch_size", "include", "exclude", "strict", "steps", "drift", "refresh", "permute", "rotate")
     given = {
         "model": [(name, tuple(each.shape), each.dtype) for name, each in model.named_parameters()],
         "windows": hashlib.sha256(windows.cpu().numpy().tobytes()).hexdigest(),

@@ -8,8 +8,11 @@ and biases minimise, over all windows,
 where X are the states that enter the block on the pruned path, Y those that leave it on the dense path, and f_W is
 the block. So errors of the blocks before are corrected as far as this block can.
 
-    G <- gradient of (1) on one batch, times the mask          (2)
-    W <- AdamW(W, G), then times the mask                      (3)
+    G <- gradient of (1) on the windows of one step, times the mask          (2)
+    W <- AdamW(W, G), then times the mask                                    (3)
+
+Several processes take the steps that one would take: each runs those batches of a step that are of its windows, and
+gradients are summed.
 
 A part of the windows is held out. The state of the pass with the least held-out loss is kept, which may be the
 start: a block is never left worse than it was, on windows that it was not trained on.
@@ -28,6 +31,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import zip_longest
 
 import torch
 from jaxtyping import Float
@@ -40,14 +44,17 @@ from rarefy.parallel.world import World
 from rarefy.pruning.precision import computing_in
 from rarefy.pruning.steps import PrunedBlock
 
+_LEAST_ENERGY = 1e-30  # of a target that is zero everywhere
+
 
 @dataclass(frozen=True)
 class Matching:
     """Trains the kept weights, norms and biases of each pruned block to match the dense model.
 
     ``passes`` over the windows; ``learning_rate`` of AdamW, which falls linearly to 0; ``batch_size`` windows per
-    step, rounded up to whole calibration batches; ``held_out`` is the share of the batches that choose the best
-    pass, at least one; ``seed`` orders the batches. Raises InputError where one of them is out of range.
+    step, rounded up to whole calibration batches, one for each process at least; ``held_out`` is the share of the
+    batches that choose the best pass, at least one; ``seed`` orders the batches. Raises
+    InputError where one of them is out of range.
     """
 
     passes: int = 3
@@ -57,6 +64,7 @@ class Matching:
     seed: int = 0
 
     needs_dense_path = True
+    needs_dense_weights = False
 
     def __post_init__(self) -> None:
         for name, value, allowed in (
@@ -109,13 +117,14 @@ class _Trainer:
         # The range of float16 is too small for gradients: there products are in bfloat16, weights in float32.
         self.autocast = pruned.entering.compute_dtype == torch.float16
         self.dtype = torch.float32 if self.autocast else pruned.entering.compute_dtype
-        batches = list(self.entering.slices())
-        num_held_out = settings._num_held_out(len(batches))
-        generator = torch.Generator().manual_seed(settings.seed + self.index)
-        order = torch.randperm(len(batches), generator=generator).tolist()
-        self.held_out = [batches[i] for i in sorted(order[:num_held_out])]
-        self.batches = [batches[i] for i in order[num_held_out:]]
-        self.generator = generator
+        # Batches have numbers over all processes, each of which runs its own; all draw the same orders.
+        numbers = self.world.gather(self.entering.num_batches)
+        before = sum(numbers[: self.world.rank])
+        self.own = {before + number: (number, windows) for number, windows in self.entering.slices()}
+        num_held_out = settings._num_held_out(sum(numbers))
+        self.generator = torch.Generator().manual_seed(settings.seed + self.index)
+        order = torch.randperm(sum(numbers), generator=self.generator).tolist()
+        self.held_out, self.batches = sorted(order[:num_held_out]), order[num_held_out:]
 
     @contextmanager
     def float32_masters(self) -> Iterator[None]:
@@ -139,9 +148,8 @@ class _Trainer:
 
     def train(self, settings: Matching) -> None:
         """All passes; the parameters of the best one are kept."""
-        step_batches = max(1, math.ceil(settings.batch_size / self.entering.batch_size))
-        most_batches = max(self.world.gather(len(self.batches)))  # all processes take as many steps
-        steps = settings.passes * math.ceil(most_batches / step_batches)
+        step_batches = max(self.world.size, math.ceil(settings.batch_size / self.entering.batch_size))
+        steps = settings.passes * math.ceil(len(self.batches) / step_batches)
         # Fused: one pass over memory for each matrix in place of ten.
         optimizer = torch.optim.AdamW(
             self.masters, lr=settings.learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True
@@ -150,9 +158,8 @@ class _Trainer:
         best = self._held_out_loss()
         start = kept = self._copy()
         for _ in range(settings.passes):
-            order = torch.randperm(len(self.batches), generator=self.generator).tolist()
-            for first in range(0, most_batches, step_batches):
-                self._step(optimizer, [self.batches[i] for i in order[first : first + step_batches]])
+            for batches in self._steps(step_batches):
+                self._step(optimizer, batches)
                 schedule.step()
             loss = self._held_out_loss()
             if loss < best or math.isinf(loss):  # without held-out windows, the last pass is kept
@@ -162,20 +169,37 @@ class _Trainer:
         if kept is not start and math.isfinite(best) and not self._better_as_stored(start, kept):
             self._restore(start)
 
-    def _step(self, optimizer: torch.optim.Optimizer, batches: list[tuple[int, slice]]) -> None:
+    def _steps(self, size: int) -> list[list[int]]:
+        """The batches of each step of a pass, in a new order, ``size`` at a time.
+
+        Of several, each is from another part of the text, and so most often of another process.
+        """
+        if size == 1:
+            order = torch.randperm(len(self.batches), generator=self.generator).tolist()
+            return [[self.batches[i]] for i in order]
+        places = sorted(self.batches)
+        parts = [places[i * len(places) // size : (i + 1) * len(places) // size] for i in range(size)]
+        shuffled = [[part[i] for i in torch.randperm(len(part), generator=self.generator).tolist()] for part in parts]
+        in_turn = [batch for some in zip_longest(*shuffled) for batch in some if batch is not None]
+        return [in_turn[first : first + size] for first in range(0, len(in_turn), size)]
+
+    def _step(self, optimizer: torch.optim.Optimizer, batches: list[int]) -> None:
         """(2) and (3). A weight outside of its mask is 0 and has a gradient of 0, so AdamW leaves it at 0."""
         for master in self.masters:
             master.grad = torch.zeros_like(master)
-        size = torch.tensor(float(sum(self.entering.states[windows].shape[0] for _, windows in batches)))
+        energy = torch.zeros(1, dtype=torch.float64)
         with self.world.together():
-            for batch, windows in batches:
-                (self._loss(batch, windows) * self.entering.states[windows].shape[0]).backward()
-                self._take_gradients()
+            for batch in batches:
+                if batch in self.own:
+                    error, of_target = self._error(batch)
+                    error.backward()
+                    energy += of_target
+                    self._take_gradients()
                 self.on_part()
         gradients = [master.grad for master in self.masters if master.grad is not None]
-        self.world.sum_([size, *gradients])
+        self.world.sum_([energy, *gradients])
         for gradient in gradients:
-            gradient.div_(max(1.0, float(size)))
+            gradient.div_(float(energy))
         self._mask_gradients()
         optimizer.step()
         self._cast()
@@ -194,24 +218,26 @@ class _Trainer:
                 if parameter.data_ptr() != master.data_ptr():
                     parameter.copy_(master)
 
-    def _loss(self, batch: int, windows: slice) -> Float[Tensor, ""]:
-        """(1) on one batch: the mean over its windows of the squared error by the energy of the target."""
+    def _error(self, batch: int) -> tuple[Float[Tensor, ""], float]:
+        """Numerator and denominator of (1) on one of this process's batches."""
+        number, windows = self.own[batch]
         device = self.entering.device.type
         with torch.enable_grad(), torch.autocast(device, torch.bfloat16, enabled=self.autocast):
-            output = self.entering.run(self.module, self.index, batch, windows)
+            output = self.entering.run(self.module, self.index, number, windows)
         target = self.target.states[windows].to(output.device, torch.float32)
-        return (output.float() - target).square().sum() / target.square().sum().clamp_min(1e-30)
+        return (output.float() - target).square().sum(), max(float(target.square().sum()), _LEAST_ENERGY)
 
     def _held_out_loss(self, seen: bool = True) -> float:
-        """The loss over the held-out windows of all processes; infinity where there are none.
+        """(1) on the held-out windows of all processes; infinity where there are none.
 
         Progress counts it where it is ``seen``.
         """
         total = torch.zeros(2, dtype=torch.float64)
         with self.world.together(), torch.no_grad():
-            for batch, windows in self.held_out:
-                num = self.entering.states[windows].shape[0]
-                total += torch.tensor([float(self._loss(batch, windows)) * num, num], dtype=torch.float64)
+            for batch in self.held_out:
+                if batch in self.own:
+                    error, energy = self._error(batch)
+                    total += torch.tensor([float(error), energy], dtype=torch.float64)
                 if seen:
                     self.on_part()
         self.world.sum_([total])

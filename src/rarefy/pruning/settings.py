@@ -9,10 +9,12 @@ from pathlib import Path
 from rarefy.allocation.allocate import allocate
 from rarefy.allocation.names import MEASURED
 from rarefy.errors import InputError
-from rarefy.layer.pattern import Pattern
+from rarefy.layer.across import AcrossNM
+from rarefy.layer.pattern import NM, Pattern
 from rarefy.methods.base import Method
 from rarefy.models.blocks import Block
 from rarefy.models.sites import Site
+from rarefy.pruning.outputs import neuron_makers
 from rarefy.pruning.steps import BlockStep
 
 PatternOf = Callable[[Site], Pattern]
@@ -60,12 +62,37 @@ class Unmeasured(PerLayer):
 
 
 @dataclass(frozen=True)
+class AcrossNeurons(PerLayer):
+    """N:M groups of consecutive neurons of each MLP: ``patterns`` has those of the layers that make neurons."""
+
+    def __str__(self) -> str:
+        return f"{self.pattern} of neurons"
+
+    def describe(self) -> str:
+        """The pattern as a clause for people."""
+        return f"{self.pattern.describe()}; in layers that make the neurons of an MLP, of every consecutive outputs"
+
+
+def across_neurons(pattern: NM, blocks: Sequence[Block]) -> AcrossNeurons:
+    """``pattern`` along the inputs of each site of ``blocks``, but across the outputs of those that make neurons."""
+    makers = {name for block in blocks for name in neuron_makers(block)}
+    patterns = {
+        site.name: AcrossNM(pattern.keep, pattern.of)
+        for block in blocks
+        for site in block.sites
+        if site.name in makers
+    }
+    return AcrossNeurons(patterns, pattern, "neurons")
+
+
+@dataclass(frozen=True)
 class PruneSettings:
     """The arguments of ``rarefy.prune`` that say what is done; that function's docstring explains them.
 
     ``pattern_of`` gives the pattern of a site. ``steps`` come after the layers of a block are written, in order.
     ``drift`` is the share of the drift that targets correct (drift.py), ``refresh`` whether a block's Grams are
-    collected again after each group of layers that read the same.
+    collected again after each group of layers that read the same. ``permute`` and ``rotate`` change each block
+    before it is pruned (reparametrise.py).
     """
 
     pattern_of: PatternOf
@@ -77,6 +104,8 @@ class PruneSettings:
     steps: Sequence[BlockStep] = ()
     drift: float = 0.0
     refresh: bool = False
+    permute: bool = False
+    rotate: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.drift <= 1:
@@ -87,15 +116,31 @@ class PruneSettings:
                 "drift does not go with refresh: the drift is that of a block's inputs before it is pruned, and "
                 "refreshed Grams are of others."
             )
-        if self.steps and self.method.comes_last:
+        if self.refresh and self.method.needs_output_norms:
             raise InputError.sentence(
-                f"matching does not go with {self.method}: it would move weights off the grid they are rounded to."
+                f"refresh does not go with {self.method}: it needs what the last linear of an MLP reads before the "
+                "others are solved."
+            )
+        if self.steps and self.method.comes_last:
+            name = type(self.steps[0]).__name__.lower()
+            raise InputError.sentence(
+                f"{name} does not go with {self.method}: it would move weights off the grid they are rounded to."
+            )
+        if self.needs_dense_weights and self.drift > 0:
+            raise InputError.sentence(
+                "barber does not go with drift: it puts weights of the dense model back, which are not what layers "
+                "aim at then."
             )
 
     @property
     def needs_dense_path(self) -> bool:
         """Whether the hidden states of the dense model are needed beside those of the pruned one."""
         return self.drift > 0 or any(step.needs_dense_path for step in self.steps)
+
+    @property
+    def needs_dense_weights(self) -> bool:
+        """Whether the dense weights of a block are needed behind its pruning."""
+        return any(step.needs_dense_weights for step in self.steps)
 
     @property
     def pattern_name(self) -> str:

@@ -38,11 +38,18 @@ def solve(
 
 
 def solve_piece(
-    site: Site, piece: Piece, block: int, gram: Gram, settings: PruneSettings, D: Tensor | None = None
+    site: Site,
+    piece: Piece,
+    block: int,
+    gram: Gram,
+    settings: PruneSettings,
+    D: Tensor | None = None,
+    output_norms: Tensor | None = None,
 ) -> tuple[Part, Bool[Tensor, "rows inputs"]]:
     """Solve a layer, or some rows of it, and write it; its record, graded from what was written, and its mask.
 
     ``D`` (in, in) corrects the drift of what is aimed at (drift.py), and grades are those of that target.
+    ``output_norms`` (out,) are those of the whole layer (outputs.py).
     """
     whole = pattern = settings.pattern_of(site)
     if piece.stop - piece.start < site.shape[0]:
@@ -52,7 +59,7 @@ def solve_piece(
         if D is not None:
             gram.check(site.name)
             target = corrected(target, gram, D, settings.drift)
-        problem = LayerProblem(target, gram)
+        problem = LayerProblem(target, gram, None if output_norms is None else output_norms[piece.rows])
         solution = run(settings.method, problem, pattern, name=site.name, graded=False)  # as it is written, below
         if settings.strict and solution.status.failed:
             reason = solution.details.get("failure", solution.status.value)

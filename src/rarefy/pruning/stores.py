@@ -100,6 +100,11 @@ class BlockStore:
         """Within the scope, ``block`` is in memory; ``following`` is the one that will be loaded next."""
         yield
 
+    @contextmanager
+    def ending(self, blocks: Sequence[Block]) -> Iterator[None]:
+        """Within the scope, all of the model but its ``blocks`` is in memory: embeddings, norm and head."""
+        yield
+
     def store(self, block: Block, names: Collection[str]) -> None:
         """Keep those parameters of ``block`` that were changed, by their full ``names``."""
 
@@ -290,6 +295,11 @@ class StreamedStore(JournaledStore):
         with self.streamed.loaded(block.name, device=self.device):
             if following is not None and self.device.type != "cpu":
                 self.streamed.prefetch(following.name)
+            yield
+
+    @contextmanager
+    def ending(self, blocks: Sequence[Block]) -> Iterator[None]:
+        with self.streamed.loaded("", without=[block.name for block in blocks], device=self.device):
             yield
 
     def store(self, block: Block, names: Collection[str]) -> None:

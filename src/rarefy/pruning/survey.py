@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from rarefy.allocation.allocate import MEASURED_RULES, allocate_measured, layers_of
+from rarefy.allocation.names import SEARCH
 from rarefy.allocation.rule import MeasuredRule
 from rarefy.calibration.collect import gram_groups
 from rarefy.calibration.experts import Grams
@@ -32,16 +33,24 @@ from rarefy.pruning.advance import advance
 from rarefy.pruning.block import PartCounter
 from rarefy.pruning.collect import collect_grams
 from rarefy.pruning.precision import compute_dtype
+from rarefy.pruning.search import num_search_parts, own_windows, searched
 from rarefy.pruning.settings import PerLayer, PruneSettings, Unmeasured
 from rarefy.pruning.stores import BlockStore
 
 _FILE = "allocation.json"
 
 
-def num_survey_parts(store: BlockStore, blocks: Sequence[Block], num_batches: int, settings: PruneSettings) -> int:
-    """What progress counts of the survey: batches collected and advanced, and layers."""
+def num_survey_parts(
+    store: BlockStore, blocks: Sequence[Block], windows: Tensor, first: int, num: int, settings: PruneSettings
+) -> int:
+    """What progress counts of the survey: batches collected and advanced, and layers; arguments of ``surveyed``."""
     if not isinstance(settings.pattern_of, Unmeasured) or store.recall(_FILE) is not None:
         return 0
+    num_batches = -(-len(windows) // settings.batch_size)
+    if settings.pattern_of.allocation == SEARCH:
+        few = own_windows(num, range(first, first + len(windows)), store.world.size)
+        return num_search_parts(store, blocks, -(-len(few) // settings.batch_size))
+    blocks = up_to_last(blocks)
     layers = sum(len(block.sites) for block in blocks)
     if not MEASURED_RULES[settings.pattern_of.allocation].needs_grams:
         return layers
@@ -54,25 +63,36 @@ def surveyed(
     blocks: Sequence[Block],
     windows: Tensor,
     first: int,
+    num: int,
     settings: PruneSettings,
     counter: PartCounter,
 ) -> PruneSettings:
     """The settings with the pattern of each layer, where that is to be measured; else as they are.
 
-    ``blocks`` are those up to the last with a layer to prune, ``windows`` this process's, of which the first is
-    number ``first`` of the run. Raises OutputError where what was remembered is lost, or cannot be kept.
+    ``windows`` are this process's, of which the first is number ``first`` of ``num``. Raises OutputError where what
+    was remembered is lost, or cannot be kept.
     """
     if not isinstance(settings.pattern_of, Unmeasured):
         return settings
     allocation, pattern = settings.pattern_of.allocation, settings.pattern_of.pattern
     content = store.recall(_FILE)
     if content is None:
-        facts = _facts(store, blocks, windows, first, settings, MEASURED_RULES[allocation], counter)
-        found = store.world.from_first(lambda: allocate_measured(allocation, pattern, layers_of(blocks), facts))
+        if allocation == SEARCH:
+            few = own_windows(num, range(first, first + len(windows)), store.world.size)
+            some = windows[[window - first for window in few]]
+            found = searched(store, blocks, some, settings, pattern, counter)
+        else:
+            facts = _facts(store, up_to_last(blocks), windows, first, settings, MEASURED_RULES[allocation], counter)
+            found = store.world.from_first(lambda: allocate_measured(allocation, pattern, layers_of(blocks), facts))
         content = json.dumps({name: each.spec() for name, each in found.items()}).encode()
         store.remember(_FILE, content)
     patterns = {name: pattern_from_spec(spec) for name, spec in json.loads(content).items()}
     return replace(settings, pattern_of=PerLayer(patterns, pattern, allocation))
+
+
+def up_to_last(blocks: Sequence[Block]) -> Sequence[Block]:
+    """The blocks up to the last with a layer to prune."""
+    return blocks[: 1 + max(block.index for block in blocks if block.sites)]
 
 
 def _facts(

@@ -3,6 +3,7 @@
     OUT/unfinished/journal.json       whose run this is, how many blocks are finished, where the states are
     OUT/unfinished/block-NNNNN.jsonl  the records of one finished block's layers
     OUT/unfinished/weights-*          the pruned weights of one, where the model is in memory
+    OUT/unfinished/allocation.json    the pattern of each layer, where it was measured; search.json what led to it
     OUT/unfinished/states-*.bin       the hidden states that enter the first unfinished block
     OUT/unfinished/model/             the model so far
     OUT/unfinished/lock               held while a process works here
@@ -73,6 +74,16 @@ class Journal(UnfinishedFolder):
     def finished(self) -> int:
         """The number of finished blocks."""
         return self._finished
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether there is anything from which the same command goes on."""
+        return self._finished > 0 or bool(self._files)  # only the process that leads knows the files
+
+    @property
+    def kept_words(self) -> str:
+        """The subject and verb of a sentence about what is kept."""
+        return finished_blocks(self.finished) if self.finished else "what was measured of the dense model is"
 
     def check(self, fingerprint: Fingerprint) -> None:
         """Read the journal, if there is one yet, and make sure that it is of this run; changes nothing.
@@ -210,15 +221,15 @@ class Journal(UnfinishedFolder):
             with refusals(self.folder):
                 yield
         except OutputError as error:
-            if not self.finished or isinstance(error, _DamageError):
+            if not self.goes_on or isinstance(error, _DamageError):
                 raise
             raise OutputError.sentence(f"{str(error).rstrip('.')}; {self._kept()}.") from error
         except (RankError, Stopped) as error:
-            kept = self._kept() if self.finished else "no block was finished yet, and the same command begins anew"
+            kept = self._kept() if self.goes_on else "no block was finished yet, and the same command begins anew"
             raise RankError(f"{str(error).rstrip('.')}; {kept}.") from error
 
     def _kept(self) -> str:
-        return f"{finished_blocks(self.finished)} kept, and the same command goes on from there"
+        return f"{self.kept_words} kept, and the same command goes on from there"
 
     def publish(self, target: Path) -> None:
         """Let the finished model take the name ``target``; done already where it has. Raises OutputError."""

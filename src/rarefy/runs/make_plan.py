@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from rarefy.calibration.documents import Source
     from rarefy.models.source import ModelSource
+    from rarefy.pruning.settings import PerLayer, Uniform
 
 
 def make_plan(recipe: Recipe, output: Path | None = None, offload: Path | None = None) -> Plan:
@@ -32,11 +33,13 @@ def make_plan(recipe: Recipe, output: Path | None = None, offload: Path | None =
     # What follows imports torch, which takes seconds.
     from rarefy.calibration.check import check_blocks
     from rarefy.calibration.windows import DRAW_FROM, draw_windows
+    from rarefy.layer.pattern import NM
     from rarefy.models.blocks import find_blocks, select_sites
     from rarefy.models.checkpoint import resolve_device
     from rarefy.models.source import resolve_model
     from rarefy.pruning.loop import check_patterns
-    from rarefy.pruning.settings import allocated
+    from rarefy.pruning.reparametrise import Reparametrisation
+    from rarefy.pruning.settings import across_neurons, allocated
     from rarefy.pruning.stores import kept_windows
     from rarefy.runs.journal import Journal
     from rarefy.runs.memory import check_own_text_fits
@@ -50,9 +53,14 @@ def make_plan(recipe: Recipe, output: Path | None = None, offload: Path | None =
         raise InputError("--num-samples", recipe.window_shape[0], f"at least {world.size}, a window for each process")
     skeleton = source.skeleton()
     blocks = select_sites(find_blocks(skeleton), recipe.include, recipe.exclude)
-    pattern_of = allocated(recipe.allocation, pattern, blocks)
+    if recipe.along == "neurons" and isinstance(pattern, NM):
+        pattern_of: Uniform | PerLayer = across_neurons(pattern, blocks)
+    else:
+        pattern_of = allocated(recipe.allocation, pattern, blocks)
     check_patterns(blocks, pattern_of, method)
+    settings = recipe.prune_settings(pattern_of)  # says what does not go together
     check_blocks(skeleton, blocks)
+    Reparametrisation.of(skeleton, blocks, settings)
     windows = None
     if text is not SELF:
         num, length = recipe.window_shape

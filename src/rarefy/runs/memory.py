@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from rarefy.allocation.names import ALPHAPRUNING
+from rarefy.allocation.names import ALPHAPRUNING, SEARCH
 from rarefy.errors import CalibrationError
 from rarefy.models.memory import free_bytes, resident_bytes
 from rarefy.runs.words import memory_words
@@ -60,6 +60,8 @@ def writes_texts(plan: Plan) -> bool:
 def estimated_bytes(plan: Plan, texts: bool) -> int:
     """About the most memory that the run needs at once, on its device; ``texts``: it writes some for the report."""
     stages = [_pruning_bytes(plan)]
+    if plan.recipe.allocation == SEARCH:
+        stages.append(_search_bytes(plan))
     if plan.windows is None:
         stages.append(_own_text_bytes(plan))
     if not plan.streams or (texts and writes_texts(plan)):
@@ -122,6 +124,10 @@ def _pruning_bytes(plan: Plan) -> int:
         ):  # one more matrix for each distinct input, one for its correction, and a float32 batch
             grams, solving = 2 * grams, solving + 2 * grams
             batch += 8 * tokens * inner
+        if plan.recipe.barber != "none":
+            kept += sizes[block.index] * stored  # the dense weights
+            gradients = 4 * (2 + (plan.recipe.barber == "signed")) * sizes[block.index]
+            running += gradients + 4 * tokens * (_KEPT_HIDDEN * hidden + _KEPT_INNER * inner)
         each.append(max(running + batch + grams, kept + solving))
         if matching and block.sites:
             each.append(
@@ -133,6 +139,16 @@ def _pruning_bytes(plan: Plan) -> int:
     if plan.device.type == "cpu" and plan.streams:
         whole = max(0, entry - stored * sizes[0])  # the embeddings are freed, but not handed back
     return whole + states + max(entry, *each)
+
+
+def _search_bytes(plan: Plan) -> int:
+    """What the search takes to compare logits: all but the blocks, two windows of them, and a slice in float32."""
+    from rarefy.pruning.search import SLICE
+
+    vocabulary = int(plan.source.config.get_text_config().vocab_size)
+    stored, length = _dtype(plan).itemsize, plan.recipe.window_shape[1]
+    blocks = sum(_nbytes(block.module.parameters(), stored) for block in plan.blocks) if plan.streams else 0
+    return weights_bytes(plan) - blocks + vocabulary * (2 * length * stored + 4 * 4 * min(length, SLICE))
 
 
 def _block_bytes(plan: Plan, sites: Sequence[Site]) -> tuple[int, int]:

@@ -22,9 +22,10 @@ from rarefy.runs.arguments import DEVICE_WORDS, DEVICES
 from rarefy.runs.recipe_file import read_yaml, refuse_unknown
 
 if TYPE_CHECKING:
-    from rarefy.layer.pattern import Pattern
+    from rarefy.layer.pattern import NM, Pattern
     from rarefy.methods.base import Method
     from rarefy.pruning.settings import PatternOf, PruneSettings
+    from rarefy.pruning.steps import BlockStep
 
 DEFAULT_METHOD = "alps"
 DEFAULT_SPARSITY = 0.5
@@ -48,6 +49,7 @@ _ERRORS: dict[str, type[InputError]] = {
     "sparsity": PatternError,
     "pattern": PatternError,
     "scope": PatternError,
+    "along": PatternError,
 }
 
 Number = Annotated[float, BeforeValidator(_no_bool)]
@@ -70,6 +72,7 @@ class Recipe(BaseModel):
         None, ge=0, lt=1, allow_inf_nan=False, description="a number in [0, 1), the fraction of zeros"
     )
     pattern: str | None = Field(None, description="text such as 2:4")
+    along: Literal["inputs", "neurons"] = Field("inputs", description="inputs or neurons")
     scope: Literal["layer", "row"] | None = Field(None, description="layer or row")
     calibration: str | None = Field(None, min_length=1, description="a source of text, such as self or a .txt file")
     text_column: str | None = Field(None, min_length=1, description="the name of a column of the calibration's rows")
@@ -87,11 +90,16 @@ class Recipe(BaseModel):
     include: list[str] = Field([], description="a list of patterns of module names, such as '*.mlp.*'")
     exclude: list[str] = Field([], description="a list of patterns of module names, such as '*.mlp.*'")
     strict: bool = Field(False, description="true or false")
+    barber: Literal["none", "published", "signed"] = Field("none", description="none, published or signed")
+    barber_share: Number = Field(0.01, gt=0, le=1, description="a number above 0, up to 1, the share of the pairs")
+    barber_refit: bool = Field(True, description="true or false")
     match: Whole = Field(0, ge=0, description="a whole number of at least 0 (passes over the windows; 0 = off)")
     match_lr: Number = Field(2e-4, gt=0, lt=1, description="a number between 0 and 1, the learning rate")
     match_batch: Whole = Field(4, ge=1, description="a whole number of at least 1 (windows)")
     drift: Number = Field(0.0, ge=0, le=1, description="a number from 0 to 1, the share of the drift (0 = off)")
     refresh: bool = Field(False, description="true or false")
+    permute: bool = Field(False, description="true or false")
+    rotate: bool = Field(False, description="true or false")
     allocation: str = Field("uniform", min_length=1, description=ALLOWED)
 
     @classmethod
@@ -106,6 +114,7 @@ class Recipe(BaseModel):
         base = read_yaml(file) if file else {}
         if "sparsity" in options:
             base.pop("pattern", None)
+            base.pop("along", None)
         if "pattern" in options:
             base.pop("sparsity", None)
             base.pop("scope", None)
@@ -142,9 +151,19 @@ class Recipe(BaseModel):
             raise kind(written(key), _as_number(merged[key]), cls._allowed(key)) from None
         if recipe.pattern is not None:
             parse_pattern(recipe.pattern, written("pattern"))
+        if recipe.permute and recipe.pattern is None:
+            raise PatternError.sentence(
+                f"{written('permute')} goes with an N:M pattern only: for a sparsity, all orders of inputs are alike."
+            )
         if not is_allocation(recipe.allocation):
             kind = RecipeError if from_file("allocation") else InputError
             raise kind(written("allocation"), recipe.allocation, ALLOWED)
+        plain = recipe.pattern is not None and not parse_pattern(recipe.pattern)[2]
+        if recipe.along == "neurons" and not (plain and recipe.allocation == "uniform"):
+            raise PatternError.sentence(
+                f"{written('along')} is 'neurons', which goes with an N:M {written('pattern')} that is the same for "
+                "all layers."
+            )
         if ":" in recipe.method and from_file("method") and not allow_code:
             raise RecipeError.sentence(
                 f"{written('method')} is {recipe.method!r}, which is code from outside Rarefy: --allow-code lets a "
@@ -159,10 +178,16 @@ class Recipe(BaseModel):
                 f"{written('drift')} does not go with {written('refresh')}: the drift is that of a block's inputs "
                 "before it is pruned, and refreshed Grams are of others."
             )
-        if recipe.match and any(part.comes_last for part in parts):
+        changes = "match" if recipe.match else "barber" if recipe.barber != "none" else ""
+        if changes and any(part.comes_last for part in parts):
             raise InputError.sentence(
-                f"{written('match')} does not go with {written('method')} {recipe.method}: it would move weights "
+                f"{written(changes)} does not go with {written('method')} {recipe.method}: it would move weights "
                 "off the grid they are rounded to."
+            )
+        if recipe.barber != "none" and recipe.drift:
+            raise InputError.sentence(
+                f"{written('barber')} does not go with {written('drift')}: it puts weights of the dense model back, "
+                "which are not what layers aim at then."
             )
         return recipe
 
@@ -195,19 +220,25 @@ class Recipe(BaseModel):
 
     def build_pattern(self) -> Pattern:
         """The pattern of every layer. Raises PatternError where N:M is none."""
-        from rarefy.layer.pattern import NM, PerRow, Unstructured
+        from rarefy.layer.pattern import PerRow, Unstructured
 
         if self.pattern is not None:
-            return NM(*parse_pattern(self.pattern, "pattern"))
+            return build_pattern(self.pattern, "pattern")
         sparsity = DEFAULT_SPARSITY if self.sparsity is None else self.sparsity
         scope = self.scope or self.build_method().default_scope
         return PerRow(sparsity) if scope == "row" else Unstructured(sparsity)
 
     def prune_settings(self, pattern_of: PatternOf | None = None) -> PruneSettings:
         """What the loop over blocks is to do; ``pattern_of`` None: the same pattern for all. Raises MethodError."""
+        from rarefy.pruning.barber import Barber
         from rarefy.pruning.matching import Matching
         from rarefy.pruning.settings import PruneSettings, Uniform
 
+        steps: list[BlockStep] = []
+        if self.barber != "none":
+            steps.append(Barber(self.barber, self.barber_share, self.barber_refit, self.seed))
+        if self.match:
+            steps.append(Matching(self.match, self.match_lr, self.match_batch, seed=self.seed))
         return PruneSettings(
             pattern_of or Uniform(self.build_pattern()),
             self.build_method(),
@@ -215,9 +246,11 @@ class Recipe(BaseModel):
             self.include,
             self.exclude,
             self.strict,
-            [Matching(self.match, self.match_lr, self.match_batch, seed=self.seed)] if self.match else [],
+            steps,
             self.drift,
             self.refresh,
+            self.permute,
+            self.rotate,
         )
 
     def resolved(self, context: int | None) -> Self:
@@ -252,12 +285,25 @@ class Recipe(BaseModel):
         return self.model_copy(update=filled)
 
 
-def parse_pattern(text: str, argument: str = "--pattern") -> tuple[int, int]:
-    """``"2:4"`` as (2, 4): keep 2 of every 4. Raises PatternError, naming ``argument``, unless 1 <= N < M."""
-    found = re.fullmatch(r"([0-9]{1,6}):([0-9]{1,6})", text)
+def parse_pattern(text: str, argument: str = "--pattern") -> tuple[int, int, bool]:
+    """``"2:4"`` as (2, 4, False): keep 2 of every 4; ``"2:4t"`` as (2, 4, True), for the transpose as well.
+
+    Raises PatternError, naming ``argument``, unless 1 <= N < M.
+    """
+    found = re.fullmatch(r"([0-9]{1,6}):([0-9]{1,6})(t?)", text)
     if not found or not 1 <= int(found[1]) < int(found[2]):
-        raise PatternError(argument, text, "N:M with 1 <= N < M, which keeps N of every M weights")
-    return int(found[1]), int(found[2])
+        allowed = "N:M with 1 <= N < M, which keeps N of every M weights, or N:Mt, which does so in columns as well"
+        raise PatternError(argument, text, allowed)
+    return int(found[1]), int(found[2]), bool(found[3])
+
+
+def build_pattern(text: str, argument: str = "--pattern") -> NM:
+    """The pattern that ``parse_pattern`` reads. Raises PatternError."""
+    from rarefy.layer.pattern import NM
+    from rarefy.layer.transposable import TransposableNM
+
+    keep, of, transposable = parse_pattern(text, argument)
+    return TransposableNM(keep, of) if transposable else NM(keep, of)
 
 
 def parse_settings(pairs: list[str]) -> dict[str, str]:

@@ -220,7 +220,7 @@ def _journal(plan: Plan, folder: RunFolder, windows: torch.Tensor, events: Event
     def keep(error: BaseException) -> bool:
         # The same command would end in the same way unless it is the machine that fails.
         again = isinstance(error, RarefyError) and not isinstance(error, OutputError | ModelError | RankError)
-        return not opened or (journal.finished > 0 and not again)
+        return not opened or (journal.goes_on and not again)
 
     with folder.writing(keep) if world.leads else nullcontext():
         with world.together():
@@ -238,7 +238,7 @@ def _journal(plan: Plan, folder: RunFolder, windows: torch.Tensor, events: Event
             if not keep(error):
                 journal.remove()
             elif not isinstance(error, OutputError | RankError):  # whose sentences say it
-                events.note(f"{finished_blocks(journal.finished)} kept, and the same command goes on from there")
+                events.note(f"{journal.kept_words} kept, and the same command goes on from there")
             raise
         finally:
             journal.close()
@@ -295,7 +295,7 @@ def _facts(plan: Plan, report: Report, command: Sequence[str], began: datetime, 
         "method": report.method,
         "paper": plan.method.paper,
         "pattern": report.pattern,
-        "pattern_spec": plan.pattern.spec(),
+        "pattern_spec": plan.pattern.spec() if plan.recipe.along == "inputs" else {},
         "pattern_words": plan.pattern_of.describe(),
         "allocation": recipe.allocation,
         "layers": len(report.layers),
