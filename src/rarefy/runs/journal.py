@@ -78,7 +78,7 @@ class Journal(UnfinishedFolder):
     @property
     def goes_on(self) -> bool:
         """Whether there is anything from which the same command goes on."""
-        return bool(self._files)
+        return self._finished > 0 or bool(self._files)  # only the process that leads knows the files
 
     @property
     def kept_words(self) -> str:
