@@ -18,20 +18,20 @@ import time
 import torch
 
 from layers import Layer, saved_layers
-from rarefy import NM, LayerProblem, PerRow, Unstructured
+from rarefy import LayerProblem, PerRow, Unstructured
 from rarefy.cli import keep_freed_memory
 from rarefy.layer.pattern import Pattern
 from rarefy.methods import METHODS, build
 from rarefy.methods.base import Method, run
+from rarefy.runs.recipe import build_pattern
 
 _FIRST = [name for name, method in METHODS.items() if not method.needs_start]
 
 
 def parse_pattern(text: str, scope: str) -> Pattern:
-    """``2:4`` or a sparsity in the method's scope."""
+    """``2:4``, ``2:4t`` or a sparsity in the method's scope."""
     if ":" in text:
-        keep, of = (int(part) for part in text.split(":"))
-        return NM(keep, of)
+        return build_pattern(text)
     return PerRow(float(text)) if scope == "row" else Unstructured(float(text))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rarefy.errors import PatternError
 from rarefy.layer.pattern import NM, Pattern, PerRow, Unstructured
@@ -112,7 +112,7 @@ def _bounds(pattern: Pattern, number: int) -> tuple[int, int]:
 def _with_kept(pattern: Pattern, layer: Layer, kept: int) -> Pattern:
     rows, inputs = layer.shape
     if isinstance(pattern, NM):
-        return NM(kept, pattern.of)
+        return replace(pattern, keep=kept)
     if isinstance(pattern, PerRow):
         return PerRow(1 - kept / inputs)
     return Unstructured(1 - kept / (rows * inputs))

@@ -22,26 +22,29 @@ def inspect(
         ),
     ],
     pattern: Annotated[
-        Text, typer.Option(metavar="N:M", help="Also check that at most N of every M weights are kept.")
+        Text,
+        typer.Option(
+            metavar="N:M", help="Also check that at most N of every M weights are kept (N:Mt: in columns, too)."
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:
     """Read the written files again; exit status 1 where they do not hold what was promised."""
     from rarefy.models.locate import locate
     from rarefy.runs.folder import RunFolder
-    from rarefy.runs.recipe import parse_pattern
+    from rarefy.runs.recipe import build_pattern, parse_pattern
 
-    groups = parse_pattern(pattern) if pattern is not None else None
+    if pattern is not None:
+        parse_pattern(pattern)
     if (run := RunFolder.find(model)) is None:
         locate(model)
     else:
         run.read_layers()
 
     # What follows imports torch, which takes seconds.
-    from rarefy.layer.pattern import NM
     from rarefy.runs.verify import inspect_folder
 
-    inspection = inspect_folder(model, NM(*groups) if groups is not None else None)
+    inspection = inspect_folder(model, build_pattern(pattern) if pattern is not None else None)
     if as_json:
         print(json.dumps(inspection.to_dict()))
     else:

@@ -67,7 +67,10 @@ def prune(
     ] = None,
     pattern: Annotated[
         Text,
-        typer.Option(metavar="N:M", help="Keep N of every M weights along the inputs, instead of a sparsity."),
+        typer.Option(
+            metavar="N:M",
+            help="Keep N of every M weights along the inputs, instead of a sparsity; N:Mt: in columns as well.",
+        ),
     ] = None,
     along: Annotated[
         Text,

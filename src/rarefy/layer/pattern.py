@@ -438,6 +438,11 @@ def pattern_from_spec(spec: Mapping[str, Any]) -> Pattern:
     try:
         kind = spec["kind"]
         if kind == "n:m":
+            if spec.get("transposable"):
+                transposable: Pattern = import_module("rarefy.layer.transposable").TransposableNM(
+                    spec["keep"], spec["of"]
+                )
+                return transposable
             return NM(spec["keep"], spec["of"])
         if kind in ("unstructured", "row"):
             return (Unstructured if kind == "unstructured" else PerRow)(spec["sparsity"])

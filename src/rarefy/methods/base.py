@@ -215,6 +215,10 @@ def check_rows_apart(method: Method, pattern: Pattern) -> None:
         raise PatternError.sentence(
             f"{method} changes the mask of each row by itself, but {pattern} has one mask for all rows."
         )
+    if pattern.row_group > 1:
+        raise PatternError.sentence(
+            f"{method} moves weights within a row, but {pattern} counts them in columns, too: choose another method."
+        )
 
 
 def _trivial(problem: LayerProblem, kept: bool) -> Solution:

@@ -64,8 +64,10 @@ class DSnoT(Method):
     steps: int = hyper(50, "swaps per row at most", low=0)
     threshold: float = hyper(0.1, "residual that is small enough, as a share of the row's output", low=0)
 
-    def solve(self, problem: LayerProblem, pattern: Pattern, start: Solution | None = None) -> Solution:
+    def check_pattern(self, pattern: Pattern) -> None:
         check_rows_apart(self, pattern)
+
+    def solve(self, problem: LayerProblem, pattern: Pattern, start: Solution | None = None) -> Solution:
         W, scores = problem.W0, wanda_scores(problem)
         mask = pattern.project(scores) if start is None else start.mask
         if not pattern.has_choice:

@@ -83,8 +83,10 @@ class Swaps(Method):
 
     max_swaps: int = hyper(10_000, "swaps per row at most", low=0)
 
-    def solve(self, problem: LayerProblem, pattern: Pattern, start: Solution | None = None) -> Solution:
+    def check_pattern(self, pattern: Pattern) -> None:
         check_rows_apart(self, pattern)
+
+    def solve(self, problem: LayerProblem, pattern: Pattern, start: Solution | None = None) -> Solution:
         mask = pattern.project(wanda_scores(problem)) if start is None else start.mask
         if not pattern.has_choice:
             return Solution(apply_mask(problem.W0, mask), mask, Status.TRIVIAL)

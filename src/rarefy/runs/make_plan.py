@@ -58,9 +58,9 @@ def make_plan(recipe: Recipe, output: Path | None = None, offload: Path | None =
     else:
         pattern_of = allocated(recipe.allocation, pattern, blocks)
     check_patterns(blocks, pattern_of, method)
-    recipe.prune_settings(pattern_of)  # says what does not go together
+    settings = recipe.prune_settings(pattern_of)  # says what does not go together
     check_blocks(skeleton, blocks)
-    Reparametrisation.of(skeleton, blocks, recipe.prune_settings(pattern_of))
+    Reparametrisation.of(skeleton, blocks, settings)
     windows = None
     if text is not SELF:
         num, length = recipe.window_shape

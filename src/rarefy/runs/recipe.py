@@ -22,7 +22,7 @@ from rarefy.runs.arguments import DEVICE_WORDS, DEVICES
 from rarefy.runs.recipe_file import read_yaml, refuse_unknown
 
 if TYPE_CHECKING:
-    from rarefy.layer.pattern import Pattern
+    from rarefy.layer.pattern import NM, Pattern
     from rarefy.methods.base import Method
     from rarefy.pruning.settings import PatternOf, PruneSettings
     from rarefy.pruning.steps import BlockStep
@@ -158,7 +158,8 @@ class Recipe(BaseModel):
         if not is_allocation(recipe.allocation):
             kind = RecipeError if from_file("allocation") else InputError
             raise kind(written("allocation"), recipe.allocation, ALLOWED)
-        if recipe.along == "neurons" and (recipe.pattern is None or recipe.allocation != "uniform"):
+        plain = recipe.pattern is not None and not parse_pattern(recipe.pattern)[2]
+        if recipe.along == "neurons" and not (plain and recipe.allocation == "uniform"):
             raise PatternError.sentence(
                 f"{written('along')} is 'neurons', which goes with an N:M {written('pattern')} that is the same for "
                 "all layers."
@@ -219,10 +220,10 @@ class Recipe(BaseModel):
 
     def build_pattern(self) -> Pattern:
         """The pattern of every layer. Raises PatternError where N:M is none."""
-        from rarefy.layer.pattern import NM, PerRow, Unstructured
+        from rarefy.layer.pattern import PerRow, Unstructured
 
         if self.pattern is not None:
-            return NM(*parse_pattern(self.pattern, "pattern"))
+            return build_pattern(self.pattern, "pattern")
         sparsity = DEFAULT_SPARSITY if self.sparsity is None else self.sparsity
         scope = self.scope or self.build_method().default_scope
         return PerRow(sparsity) if scope == "row" else Unstructured(sparsity)
@@ -284,12 +285,25 @@ class Recipe(BaseModel):
         return self.model_copy(update=filled)
 
 
-def parse_pattern(text: str, argument: str = "--pattern") -> tuple[int, int]:
-    """``"2:4"`` as (2, 4): keep 2 of every 4. Raises PatternError, naming ``argument``, unless 1 <= N < M."""
-    found = re.fullmatch(r"([0-9]{1,6}):([0-9]{1,6})", text)
+def parse_pattern(text: str, argument: str = "--pattern") -> tuple[int, int, bool]:
+    """``"2:4"`` as (2, 4, False): keep 2 of every 4; ``"2:4t"`` as (2, 4, True), for the transpose as well.
+
+    Raises PatternError, naming ``argument``, unless 1 <= N < M.
+    """
+    found = re.fullmatch(r"([0-9]{1,6}):([0-9]{1,6})(t?)", text)
     if not found or not 1 <= int(found[1]) < int(found[2]):
-        raise PatternError(argument, text, "N:M with 1 <= N < M, which keeps N of every M weights")
-    return int(found[1]), int(found[2])
+        allowed = "N:M with 1 <= N < M, which keeps N of every M weights, or N:Mt, which does so in columns as well"
+        raise PatternError(argument, text, allowed)
+    return int(found[1]), int(found[2]), bool(found[3])
+
+
+def build_pattern(text: str, argument: str = "--pattern") -> NM:
+    """The pattern that ``parse_pattern`` reads. Raises PatternError."""
+    from rarefy.layer.pattern import NM
+    from rarefy.layer.transposable import TransposableNM
+
+    keep, of, transposable = parse_pattern(text, argument)
+    return TransposableNM(keep, of) if transposable else NM(keep, of)
 
 
 def parse_settings(pairs: list[str]) -> dict[str, str]:
