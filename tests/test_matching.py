@@ -109,6 +109,7 @@ def test_the_dense_path_is_a_plain_pass_of_the_dense_model(architecture: str) ->
 
     class Capture:
         needs_dense_path = True
+        needs_dense_weights = False
 
         def num_parts(self, *_: object) -> int:
             return 0

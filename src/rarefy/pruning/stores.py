@@ -62,6 +62,8 @@ class BlockStore:
     """
 
     finished = 0
+    #: A folder for hidden states; None where they are in memory.
+    offload: Path | None = None
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model

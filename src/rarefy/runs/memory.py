@@ -62,6 +62,8 @@ def estimated_bytes(plan: Plan, texts: bool) -> int:
     stages = [_pruning_bytes(plan)]
     if plan.recipe.allocation == SEARCH:
         stages.append(_search_bytes(plan))
+    if plan.recipe.row_weights == "fisher":
+        stages.append(_fisher_bytes(plan))
     if plan.windows is None:
         stages.append(_own_text_bytes(plan))
     if not plan.streams or (texts and writes_texts(plan)):
@@ -147,8 +149,36 @@ def _search_bytes(plan: Plan) -> int:
 
     vocabulary = int(plan.source.config.get_text_config().vocab_size)
     stored, length = _dtype(plan).itemsize, plan.recipe.window_shape[1]
-    blocks = sum(_nbytes(block.module.parameters(), stored) for block in plan.blocks) if plan.streams else 0
-    return weights_bytes(plan) - blocks + vocabulary * (2 * length * stored + 4 * 4 * min(length, SLICE))
+    return _ending_bytes(plan) + vocabulary * (2 * length * stored + 4 * 4 * min(length, SLICE))
+
+
+def _fisher_bytes(plan: Plan) -> int:
+    """What Fisher row weights take: states that enter each block, and the graph of a batch, or a window's logits.
+
+    In float32 the logits, their logarithms and their gradient come on top of those that the head gives.
+    """
+    from rarefy.pruning.precision import compute_dtype
+    from rarefy.pruning.search import WINDOWS
+
+    num, length = plan.recipe.window_shape
+    text = plan.source.config.get_text_config()
+    few = -(-min(num, max(WINDOWS, plan.num_ranks)) // plan.num_ranks)
+    stored, item = _dtype(plan).itemsize, compute_dtype(_dtype(plan), plan.device).itemsize
+    on_host = plan.offload is not None or plan.device.type == "cuda"
+    states = 0 if on_host else few * length * int(text.hidden_size) * (stored * (1 + len(plan.blocks)) + 4)
+    tokens = min(plan.recipe.batch_size, few) * length
+    graphs = [_ending_bytes(plan) + int(text.vocab_size) * length * (stored + 3 * 4)]
+    for block in plan.blocks:
+        inner = max((max(site.shape) for site in block.sites), default=0)
+        running = _nbytes(block.module.parameters(), item) + (0 if plan.streams else weights_bytes(plan))
+        graphs.append(running + item * tokens * (_KEPT_HIDDEN * int(text.hidden_size) + _KEPT_INNER * inner))
+    return states + max(graphs)
+
+
+def _ending_bytes(plan: Plan) -> int:
+    """All of the model but its blocks; the whole, where that is in memory."""
+    blocks = sum(_nbytes(block.module.parameters(), _dtype(plan).itemsize) for block in plan.blocks)
+    return weights_bytes(plan) - (blocks if plan.streams else 0)
 
 
 def _block_bytes(plan: Plan, sites: Sequence[Site]) -> tuple[int, int]:
