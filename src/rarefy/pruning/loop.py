@@ -258,6 +258,8 @@ def check_patterns(blocks: Sequence[Block], settings: PruneSettings) -> None:
         for site in block.sites:
             pattern = settings.pattern_of(site)
             settings.method.check_pattern(pattern)
+            for step in settings.steps:
+                step.check_pattern(pattern)
             pattern.validate(site.shape, site.name)
             patterns.append(pattern)
     if settings.row_weights != NONE and patterns and all(pattern.rows_independent for pattern in patterns):
