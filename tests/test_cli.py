@@ -577,7 +577,9 @@ def test_variants_of_a_method_are_told_apart_and_places_are_said(rarefy_: Rarefy
     assert shown["admm-reselect"].startswith("admm with schedule=reselect;")
     assert shown["admm1"].startswith("admm with schedule=fixed;")
     assert shown["alps-paper"].startswith("ALPS as published")
-    assert lines.count("    --set block_size=128    columns whose masks are chosen together") == 2  # sparsegpt and mrp
+    assert (
+        lines.count("    --set block_size=128    columns whose masks are chosen together") == 2
+    )  # sparsegpt and mrp
     for name, method in METHODS.items():
         assert (f"needs a start: wanda+{name}" in shown[name]) is method.needs_start
 

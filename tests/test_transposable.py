@@ -202,7 +202,9 @@ def test_solvers_gain_over_wanda_and_pay_for_the_columns(name: str) -> None:
 @pytest.mark.parametrize("name", ROW_BY_ROW)
 def test_methods_that_move_weights_within_rows_are_refused(name: str) -> None:
     for method in (name, f"wanda+{name}"):
-        with pytest.raises(PatternError, match=f"^{name} moves weights within a row, but 2:4t counts them in columns"):
+        with pytest.raises(
+            PatternError, match=f"^{name} moves weights within a row, but 2:4t counts them in columns"
+        ):
             build(method).check_pattern(TransposableNM(2, 4))
     with pytest.raises(PatternError, match="2:4t counts them in columns, too"):
         run(build(name), _problem(), TransposableNM(2, 4))

@@ -61,7 +61,7 @@ class TransposableNM(NM):
     """``keep`` of every ``of`` consecutive inputs of a row are kept, and of every ``of`` outputs of a column."""
 
     rows_independent = False
-    num_group_masks = 0  # type: ignore[assignment]  # for the groups of a block depend on each other
+    num_group_masks = 0  # for the groups of a block depend on each other
 
     @property
     def row_group(self) -> int:  # type: ignore[override]
