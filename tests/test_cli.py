@@ -43,6 +43,17 @@ from rarefy.runs.texts import PROMPTS, write_texts
         ("--pattern 2:5", "--pattern is 2:5, but model.layers.0.self_attn.q_proj has 32 inputs"),
         ("--pattern 2:4 --sparsity 0.5", "--sparsity does not go with --pattern"),
         ("--pattern 2:4 --scope row", "--scope does not go with --pattern"),
+        ("--along neurons", "--along is 'neurons', which goes with an N:M --pattern that is the same for all layers"),
+        ("--pattern 2:4 --along neurons --allocation profile", "--along is 'neurons', which goes with"),
+        ("--pattern 2:4 --along rows", "--along is 'rows', but must be inputs or neurons"),
+        ("--method sparsegpt --set score=joint", "sparsegpt.score is 'joint', which compares all masks of a group"),
+        ("--method sparsegpt --set score=all", "score is 'all', but must be one of single, joint"),
+        ("--method mrp --pattern 8:16", "8:16 has groups with 12,870"),
+        ("--method dass --refresh", "refresh does not go with dass"),
+        ("--barber all", "--barber is 'all', but must be none, published or signed"),
+        ("--barber signed --barber-share 0", "--barber-share is 0, but must be a number above 0, up to 1"),
+        ("--barber signed --drift 0.2", "--barber does not go with --drift"),
+        ("--barber signed --method wanda+quantize", "--barber does not go with --method wanda+quantize"),
         ("--drift 0.25 --refresh", "--drift does not go with --refresh"),
         ("--scope column", "--scope is 'column', but must be layer or row"),
         ("--method wnada", "did you mean wanda?"),
@@ -577,9 +588,7 @@ def test_variants_of_a_method_are_told_apart_and_places_are_said(rarefy_: Rarefy
     assert shown["admm-reselect"].startswith("admm with schedule=reselect;")
     assert shown["admm1"].startswith("admm with schedule=fixed;")
     assert shown["alps-paper"].startswith("ALPS as published")
-    assert (
-        lines.count("    --set block_size=128    columns whose masks are chosen together") == 2
-    )  # sparsegpt and mrp
+    assert lines.count("    --set block_size=128    columns whose masks are chosen together") == 2  # two have it
     for name, method in METHODS.items():
         assert (f"needs a start: wanda+{name}" in shown[name]) is method.needs_start
 
@@ -601,7 +610,7 @@ def test_help_shows_what_a_run_needs_as_required(rarefy_: Rarefy, monkeypatch: p
     for command, needed in (("prune", ("MODEL", "--output")), ("compare", ("MODEL", "--output", "--methods"))):
         text = rarefy_(command, "--help").out
         assert "[MODEL]" not in text
-        required = [line for line in text.splitlines() if "[required]" in line]
-        assert len(required) == len(needed)
-        assert all(any(name in line and "*" in line for line in required) for name in needed)
+        starred = [line for line in text.splitlines() if line[1:4].strip() == "*"]
+        assert text.count("[required]") == len(starred) == len(needed)
+        assert all(any(name in line for line in starred) for name in needed)
     assert "A --recipe may name it instead" in rarefy_("prune", "--help").out

@@ -42,6 +42,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -95,7 +96,7 @@ class DSF(Method):
 
     rounds: int = hyper(40, "rounds over both factors", low=4)
     damping: float = hyper(0.01, "added to the unit diagonal of each factor's problem", low=0)
-    refits: int = hyper(3, "times that each factor is refitted afterwards", low=0)
+    refits: int = hyper(10, "times that each factor is refitted afterwards", low=0)
     refit_steps: int = hyper(10, "conjugate-gradient steps of each refit", low=1)
     value_bits: int = hyper(16, "bits of a kept value, when stored bits are counted", choices=(16, 8, 4, 32))
 
@@ -124,7 +125,7 @@ class DSF(Method):
         total = pattern.count(shape) - -(-r * r // self.value_bits)
         if total < 2 * r:
             raise PatternError.sentence(
-                f"{pattern} leaves two factors of a {shape[0]} x {shape[1]} weight no bits for values beside their masks."
+                f"{pattern} leaves two factors of a {shape[0]} x {shape[1]} weight no bits for values beside masks."
             )
         square = min(round((_SQUARE if shape[0] == shape[1] else _NOT_SQUARE) * r * r), total // 2)
         return (square, total - square) if shape[0] <= shape[1] else (total - square, square)
@@ -152,15 +153,13 @@ class DSF(Method):
         refits = [least]
         for _ in range(self.refits):
             G = R @ A @ R.T
-            refit_(L, L != 0, lambda X, G=G: X @ G, target @ R.T, self.refit_steps)
+            refit_(L, L != 0, partial(_times, G, None), target @ R.T, self.refit_steps)
             G = L.T @ L
-            refit_(R, R != 0, lambda X, G=G: G @ X @ A, L.T @ target, self.refit_steps)
+            refit_(R, R != 0, partial(_times, A, G), L.T @ target, self.refit_steps)
             refits.append(_error(L, R, A, W0) / energy if energy else 0.0)
         return Factors(L, R, {"error": errors, "refit error": refits})
 
-    def _solve_(
-        self, factor: _Factor, G: Float[Tensor, "r r"], C: Float[Tensor, "r n"], p: float
-    ) -> None:
+    def _solve_(self, factor: _Factor, G: Float[Tensor, "r r"], C: Float[Tensor, "r n"], p: float) -> None:
         """(3) and (4), in place in the factor."""
         d = G.diagonal().clamp_min(0).sqrt()
         live = d > 0
@@ -211,6 +210,11 @@ def _error(L: Tensor, R: Tensor, A: Tensor, W0: Tensor) -> float:
     """(1)."""
     D = torch.addmm(W0, L, R, beta=-1)
     return float(((D @ A) * D).sum(dtype=torch.float64))
+
+
+def _times(H: Tensor, G: Tensor | None, X: Tensor) -> Tensor:
+    """The Hessian of (1) applied to a change X of a factor: X H, or G X H."""
+    return X @ H if G is None else G @ X @ H
 
 
 def refit_(

@@ -122,9 +122,10 @@ class PruneSettings:
                 "others are solved."
             )
         if self.steps and self.method.comes_last:
-            raise InputError.sentence(
-                f"matching does not go with {self.method}: it would move weights off the grid they are rounded to."
-            )
+            does = "train the product, not its factors"
+            if not self.method.gives_dense:
+                does = "move weights off the grid they are rounded to"
+            raise InputError.sentence(f"matching does not go with {self.method}: it would {does}.")
 
     @property
     def needs_dense_path(self) -> bool:
@@ -134,7 +135,8 @@ class PruneSettings:
     @property
     def pattern_name(self) -> str:
         """The pattern in a few words, for titles."""
-        return str(self.pattern_of) if isinstance(self.pattern_of, Uniform | PerLayer) else "a pattern per layer"
+        name = str(self.pattern_of) if isinstance(self.pattern_of, Uniform | PerLayer) else "a pattern per layer"
+        return f"the bits of {name}" if self.method.gives_dense else name
 
 
 def allocated(allocation: str, pattern: Pattern, blocks: Sequence[Block]) -> Uniform | PerLayer:

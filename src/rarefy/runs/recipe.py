@@ -176,8 +176,8 @@ class Recipe(BaseModel):
             )
         if recipe.match and any(part.comes_last for part in parts):
             raise InputError.sentence(
-                f"{written('match')} does not go with {written('method')} {recipe.method}: it would move weights "
-                "off the grid they are rounded to."
+                f"{written('match')} does not go with {written('method')} {recipe.method}: it would change weights "
+                "that only stand for others, or move them off the grid they are rounded to."
             )
         return recipe
 
