@@ -217,6 +217,39 @@ def dass(W0: Matrix, H: Matrix, pattern: Pattern, norms: Matrix | None = None, e
     return _answer(W, np.stack(masks) if norms is None else np.stack(masks).T)
 
 
+# --- LLM-Barber
+
+
+def barber_swap(mask: Matrix, scores: Matrix, pattern: Pattern, share: float) -> Tensor:
+    """Swap pruned weights of high scores with kept ones of low scores (LLM-Barber, arXiv 2408.10631).
+
+    In each set of the pattern the pruned weights, downwards, and the kept ones, upwards, form pairs while the former
+    are above the latter. Of the pairs of a row ("layer": of the matrix), floor(share * number) are swapped: those of
+    the highest pruned scores; which kept ones go is decided in each set. Choice: equals are not swapped.
+    """
+    S, M = _floats(scores), _mask(mask)
+    out, inputs = S.shape
+    lines = (
+        [list(range(out * inputs))] if pattern[0] == "layer" else np.arange(out * inputs).reshape(out, -1).tolist()
+    )
+    size = pattern[2] if pattern[0] == "nm" else len(lines[0])
+    flat, new = S.ravel(), M.ravel().copy()
+    for line in lines:
+        sets = [line[i : i + size] for i in range(0, len(line), size)]
+        crossing = []
+        for number, members in enumerate(sets):
+            pruned = sorted((j for j in members if not new[j]), key=lambda j: -flat[j])
+            kept = sorted((j for j in members if new[j]), key=lambda j: flat[j])
+            crossing += [(number, p) for p, u in zip(pruned, kept) if flat[p] > flat[u]]
+        crossing.sort(key=lambda pair: -flat[pair[1]])
+        revived = crossing[: math.floor(share * len(crossing) + 1e-9)]
+        for number, members in enumerate(sets):
+            mine = [p for which, p in revived if which == number]
+            gone = sorted((j for j in members if new[j]), key=lambda j: flat[j])[: len(mine)]
+            new[mine], new[gone] = True, False
+    return torch.from_numpy(new.reshape(out, inputs))
+
+
 # --- SparseGPT
 
 

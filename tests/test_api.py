@@ -20,7 +20,17 @@ README = Path(__file__).parents[1] / "README.md"
 
 FUNCTIONS = {"solve", "prune", "run", "forecast", "inspect_folder", "keep_zeros", "merge", "tune", "shrink"}
 LAYER = {"Gram", "LayerProblem", "Solution", "Status", "Unstructured", "PerRow", "NM", "Fixed", "Columns"}
-RUN = {"Report", "Recipe", "RunResult", "Matching", "TuneRecipe", "TuneResult", "ShrinkRecipe", "ShrinkResult"}
+RUN = {
+    "Report",
+    "Recipe",
+    "RunResult",
+    "Barber",
+    "Matching",
+    "TuneRecipe",
+    "TuneResult",
+    "ShrinkRecipe",
+    "ShrinkResult",
+}
 METHOD = {"Method", "IterativeMethod", "Magnitude", "Wanda", "RIA", "SparseGPT", "Then", "BestOf"}
 ERRORS = {
     name

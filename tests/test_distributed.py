@@ -359,6 +359,22 @@ def test_other_commands_and_missing_variables_are_refused(ranks: Ranks, shelf: P
     assert ranks.err().startswith("error: The processes of this run do not find each other: ")
 
 
+def test_processes_swap_the_weights_of_modules_together(ranks: Ranks, shelf: Path, tmp_path: Path) -> None:
+    parts = ("--pattern", "2:4", "--barber", "published", "--barber-share", 0.3)
+    for size in (1, 2):
+        assert ranks.run(size, *_arguments(shelf, tmp_path / str(size), *parts)) == [0] * size, ranks.err()
+    _assert_alike(tmp_path / "2", tmp_path / "1")
+    revived = [[layer["details"]["revived"] for layer in _records(tmp_path / str(size))] for size in (1, 2)]
+    assert sum(revived[0]) == pytest.approx(sum(revived[1]), rel=0.1)
+
+
+def test_dass_is_told_the_same_norms_by_all_processes(ranks: Ranks, shelf: Path, tmp_path: Path) -> None:
+    parts = ("--method", "dass", "--pattern", "2:4", "--along", "neurons")
+    for size in (1, 2):
+        assert ranks.run(size, *_arguments(shelf, tmp_path / str(size), *parts)) == [0] * size, ranks.err()
+    _assert_alike(tmp_path / "2", tmp_path / "1")
+
+
 def _wait_for(path: Path) -> None:
     limit = time.monotonic() + 120
     while not path.exists():

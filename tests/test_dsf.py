@@ -172,7 +172,7 @@ def test_what_it_refuses() -> None:
         run(DSF(), problem(12, 12), PerRow(0.95))
     with pytest.raises(MethodError, match="dsf gives the product of two factors, so it can only be the last part"):
         build(f"{NAME}+pcg")
-    with pytest.raises(InputError, match="matching does not go with dsf: it would train the product"):
+    with pytest.raises(InputError, match="matching does not go with dsf: it would change the product"):
         rarefy.prune(
             torch.nn.Module(), torch.zeros(1, 1), pattern=PerRow(0.5), method=DSF(), matching=rarefy.Matching()
         )

@@ -137,6 +137,7 @@ def test_two_steps_are_those_of_a_plain_training_loop() -> None:
 
     class Capture:
         needs_dense_path = True
+        needs_dense_weights = False
 
         def num_parts(self, *_: object) -> int:
             return 0

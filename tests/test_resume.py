@@ -251,6 +251,23 @@ def test_a_run_with_all_that_sees_beyond_the_layer_goes_on_with_the_same_bits(
     assert _result(tmp_path / "plain")["layers"] != _result(tmp_path / "whole")["layers"]
 
 
+def test_a_run_that_swaps_weights_of_modules_goes_on_with_the_same_bits(
+    rarefy_: Rarefy, shelf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts = ("--pattern", "2:4", "--barber", "signed", "--barber-share", 0.2, "--match", 1)
+    with monkeypatch.context() as patch:
+        _interrupt_after(patch, 2, KeyboardInterrupt())
+        assert rarefy_(*_arguments(shelf, tmp_path / "out", *parts)).status == 130
+    refused = rarefy_(*_arguments(shelf, tmp_path / "out", *parts, "--barber", "published"))
+    assert "holds an unfinished run with barber signed, not published" in refused.err
+    for output in ("out", "whole"):
+        done = rarefy_(*_arguments(shelf, tmp_path / output, *parts))
+        assert done.status == 0, done.err
+    found = _result(tmp_path / "out")
+    assert found == _result(tmp_path / "whole")
+    assert all(layer["details"]["revived"] > 0 for layer in found["layers"])
+
+
 @pytest.mark.parametrize("name", ["chapter.txt", "progress.json", None])
 def test_a_folder_called_unfinished_that_is_not_rarefys_is_left_alone(
     rarefy_: Rarefy, shelf: Path, tmp_path: Path, name: str | None

@@ -75,13 +75,23 @@ def test_a_chain_of_commands(rarefy_: Rarefy, shelf: Path, llama: Path) -> None:
     assert evaluated.status == 0, evaluated.err
     assert "## Distance from the dense model" in Path("small/model/README.md").read_text()
     windows = ["--calibration", text, "--num-samples", 4, "--sequence-length", 32]
-    pruned = rarefy_("prune", "small", *windows, "--method", "wanda", "-o", "pruned", "--no-texts")
+    pruned = rarefy_("prune", "small", *windows, "--method", "wanda", "--sparsity", 0.6, "-o", "pruned", "--no-texts")
     assert pruned.status == 0, pruned.err
-    reported = rarefy_("report", "small", "pruned")
+    packed = rarefy_("pack", "pruned", "-o", "packed")
+    assert packed.status == 0, packed.err
+    assert packed.out.startswith("packed holds 21 of 21 weights packed, 59.4% of them zero")
+    ids = torch.randint(3, 160, (1, 16), generator=torch.Generator().manual_seed(0))
+    found, expected = (
+        transformers.AutoModelForCausalLM.from_pretrained(folder)(ids).logits for folder in ("packed", "pruned/model")
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)  # sums in another order
+    reported = rarefy_("report", "small", "pruned", "packed")
     assert reported.status == 0, reported.err
     page = Path("small/report.html").read_text()
     assert "What was removed" in page
     assert "KL without it, nats of each block" in page
+    assert "small" in page
+    assert "packed" in page
 
 
 def test_a_dry_run_reads_no_weight(

@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+import yaml
 from transformers import AutoModelForCausalLM
 
 from cli_for_tests import Rarefy, is_one_sentence
@@ -32,12 +33,14 @@ from rarefy.methods import build
 from rarefy.methods.base import Method
 from rarefy.models.blocks import find_blocks
 from rarefy.pruning.loop import prune, prune_model
+from rarefy.report.build import write_report
 from rarefy.sweeps import sweep as module
 from rarefy.sweeps.folder import SweepFolder
 from rarefy.sweeps.options import Options
 from rarefy.sweeps.plan import plan_sweep
 from rarefy.sweeps.sweep import DenseWeights, run_sweep
 from task_files import write_task_files
+from test_shrink import deep
 
 Folders = Callable[[str], Path]
 
@@ -412,6 +415,74 @@ def test_a_damaged_folder_is_a_sentence(options: Options, tmp_path: Path) -> Non
     (tmp_path / "out" / "compare.json").write_text("{")
     with pytest.raises(InputError, match="compare.json cannot be read"):
         plan_sweep(options, SweepFolder(tmp_path / "out"))
+
+
+# --- Smaller models ---------------------------------------------------------------------------------------
+
+
+def test_sparse_and_smaller_models_in_one_table(options: Options, text: Path, tmp_path: Path) -> None:
+    model = save_folder(deep("llama", 4), tmp_path / "model")
+    methods = ["wanda", "shrink:blocks", "shrink:neurons:single", "shrink:heads", "shrink:search:kl"]
+    asked = replace(options, model=str(model), methods=methods, patterns=[], sizes=["0.75"], save=True)
+    asked = replace(asked, settings={"shrink.multiple": "16", "shrink.repair": "false"})
+    out = tmp_path / "out"
+    with pytest.raises(InputError, match=r"--size is 0.75, but must be a share of at least 0\.\d+, as heads go no"):
+        plan_sweep(asked, SweepFolder(out))
+    asked = replace(asked, methods=[one for one in methods if one != "shrink:heads"])
+    cells = sweep(asked, out)
+    assert [(cell["method"], cell["pattern"]) for cell in cells] == [
+        ("wanda", "row 50%"),
+        *((one, "75% of the parameters") for one in asked.methods[1:]),
+    ]
+    whole = deep("llama", 4).num_parameters()
+    assert all(cell["status"] == "done" for cell in cells), [cell["reason"] for cell in cells]
+    for cell in cells[1:]:
+        small = AutoModelForCausalLM.from_pretrained(out / "cells" / cell["cell"] / "model")
+        assert small.num_parameters() == whole * (1 - cell["sparsity"])
+        assert 1 - cell["sparsity"] <= 1 - cell["asked_sparsity"]
+        tokens = token_stream(parse_source(str(text)), make_tokenizer())
+        (measured,) = cell["perplexity"]
+        assert perplexity(small, tokens, 32, max_windows=3).perplexity == pytest.approx(measured["value"], rel=1e-4)
+    # Cells share nothing: alone, a later one is the same.
+    (alone,) = sweep(replace(asked, methods=["shrink:neurons:single"], sparsities=[]), tmp_path / "alone")
+    assert alone["perplexity"] == cells[2]["perplexity"]
+    recipe = yaml.safe_load((out / "cells" / cells[1]["cell"] / "recipe.yaml").read_text())
+    assert recipe["blocks"] == len(cells[1]["shrink"]["blocks"]["removed"])
+    assert "size" not in recipe
+    rows = {(row["method"], row["sparsity"]): row for row in rows_of(out)}
+    assert float(rows["shrink:search:kl", "0.25"]["seconds"]) > 0
+    assert "Of smaller models, sparsity is the share of the parameters that went." in (out / "results.md").read_text()
+    again = [cell["started"] for cell in sweep(asked, out)]
+    assert again == [cell["started"] for cell in cells]  # nothing is computed twice
+    write_report([out])
+    assert "shrink:search:kl" in (out / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"methods": ["shrink:rows"]}, "--methods is 'shrink:rows', but must be shrink:blocks, shrink:heads"),
+        ({"methods": ["shrink"]}, "--methods is 'shrink', but must be shrink:blocks"),
+        ({"methods": ["shrink:blocks:luck"]}, "names shrink:blocks:luck, of which the rule must be kl, perplexity"),
+        ({"methods": ["shrink:heads:kl"]}, "names shrink:heads:kl, of which the rule must be interactions, single"),
+        ({"sizes": []}, "--size is missing: the shares of the parameters"),
+        ({"sizes": ["1.5"]}, "--size is 1.5, but must be a share between 0 and 1"),
+        ({"sizes": ["0.9", "0.9"]}, "--size names 0.9 twice"),
+        ({"methods": ["wanda"]}, "--size goes with methods that make the model smaller"),
+        ({"sparsities": ["0.5"]}, "--sparsity goes with methods that prune"),
+        ({"patterns": ["2:4"]}, "--pattern goes with methods that prune"),
+        ({"include": ["*"]}, "--include goes with methods that prune"),
+        ({"settings": {"shrink.luck": "1"}}, "luck"),
+        ({"settings": {"shrink.multiple": "0"}}, "--multiple is 0, but must be a whole number of at least 1"),
+    ],
+)
+def test_mistakes_in_sweeps_of_smaller_models(
+    options: Options, change: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    asked = replace(options, methods=["shrink:blocks"], sparsities=[], patterns=[], sizes=["0.9"])
+    with pytest.raises(InputError, match=words):
+        plan_sweep(replace(asked, **change), SweepFolder(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
 
 
 # --- The command ------------------------------------------------------------------------------------------

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from rarefy.methods.sparsegpt import SparseGPT
     from rarefy.methods.swaps import Swaps
     from rarefy.methods.wanda import Wanda
+    from rarefy.pruning.barber import Barber
     from rarefy.pruning.loop import prune
     from rarefy.pruning.matching import Matching
     from rarefy.pruning.records import Report
@@ -64,6 +65,7 @@ __all__ = [
     "RIA",
     "ALPSPaper",
     "Backsolve",
+    "Barber",
     "BestOf",
     "CalibrationError",
     "Columns",
@@ -149,6 +151,7 @@ _HOME = {
     "rarefy.methods.sparsegpt": ("SparseGPT",),
     "rarefy.methods.swaps": ("Swaps",),
     "rarefy.methods.wanda": ("Wanda",),
+    "rarefy.pruning.barber": ("Barber",),
     "rarefy.pruning.loop": ("prune",),
     "rarefy.pruning.matching": ("Matching",),
     "rarefy.pruning.records": ("Report",),

@@ -34,13 +34,21 @@ def compare(
         ),
     ],
     methods: Annotated[
-        str, typer.Option(metavar="A,B", help="Methods that `rarefy methods` lists, or A+B, by commas.")
+        str,
+        typer.Option(
+            metavar="A,B",
+            help="Methods that `rarefy methods` lists, or A+B, by commas; or what makes the model smaller: "
+            "shrink:blocks, shrink:heads, shrink:neurons, shrink:search, also with a rule (shrink:blocks:kl).",
+        ),
     ],
     sparsity: Annotated[
         Text, typer.Option(metavar="S,S", help="Fractions of zeros, by commas (default: 0.5).")
     ] = None,
     pattern: Annotated[
         Text, typer.Option(metavar="N:M,N:M", help="N:M patterns, by commas, beside the sparsities.")
+    ] = None,
+    size: Annotated[
+        Text, typer.Option(metavar="S,S", help="Shares of the parameters that shrink:... leaves at most, by commas.")
     ] = None,
     seeds: Annotated[int, typer.Option(metavar="N", min=1, help="How many seeds; each draws its own windows.")] = 1,
     scope: Annotated[
@@ -104,6 +112,7 @@ def compare(
                 methods=split(methods),
                 sparsities=split(sparsity),
                 patterns=split(pattern),
+                sizes=split(size),
                 seeds=seeds,
                 scope=scope,
                 settings=parse_settings(settings or []),

@@ -127,6 +127,24 @@ def prune(
     strict: Annotated[
         bool | None, typer.Option("--strict/--no-strict", help="Stop where the method fails on a layer.")
     ] = None,
+    barber: Annotated[
+        Text,
+        typer.Option(
+            metavar="SCORE",
+            help="Swap revived and pruned weights of each block by the error of its attention and its MLP: published "
+            "or signed (default: none).",
+        ),
+    ] = None,
+    barber_share: Annotated[
+        Text, typer.Option(metavar="S", help="Share of the crossing pairs that --barber swaps (default: 0.01).")
+    ] = None,
+    barber_refit: Annotated[
+        bool | None,
+        typer.Option(
+            "--barber-refit/--no-barber-refit",
+            help="Refit what is kept behind --barber, or keep its dense values, as published (default: refit).",
+        ),
+    ] = None,
     match: Annotated[
         Text,
         typer.Option(
@@ -205,6 +223,9 @@ def prune(
         "exclude": exclude or None,
         "settings": parse_settings(settings) if settings else None,
         "strict": strict,
+        "barber": barber,
+        "barber_share": barber_share,
+        "barber_refit": barber_refit,
         "match": match,
         "match_lr": match_lr,
         "match_batch": match_batch,

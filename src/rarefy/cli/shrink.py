@@ -150,7 +150,7 @@ def shrink(
 
 def _print_plan(plan: ShrinkPlan) -> None:
     """What ``--dry-run`` shows."""
-    from rarefy.runs.shrink import removed_words
+    from rarefy.runs.shrink_model import removed_words
 
     if plan.space:
         _print_search(plan)

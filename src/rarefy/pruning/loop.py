@@ -17,6 +17,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from itertools import zip_longest
 
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 from rarefy.allocation.names import UNIFORM
 from rarefy.calibration.check import check_blocks
 from rarefy.calibration.collect import gram_groups
-from rarefy.calibration.stream import convert_calls
+from rarefy.calibration.stream import HiddenStates, convert_calls
 from rarefy.errors import InputError
 from rarefy.layer.pattern import Pattern
 from rarefy.methods.base import Method
@@ -34,6 +35,7 @@ from rarefy.models.blocks import Block, find_blocks, select_sites
 from rarefy.models.wrappers import unwrapped
 from rarefy.parallel.world import World
 from rarefy.pruning.advance import advance
+from rarefy.pruning.barber import Barber
 from rarefy.pruning.block import Masks, OnProgress, PartCounter, prune_layers
 from rarefy.pruning.collect import STARVED
 from rarefy.pruning.drift import advance_dense
@@ -60,6 +62,7 @@ def prune(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     strict: bool = False,
+    barber: Barber | None = None,
     matching: Matching | None = None,
     drift: float = 0.0,
     refresh: bool = False,
@@ -73,11 +76,12 @@ def prune(
 
     ``windows`` (num, length) are int64 token ids for calibration, replayed ``batch_size`` at a time. ``pattern`` is
     one for all layers, or a function that gives the pattern of a ``Site``.
-    ``include`` and ``exclude`` are globs on full module names. ``matching`` trains what is kept of each block to
-    match the dense model. ``drift`` is the share of the drift from the dense path that targets correct (0 = off),
-    and ``refresh`` lets each group of a block's layers see what was pruned before it in the block. ``permute``
-    reorders MLP neurons and the dimensions inside attention heads, for N:M patterns, and ``rotate`` rotates the
-    latter: both are merged into the weights before a block is pruned, and change nothing that it computes.
+    ``include`` and ``exclude`` are globs on full module names. ``barber`` changes the masks of each block by what its
+    attention and its MLP put out, and ``matching`` trains what is kept of it to match the dense model. ``drift`` is
+    the share of the drift from the dense path that targets correct (0 = off), and ``refresh`` lets each group of a
+    block's layers see what was pruned before it in the block. ``permute`` reorders MLP neurons and the dimensions
+    inside attention heads, for N:M patterns, and ``rotate`` rotates the latter: both are merged into the weights
+    before a block is pruned, and change nothing that it computes.
     ``allocation`` spreads the zeros of a pattern over the layers: "uniform", "profile", a .json or .csv file, or
     "owl", "alphapruning", "lsa" or "search", which measure the dense model first.
     ``on_progress(done, total, note)`` and ``on_layer(record)`` are called as the run goes on. What torch.compile or
@@ -89,7 +93,7 @@ def prune(
     same model, all windows and the same settings; they share the work, and each ends with the pruned model
     and the report. Raises InputError where they differ, RankError where one of them is gone.
     """
-    steps = [matching] if matching is not None else []
+    steps = [step for step in (barber, matching) if step is not None]
     pattern_of = as_pattern_of(pattern)
     if allocation != UNIFORM:
         if not isinstance(pattern, Pattern):
@@ -172,13 +176,19 @@ def prune_blocks(
                 drifts = advance_dense(world, block, entering, dense, counter.count)
             elif dense is not None:
                 advance(world, block, dense, counter.count)
+            dense_weights = {site.name: site.read() for site in block.sites} if settings.needs_dense_weights else {}
             for layer in prune_layers(world, block, entering, settings, counter, masks, drifts):
                 layer.details |= notes.get(layer.name, {})
                 done.append(layer)
                 if on_layer:
                     on_layer(layer)
+            by_name = {layer.name: layer for layer in done}
+            again = partial(_solved_again, world, block, entering, settings)
+            pruned = PrunedBlock(
+                block, entering, dense, masks or {}, world, settings.pattern_of, dense_weights, by_name, again
+            )
             for step in settings.steps:
-                step(PrunedBlock(block, entering, dense, masks or {}, world), counter.count)
+                step(pruned, counter.count)
             if following is not None:
                 advance(world, block, entering, counter.count)
             with world.together():
@@ -193,6 +203,21 @@ def prune_blocks(
         _warn_of(records)
     seconds = time.perf_counter() - started
     return Report(records, seconds=seconds, method=str(settings.method), pattern=settings.pattern_name)
+
+
+def _solved_again(
+    world: World,
+    block: Block,
+    entering: HiddenStates,
+    settings: PruneSettings,
+    pattern_of: PatternOf,
+    method: Method,
+    on_part: Callable[[], None],
+) -> list[LayerRecord]:
+    """The layers of a block with other patterns and another method, from the weights that they have."""
+    settings = replace(settings, pattern_of=pattern_of, method=method, steps=[])
+    counter = PartCounter(lambda *_: on_part(), 0)
+    return list(prune_layers(world, block, entering, settings, counter))
 
 
 def changed_parameters(block: Block, settings: PruneSettings) -> list[str]:

@@ -64,6 +64,7 @@ class Matching:
     seed: int = 0
 
     needs_dense_path = True
+    needs_dense_weights = False
 
     def __post_init__(self) -> None:
         for name, value, allowed in (

@@ -122,15 +122,25 @@ class PruneSettings:
                 "others are solved."
             )
         if self.steps and self.method.comes_last:
-            does = "train the product, not its factors"
-            if not self.method.gives_dense:
-                does = "move weights off the grid they are rounded to"
-            raise InputError.sentence(f"matching does not go with {self.method}: it would {does}.")
+            name, does = type(self.steps[0]).__name__.lower(), "move weights off the grid they are rounded to"
+            if self.method.gives_dense:
+                does = "change the product, not its factors"
+            raise InputError.sentence(f"{name} does not go with {self.method}: it would {does}.")
+        if self.needs_dense_weights and self.drift > 0:
+            raise InputError.sentence(
+                "barber does not go with drift: it puts weights of the dense model back, which are not what layers "
+                "aim at then."
+            )
 
     @property
     def needs_dense_path(self) -> bool:
         """Whether the hidden states of the dense model are needed beside those of the pruned one."""
         return self.drift > 0 or any(step.needs_dense_path for step in self.steps)
+
+    @property
+    def needs_dense_weights(self) -> bool:
+        """Whether the dense weights of a block are needed behind its pruning."""
+        return any(step.needs_dense_weights for step in self.steps)
 
     @property
     def pattern_name(self) -> str:

@@ -124,6 +124,10 @@ def _pruning_bytes(plan: Plan) -> int:
         ):  # one more matrix for each distinct input, one for its correction, and a float32 batch
             grams, solving = 2 * grams, solving + 2 * grams
             batch += 8 * tokens * inner
+        if plan.recipe.barber != "none":
+            kept += sizes[block.index] * stored  # the dense weights
+            gradients = 4 * (2 + (plan.recipe.barber == "signed")) * sizes[block.index]
+            running += gradients + 4 * tokens * (_KEPT_HIDDEN * hidden + _KEPT_INNER * inner)
         each.append(max(running + batch + grams, kept + solving))
         if matching and block.sites:
             each.append(

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from rarefy.layer.pattern import NM, Pattern
     from rarefy.methods.base import Method
     from rarefy.pruning.settings import PatternOf, PruneSettings
+    from rarefy.pruning.steps import BlockStep
 
 DEFAULT_METHOD = "alps"
 DEFAULT_SPARSITY = 0.5
@@ -89,6 +90,9 @@ class Recipe(BaseModel):
     include: list[str] = Field([], description="a list of patterns of module names, such as '*.mlp.*'")
     exclude: list[str] = Field([], description="a list of patterns of module names, such as '*.mlp.*'")
     strict: bool = Field(False, description="true or false")
+    barber: Literal["none", "published", "signed"] = Field("none", description="none, published or signed")
+    barber_share: Number = Field(0.01, gt=0, le=1, description="a number above 0, up to 1, the share of the pairs")
+    barber_refit: bool = Field(True, description="true or false")
     match: Whole = Field(0, ge=0, description="a whole number of at least 0 (passes over the windows; 0 = off)")
     match_lr: Number = Field(2e-4, gt=0, lt=1, description="a number between 0 and 1, the learning rate")
     match_batch: Whole = Field(4, ge=1, description="a whole number of at least 1 (windows)")
@@ -174,10 +178,16 @@ class Recipe(BaseModel):
                 f"{written('drift')} does not go with {written('refresh')}: the drift is that of a block's inputs "
                 "before it is pruned, and refreshed Grams are of others."
             )
-        if recipe.match and any(part.comes_last for part in parts):
+        changes = "match" if recipe.match else "barber" if recipe.barber != "none" else ""
+        if changes and any(part.comes_last for part in parts):
             raise InputError.sentence(
-                f"{written('match')} does not go with {written('method')} {recipe.method}: it would change weights "
-                "that only stand for others, or move them off the grid they are rounded to."
+                f"{written(changes)} does not go with {written('method')} {recipe.method}: it would move weights "
+                "that only stand for others, or off the grid they are rounded to."
+            )
+        if recipe.barber != "none" and recipe.drift:
+            raise InputError.sentence(
+                f"{written('barber')} does not go with {written('drift')}: it puts weights of the dense model back, "
+                "which are not what layers aim at then."
             )
         return recipe
 
@@ -220,9 +230,15 @@ class Recipe(BaseModel):
 
     def prune_settings(self, pattern_of: PatternOf | None = None) -> PruneSettings:
         """What the loop over blocks is to do; ``pattern_of`` None: the same pattern for all. Raises MethodError."""
+        from rarefy.pruning.barber import Barber
         from rarefy.pruning.matching import Matching
         from rarefy.pruning.settings import PruneSettings, Uniform
 
+        steps: list[BlockStep] = []
+        if self.barber != "none":
+            steps.append(Barber(self.barber, self.barber_share, self.barber_refit, self.seed))
+        if self.match:
+            steps.append(Matching(self.match, self.match_lr, self.match_batch, seed=self.seed))
         return PruneSettings(
             pattern_of or Uniform(self.build_pattern()),
             self.build_method(),
@@ -230,7 +246,7 @@ class Recipe(BaseModel):
             self.include,
             self.exclude,
             self.strict,
-            [Matching(self.match, self.match_lr, self.match_batch, seed=self.seed)] if self.match else [],
+            steps,
             self.drift,
             self.refresh,
             self.permute,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,7 @@ from rarefy.runs.events import Events, Silent
 from rarefy.runs.fingerprint import versions
 from rarefy.runs.folder import RunFolder
 from rarefy.runs.shrink_journal import ShrinkJournal
+from rarefy.runs.shrink_model import Smaller, make_smaller
 from rarefy.runs.shrink_plan import ShrinkPlan, make_shrink_plan
 from rarefy.runs.shrink_recipe import ShrinkRecipe
 from rarefy.runs.verify import count_tensors, inspect_folder
@@ -130,26 +131,16 @@ class _Run:
         self._lap("text")
         if self.journal.has_something:
             self.events.note("the run goes on with what has been measured before")
-        shrinking: dict[str, Any] = {}
-        searched: tuple[int, ...] | None = None
-        if plan.space:
-            plan, searched, shrinking["search"] = self._search(model, windows)
-            self._lap("search")
-        if plan.remove_blocks:
-            model, shrinking["blocks"] = self._without_blocks(model, windows, plan, searched)
-            self._lap("blocks")
-        if plan.keep:
-            model, shrinking["parts"] = self._without_parts(model, windows, plan)
-            self._lap("parts")
+        smaller = make_smaller(
+            model, windows, plan, self.events.watch, memo=self.journal.memo, finished=self.journal, lap=self._lap
+        )
+        model = smaller.model
         texts = self._texts_of(model, tokenizer)
         self._write(model, tokenizer)
         self._lap("write")
         tensors = self._verify(model, windows[:1, :_PROBE])
         self._lap("verify")
-        from rarefy.structure.size import size_of
-
-        facts = self._facts(command, began, shrinking, windows, removed_words(plan))
-        facts["shrink"] |= {"after": size_of(model).to_dict()}
+        facts = self._facts(command, began, smaller, windows)
         facts |= {"dtype": str(dtype).removeprefix("torch.")}
         facts |= {"tensors": tensors, "dense_texts": dense_texts, "texts": texts}
         facts |= {"peak_bytes": peak_bytes(plan.device), "finished": _iso(datetime.now(UTC))}
@@ -186,109 +177,6 @@ class _Run:
         keep_windows(self.folder.path, found)
         return found
 
-    def _search(self, model: PreTrainedModel, windows: Tensor) -> tuple[ShrinkPlan, tuple[int, ...], dict[str, Any]]:
-        """The plan with the counts that the search finds, the blocks to remove, and what ``run.json`` says of it."""
-        from rarefy.structure.depth import BlockSets
-        from rarefy.structure.search import block_sets, search_counts
-
-        recipe, candidates = self.plan.recipe, self.plan.candidates
-        sets = BlockSets(model, windows, recipe.batch_size, self.journal.memo)
-        with self.events.watch("choosing blocks") as watch:
-            remove = block_sets(
-                sets,
-                [counts.blocks for counts in candidates],
-                recipe.by,
-                seed=recipe.seed,
-                generations=recipe.generations,
-                offspring=recipe.offspring,
-                steps=recipe.steps,
-                watch=watch,
-            )
-        with self.events.watch("searching for the counts") as watch:
-            found = search_counts(
-                sets,
-                candidates,
-                remove,
-                choice=recipe.choose,
-                repair=recipe.repair,
-                damping=recipe.damping,
-                watch=watch,
-            )
-        facts = {
-            "size": recipe.size,
-            "best": found.best.to_dict(),
-            "candidates": [one.to_dict() for one in found.all],
-            "rounds": [asdict(one) for one in self.plan.rounds],
-            "block_tokens": found.block_tokens,
-        }
-        return self.plan.with_counts(found.best.counts), found.best.remove, facts
-
-    def _without_blocks(
-        self, model: PreTrainedModel, windows: Tensor, plan: ShrinkPlan, searched: tuple[int, ...] | None
-    ) -> tuple[PreTrainedModel, dict[str, Any]]:
-        """The model without the blocks that the rule chooses, or a search, and what ``run.json`` says of them."""
-        from rarefy.structure.depth import BlockSets
-        from rarefy.structure.rules import Chosen, choose_blocks
-        from rarefy.structure.shrink import Removal
-        from rarefy.structure.shrink import shrink as shrunk
-
-        recipe = plan.recipe
-        sets = BlockSets(model, windows, recipe.batch_size, self.journal.memo)
-        if searched is not None:
-            left = [index for index in range(sets.number) if index not in searched]
-            chosen = Chosen(searched, sets.measure(left), block_tokens=sets.block_tokens)
-        else:
-            with self.events.watch("choosing blocks") as watch:
-                chosen = choose_blocks(
-                    sets,
-                    plan.remove_blocks,
-                    recipe.by,
-                    seed=recipe.seed,
-                    generations=recipe.generations,
-                    offspring=recipe.offspring,
-                    steps=recipe.steps,
-                    watch=watch,
-                )
-        kept = tuple(index for index in range(sets.number) if index not in chosen.remove)
-        smaller = shrunk(model, Removal(kept))
-        sets.confirm(smaller, kept)
-        return smaller, {
-            "by": recipe.by,
-            "number": sets.number,
-            "removed": list(chosen.remove),
-            **asdict(chosen.distance),
-            "scores": {str(index): score for index, score in chosen.scores.items()},
-            "trace": chosen.trace,
-            "block_tokens": chosen.block_tokens,
-        }
-
-    def _without_parts(
-        self, model: PreTrainedModel, windows: Tensor, plan: ShrinkPlan
-    ) -> tuple[PreTrainedModel, list[dict[str, Any]]]:
-        """The model without the neurons and heads that are chosen, and a record of every exit."""
-        from rarefy.structure.parts import find_parts
-        from rarefy.structure.shrink import Removal, with_order
-        from rarefy.structure.shrink import shrink as shrunk
-        from rarefy.structure.width import remove_parts
-
-        recipe = plan.recipe
-        probe = windows[:1, :_PROBE]
-        wanted = [(with_order(model, find_parts(model, kind), probe), kept) for kind, (kept, _) in plan.keep.items()]
-        with self.events.watch("removing heads and neurons") as watch:
-            parts, records = remove_parts(
-                model,
-                windows,
-                wanted,
-                batch_size=recipe.batch_size,
-                repair=recipe.repair,
-                choice=recipe.choose,
-                damping=recipe.damping,
-                finished=self.journal,
-                watch=watch,
-            )
-        blocks = tuple(range(int(model.config.num_hidden_layers)))
-        return shrunk(model, Removal(blocks, tuple(parts))), [asdict(record) for record in records]
-
     def _write(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> None:
         from rarefy.models.saving import save_other_model
 
@@ -319,9 +207,7 @@ class _Run:
             raise VerificationError(f"The written files do not hold what was promised: {inspection.problems[0]}.")
         return count_tensors(inspection.tensors)
 
-    def _facts(
-        self, command: Sequence[str], began: datetime, shrinking: dict[str, Any], windows: Tensor, removed: str
-    ) -> dict[str, Any]:
+    def _facts(self, command: Sequence[str], began: datetime, smaller: Smaller, windows: Tensor) -> dict[str, Any]:
         """What ``run.json`` and the model card say."""
         plan, recipe, source = self.plan, self.plan.recipe, self.plan.source
         return {
@@ -331,9 +217,9 @@ class _Run:
             "base_model": base_model(source.name, source.kind, source.path),
             "method": "shrink",
             "paper": "",
-            "pattern": removed,
+            "pattern": smaller.removed,
             "pattern_spec": {},
-            "pattern_words": removed,
+            "pattern_words": smaller.removed,
             "layers": 0,
             "failed": [],
             "size": 0,
@@ -350,29 +236,9 @@ class _Run:
                 "sequence_length": windows.shape[1],
                 "bos": recipe.bos,
             },
-            "shrink": {
-                "before": plan.before.to_dict(),
-                "repair": recipe.repair,
-                "choose": recipe.choose,
-                "search": None,
-                "blocks": None,
-                "parts": [],
-                **shrinking,
-            },
+            "shrink": dict(smaller.facts),
             "perplexity": [],
         }
-
-
-def removed_words(plan: ShrinkPlan) -> str:
-    """What is removed, for people."""
-    words = []
-    if plan.remove_blocks:
-        words.append(f"{plan.remove_blocks} of {plan.before.blocks} blocks")
-    for kind, (kept, number) in plan.keep.items():
-        words.append(
-            f"{number - kept:,} of {number:,} {'KV heads' if kind == 'heads' else 'MLP neurons'} of each block"
-        )
-    return ", ".join(words)
 
 
 def _iso(moment: datetime) -> str:

@@ -90,13 +90,35 @@ def make_shrink_plan(recipe: ShrinkRecipe) -> ShrinkPlan:
     from rarefy.models.blocks import find_blocks
     from rarefy.models.checkpoint import resolve_device
     from rarefy.models.source import resolve_model
-    from rarefy.structure.size import size_of
 
     device = resolve_device(recipe.device)
     source = resolve_model(recipe.model)
     recipe = recipe.resolved(source.context)
     model = source.skeleton()
-    blocks = find_blocks(model)
+    plan = plan_removal(recipe, source, device, model)
+    check_blocks(model, find_blocks(model))
+    windows = None
+    if text is not SELF:
+        assert recipe.num_samples is not None
+        assert recipe.sequence_length is not None
+        num, length = recipe.num_samples, recipe.sequence_length
+        tokens, bos_id = read_tokens(source, text, recipe.bos, enough=DRAW_FROM * num * length)
+        windows = draw_windows(tokens, num, length, recipe.seed, bos_id, name=f"the text of {text.name}")
+    else:
+        recipe = recipe.model_copy(update={"bos": False})  # what the model writes begins with it anyway
+    return replace(plan, recipe=recipe, windows=windows)
+
+
+def plan_removal(
+    recipe: ShrinkRecipe, source: ModelSource, device: torch.device, model: PreTrainedModel
+) -> ShrinkPlan:
+    """The plan of a resolved recipe without its windows; ``model`` is on the meta device.
+
+    Raises InputError for numbers that the model does not allow, ModelError where a removal has no stock form.
+    """
+    from rarefy.models.blocks import find_blocks
+    from rarefy.structure.size import size_of
+
     space: Space | None = None
     after: Size | None = None
     keep: dict[Kind, tuple[int, int]] = {}
@@ -107,20 +129,10 @@ def make_shrink_plan(recipe: ShrinkRecipe) -> ShrinkPlan:
         assert recipe.size is not None
         space = find_space(model, recipe.size, recipe.among, recipe.multiple)
     else:
-        remove = _number_of_blocks(recipe.blocks, len(blocks))
+        remove = _number_of_blocks(recipe.blocks, len(find_blocks(model)))
         smaller, keep = _smaller(model, recipe, remove)
         after = size_of(smaller)
-    check_blocks(model, blocks)
-    windows = None
-    if text is not SELF:
-        assert recipe.num_samples is not None
-        assert recipe.sequence_length is not None
-        num, length = recipe.num_samples, recipe.sequence_length
-        tokens, bos_id = read_tokens(source, text, recipe.bos, enough=DRAW_FROM * num * length)
-        windows = draw_windows(tokens, num, length, recipe.seed, bos_id, name=f"the text of {text.name}")
-    else:
-        recipe = recipe.model_copy(update={"bos": False})  # what the model writes begins with it anyway
-    return ShrinkPlan(recipe, source, device, windows, remove, keep, size_of(model), after, space)
+    return ShrinkPlan(recipe, source, device, None, remove, keep, size_of(model), after, space)
 
 
 def _number_of_blocks(said: float | None, blocks: int) -> int:

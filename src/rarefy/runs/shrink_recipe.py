@@ -133,6 +133,13 @@ class ShrinkRecipe(BaseModel):
         filled = {"calibration": self.calibration or DEFAULT_CALIBRATION, "sequence_length": length}
         return self.model_copy(update={**filled, "num_samples": self.num_samples or num})
 
+    @property
+    def window_shape(self) -> tuple[int, int]:
+        """The number of calibration windows and their length in tokens; only of a resolved recipe."""
+        assert self.num_samples is not None
+        assert self.sequence_length is not None
+        return self.num_samples, self.sequence_length
+
     def to_yaml(self) -> str:
         """The recipe as YAML that ``read`` reads back; what is not said is left out."""
         values = self.model_dump(exclude_none=True)

@@ -16,8 +16,10 @@ from rarefy.calibration.sources import SELF
 from rarefy.errors import InputError, ModelError
 from rarefy.runs.fingerprint import file_digests
 from rarefy.runs.recipe import Recipe
+from rarefy.runs.shrink_recipe import ShrinkRecipe
 from rarefy.sweeps.folder import SweepFolder
 from rarefy.sweeps.options import Options, check_options
+from rarefy.sweeps.shrinking import ShrinkCell, shrink_cell
 
 if TYPE_CHECKING:
     import torch
@@ -36,6 +38,16 @@ class Cell:
     """One method with one pattern and one seed, all of it in a resolved recipe."""
 
     recipe: Recipe
+
+    @property
+    def method(self) -> str:
+        """The name of the method."""
+        return self.recipe.method
+
+    @property
+    def seed(self) -> int:
+        """Draws the windows."""
+        return self.recipe.seed
 
     @property
     def sparsity(self) -> float:
@@ -79,7 +91,7 @@ class Cell:
 class Plan:
     """A sweep whose every setting was checked, as far as that goes without the weights."""
 
-    cells: Sequence[Cell]
+    cells: Sequence[Cell | ShrinkCell]
     source: ModelSource
     device: torch.device
     measures: Measures
@@ -112,10 +124,16 @@ def plan_sweep(options: Options, folder: SweepFolder) -> Plan:
 
     device, calibration = resolve_device(options.device), checked.calibration
     source = resolve_model(options.model)
-    cells = [Cell(recipe.resolved(source.context)) for recipe in checked.recipes]
-    blocks = select_sites(find_blocks(source.skeleton()), options.include, options.exclude)
-    for cell in cells:
+    skeleton = source.skeleton()
+    pruning = [Cell(recipe.resolved(source.context)) for recipe in checked.recipes]
+    blocks = select_sites(find_blocks(skeleton), options.include, options.exclude) if pruning else []
+    for cell in pruning:
         check_patterns(blocks, Uniform(cell.recipe.build_pattern()), cell.recipe.build_method())
+    shrinking = [
+        shrink_cell(method, recipe.resolved(source.context), source, device, skeleton)
+        for method, recipe in checked.shrinking
+    ]
+    cells: list[Cell | ShrinkCell] = sorted([*pruning, *shrinking], key=lambda cell: cell.seed)
     tokenizer = load_tokenizer(source)
     if tokenizer is None:
         raise ModelError.sentence(f"{source.name} has no tokenizer, so nothing can be measured of it.")
@@ -174,7 +192,7 @@ def _measures(
 
 
 def _settings(
-    options: Options, source: ModelSource, recipe: Recipe, measures: Measures, tokens: Tensor | None
+    options: Options, source: ModelSource, recipe: Recipe | ShrinkRecipe, measures: Measures, tokens: Tensor | None
 ) -> dict[str, Any]:
     """All that the cells of a sweep have in common; a folder goes on only with the same."""
     return {

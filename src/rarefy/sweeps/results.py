@@ -51,7 +51,7 @@ def row(facts: Facts) -> dict[str, Value]:
         **measured,
         "relative_error": facts.get("relative_error"),
         "measured_sparsity": facts.get("sparsity"),
-        "seconds": facts.get("seconds", {}).get("prune"),
+        "seconds": facts.get("seconds", {}).get("shrink" if facts.get("shrink") else "prune"),
         "status": facts["status"],
         "reason": facts.get("reason", ""),
     }
@@ -162,6 +162,7 @@ _ORDER = ("perplexity_", "kl_", "agreement_")
 def _protocol(settings: Facts, cells: Sequence[Facts]) -> str:
     seeds = len({facts["seed"] for facts in cells})
     spread = f" Mean ± standard deviation over {seeds} seeds, each with its own windows." if seeds > 1 else ""
+    shrinks = " Of smaller models, sparsity is the share of the parameters that went." if _any_smaller(cells) else ""
     limit = f", {_limit_words(settings['limit'])} of each" if settings.get("limit") else ""
     tasks = f" Tasks: zero-shot accuracy by lm-eval{limit}." if settings.get("tasks") else ""
     windows = f"the first {settings['max_windows']:,}" if settings.get("max_windows") else "all"
@@ -169,8 +170,12 @@ def _protocol(settings: Facts, cells: Sequence[Facts]) -> str:
         f"Calibration: {settings['num_samples']:,} windows of {settings['sequence_length']:,} tokens from "
         f"{settings['calibration']}. Perplexity: {windows} windows of {settings['eval_length']:,} tokens, without "
         f"overlap; KL divergence from the dense model in nats per token.{tasks} Relative error: the geometric mean "
-        f"of the layers' lost output energy. Seconds: the time of pruning.{spread}"
+        f"of the layers' lost output energy. Seconds: the time of pruning.{shrinks}{spread}"
     )
+
+
+def _any_smaller(cells: Sequence[Facts]) -> bool:
+    return any(facts.get("shrink") for facts in cells)
 
 
 def _limit_words(limit: int | float) -> str:

@@ -16,16 +16,19 @@ from torch import Tensor
 from rarefy.calibration.windows import draw_windows
 from rarefy.models.blocks import Block, find_blocks
 from rarefy.models.checkpoint import load_model
-from rarefy.models.saving import save_model
+from rarefy.models.saving import save_model, save_other_model
 from rarefy.pruning.loop import prune_model
 from rarefy.pruning.records import Report, three_digits
 from rarefy.runs.card import base_model, model_card
 from rarefy.runs.events import Watch, unwatched
 from rarefy.runs.fingerprint import versions
 from rarefy.runs.folder import RunFolder
+from rarefy.runs.shrink_model import Smaller, make_smaller
 from rarefy.runs.texts import kept_texts
+from rarefy.structure.memo import Memo
 from rarefy.sweeps.folder import SweepFolder
 from rarefy.sweeps.plan import Cell, Plan
+from rarefy.sweeps.shrinking import ShrinkCell
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -80,14 +83,14 @@ def run_sweep(
             with watch("recording the dense model") as progress:
                 states = sweep.measures.record(model, progress)
         done = len(sweep.cells) - len(todo)
-        for seed, cells in groupby(todo, key=lambda cell: cell.recipe.seed):
+        for seed, cells in groupby(todo, key=lambda cell: cell.seed):
             weights.restore()
-            windows = _windows(sweep, model, seed, watch)
+            windows, memo = _windows(sweep, model, seed, watch), Memo()
             for cell in cells:
                 weights.restore()
                 done += 1
-                label = f"[{done}/{len(sweep.cells)}] {cell.recipe.method}, {cell.pattern}, seed {seed}"
-                facts = _run_cell(sweep, folder, cell, model, tokenizer, windows, states, words, label, watch)
+                label = f"[{done}/{len(sweep.cells)}] {cell.method}, {cell.pattern}, seed {seed}"
+                facts = _run_cell(sweep, folder, cell, model, tokenizer, windows, memo, states, words, label, watch)
                 note(f"{label}: {_in_words(facts)}")
                 folder.write_results(_in_order(sweep, folder), words)
     found = _in_order(sweep, folder)
@@ -138,17 +141,17 @@ def _measure_dense(
 def _run_cell(
     sweep: Plan,
     folder: SweepFolder,
-    cell: Cell,
+    cell: Cell | ShrinkCell,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
     windows: Tensor,
+    memo: Memo,
     states: Sequence[Any] | None,
     command: str,
     label: str,
     watch: Watch,
 ) -> dict[str, Any]:
-    """Prune, measure and write one cell; its facts."""
-    recipe = cell.recipe
+    """Prune or shrink, measure and write one cell; its facts. ``memo`` is that of the seed's windows."""
     facts: dict[str, Any] = {
         "command": command,
         "versions": versions(),
@@ -159,25 +162,34 @@ def _run_cell(
         **cell.facts(),
     }
     report: Report | None = None
+    made: PreTrainedModel | None = None
+    began = time.perf_counter()
     try:
-        with watch(f"{label}: pruning", sweep.linears) as progress:
-            report = prune_model(model, windows, recipe.prune_settings(), progress, progress.layer)
+        if isinstance(cell, ShrinkCell):
+            smaller = make_smaller(model, windows, cell.plan, lambda what, *_: watch(f"{label}: {what}"), memo=memo)
+            made, own = smaller.model, _shrunk_facts(smaller)
+        else:
+            with watch(f"{label}: pruning", sweep.linears) as progress:
+                report = prune_model(model, windows, cell.recipe.prune_settings(), progress, progress.layer)
+            made, own = model, _pruned_facts(report)
+        seconds = {"shrink" if isinstance(cell, ShrinkCell) else "prune": round(time.perf_counter() - began, 3)}
         started = time.perf_counter()
         with watch(f"{label}: measuring") as progress:
-            facts |= sweep.measures.of(model, tokenizer, states, progress)
-        facts["texts"] = kept_texts(model, tokenizer)
-        facts |= _pruned_facts(report, time.perf_counter() - started)
+            facts |= sweep.measures.of(made, tokenizer, states, progress)
+        facts["texts"] = kept_texts(made, tokenizer)
+        facts |= own | {"seconds": {**seconds, "evaluate": round(time.perf_counter() - started, 3)}}
     except Exception as error:  # noqa: BLE001 (whatever it is, it must not cost the other cells)
-        report = None
+        made = report = None
         facts |= {"status": "failed", "reason": f"{type(error).__name__}: {' '.join(str(error).split())}"}
         if sweep.device.type == "cuda":
             torch.cuda.empty_cache()
 
     def fill(run_folder: RunFolder) -> None:
-        run_folder.write_recipe(recipe.to_yaml())
+        run_folder.write_recipe(cell.recipe.to_yaml())
         run_folder.write_layers(report.layers if report else [])
-        if report and sweep.save:
-            run_folder.write_model(lambda path: save_model(model, tokenizer, path, sweep.source))
+        if made is not None and sweep.save:
+            save = save_other_model if isinstance(cell, ShrinkCell) else save_model
+            run_folder.write_model(lambda path: save(made, tokenizer, path, sweep.source))
             run_folder.write_card(model_card(facts))
         run_folder.write_run(facts)
 
@@ -185,7 +197,12 @@ def _run_cell(
     return facts
 
 
-def _pruned_facts(report: Report, seconds: float) -> dict[str, Any]:
+def _shrunk_facts(smaller: Smaller) -> dict[str, Any]:
+    before, after = (smaller.facts[key]["parameters"] for key in ("before", "after"))
+    return {"shrink": dict(smaller.facts), "sparsity": 1 - after / before, "status": "done"}
+
+
+def _pruned_facts(report: Report) -> dict[str, Any]:
     failed = [layer.name for layer in report.failed]
     error = report.relative_error
     return {
@@ -196,7 +213,6 @@ def _pruned_facts(report: Report, seconds: float) -> dict[str, Any]:
         "sparsity": report.sparsity,
         "relative_error": error if math.isfinite(error) else None,
         "peak_bytes": report.peak_bytes,
-        "seconds": {"prune": round(report.seconds, 3), "evaluate": round(seconds, 3)},
         "status": "done",
         "reason": f"{report.failed[0].status}: {', '.join(failed)}" if failed else "",
     }
