@@ -139,6 +139,16 @@ def test_locked_entries_that_leave_one_way_only() -> None:
     assert hard >= 36
 
 
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_entries_of_minus_infinity_are_kept_last(pattern: TransposableNM) -> None:
+    values = scores(3 * pattern.of, 2 * pattern.of)
+    allowed = pattern.project(scores(*values.shape, seed=5))
+    mask = pattern.project(values.masked_fill(~allowed, -torch.inf))
+    pattern.check(mask)
+    missed = int((allowed & ~mask).sum())
+    assert missed <= (0 if pattern.of <= 4 else 0.05 * int(allowed.sum()))
+
+
 def test_what_it_refuses() -> None:
     pattern = TransposableNM(2, 4)
     with pytest.raises(PatternError, match=r"^pattern is 2:4t, but q has 6 outputs, which 4 does not divide"):

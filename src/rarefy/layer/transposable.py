@@ -93,7 +93,8 @@ class TransposableNM(NM):
         parts = []
         for start in range(0, S.shape[2], size):
             some = slice(start, start + size)
-            parts.append(choose(S[..., some].contiguous(), self.keep, None if fixed is None else fixed[..., some]))
+            block = _finite(S[..., some].contiguous())
+            parts.append(choose(block, self.keep, None if fixed is None else fixed[..., some]))
         return _from_blocks(torch.cat(parts, dim=2), scores.shape[0])
 
     def fill(self, scores: Scores, locked: Mask) -> Mask:
@@ -149,6 +150,15 @@ def _from_blocks(blocks: Tensor, rows: int) -> Tensor:
     of = blocks.shape[0]
     values: Tensor = blocks.unflatten(2, (rows // of, -1)).permute(2, 0, 3, 1).flatten(2).flatten(0, 1)
     return values.contiguous()
+
+
+def _finite(S: Blocks) -> Blocks:
+    """The scores, with what is -infinity, and to be kept last of all, below what all others of a block add up to."""
+    if bool(torch.isfinite(S.sum())):
+        return S
+    never = torch.isneginf(S)
+    least = S.masked_fill(never, 0).abs().amax(dim=(0, 1)).clamp_min(torch.finfo(S.dtype).tiny)
+    return torch.where(never, -float(S.shape[0] ** 2) * least, S)
 
 
 # --- small blocks

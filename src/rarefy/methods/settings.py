@@ -133,7 +133,9 @@ def check_order(parts: Iterable[Settable]) -> None:
         raise cannot_come_first(first)
     for part in [first, *others][:-1]:
         if part.comes_last:
-            raise MethodError.sentence(f"{part} rounds what other parts found, so it can only be the last part.")
+            dense = getattr(part, "gives_dense", False)
+            does = "gives the product of two factors" if dense else "rounds what other parts found"
+            raise MethodError.sentence(f"{part} {does}, so it can only be the last part.")
     for part in others:
         if not part.takes_start:
             raise MethodError.sentence(f"{part} starts afresh, so it can only be the first part of a combination.")

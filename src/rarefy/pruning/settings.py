@@ -126,10 +126,10 @@ class PruneSettings:
                 "others are solved."
             )
         if self.steps and self.method.comes_last:
-            name = type(self.steps[0]).__name__.lower()
-            raise InputError.sentence(
-                f"{name} does not go with {self.method}: it would move weights off the grid they are rounded to."
-            )
+            name, does = type(self.steps[0]).__name__.lower(), "move weights off the grid they are rounded to"
+            if self.method.gives_dense:
+                does = "change the product, not its factors"
+            raise InputError.sentence(f"{name} does not go with {self.method}: it would {does}.")
         if self.needs_dense_weights and self.drift > 0:
             raise InputError.sentence(
                 "barber does not go with drift: it puts weights of the dense model back, which are not what layers "
@@ -171,7 +171,8 @@ class PruneSettings:
     @property
     def pattern_name(self) -> str:
         """The pattern in a few words, for titles."""
-        return str(self.pattern_of) if isinstance(self.pattern_of, Uniform | PerLayer) else "a pattern per layer"
+        name = str(self.pattern_of) if isinstance(self.pattern_of, Uniform | PerLayer) else "a pattern per layer"
+        return f"the bits of {name}" if self.method.gives_dense else name
 
 
 def allocated(allocation: str, pattern: Pattern, blocks: Sequence[Block]) -> Uniform | PerLayer:

@@ -183,7 +183,7 @@ class Recipe(BaseModel):
         if changes and any(part.comes_last for part in parts):
             raise InputError.sentence(
                 f"{written(changes)} does not go with {written('method')} {recipe.method}: it would move weights "
-                "off the grid they are rounded to."
+                "that only stand for others, or off the grid they are rounded to."
             )
         if recipe.barber != "none" and recipe.drift:
             raise InputError.sentence(
