@@ -16,7 +16,7 @@ from rarefy.layer.across import AcrossNM
 from rarefy.layer.pattern import NM, Pattern, PerRow, Unstructured
 from rarefy.layer.transposable import TransposableNM
 from rarefy.models.blocks import find_blocks
-from rarefy.pruning.barber import REVIVED, Barber, _Scorer, modules_of, swap
+from rarefy.pruning.barber import REVIVED, Barber, _revived, _Scorer, modules_of, swap
 from rarefy.pruning.loop import prune_blocks
 from rarefy.pruning.settings import PruneSettings, Uniform
 from rarefy.pruning.steps import PrunedBlock
@@ -207,6 +207,13 @@ def test_signed_swaps_lower_the_error_of_the_block() -> None:
 
     plain, signed = lost(None), lost(Barber("signed", 0.3, refit=False))
     assert signed < 0.97 * plain
+
+
+def test_modules_behind_see_dense_values_as_published_or_only_revived_ones() -> None:
+    W0, W = torch.tensor([[1.0, 2.0, 3.0, 4.0]]), torch.tensor([[0.0, 0.0, 3.5, 4.5]])
+    mask = torch.tensor([[True, False, False, True]])
+    assert _revived(W, W0, mask, "published").tolist() == [[1.0, 0.0, 0.0, 4.0]]
+    assert _revived(W, W0, mask, "signed").tolist() == [[1.0, 0.0, 0.0, 4.5]]
 
 
 # --- the step
