@@ -40,6 +40,10 @@ GROUPS = {
         ["src/rarefy/pruning/*.py", "src/rarefy/parallel/sharing.py", "src/rarefy/parallel/reduce.py"],
         "test_pruning test_stores test_matching test_experts test_distributed",
     ),
+    "structure": (
+        [f"src/rarefy/structure/{name}.py" for name in ("counts", "search", "policy", "rules", "depth", "width")],
+        "test_policy test_counts test_depth",
+    ),
     "journal": (["src/rarefy/runs/journal.py", "src/rarefy/runs/fingerprint.py"], "test_journal test_resume"),
     "shards": (
         ["src/rarefy/models/shards.py", "src/rarefy/models/atomic.py"],

@@ -34,11 +34,14 @@ ROWS: dict[str, dict[str, Any]] = {
     "layers": {},
     "drift": {"drift": 0.25},
     "refresh": {"refresh": True},
-    "profile": {"allocation": "profile"},
+    **{rule: {"allocation": rule} for rule in ("profile", "owl", "alphapruning", "lsa", "search")},
+    **{f"row weights, {rule}": {"row_weights": rule} for rule in ("mlp", "fisher")},
+    "profile, row weights, fisher": {"allocation": "profile", "row_weights": "fisher"},
     "matching": {"matching": _MATCH},
     "matching, drift": {"matching": _MATCH, "drift": 0.25},
     "matching, refresh": {"matching": _MATCH, "refresh": True},
     "matching, profile": {"matching": _MATCH, "allocation": "profile"},
+    "matching, row weights, fisher": {"matching": _MATCH, "row_weights": "fisher"},
     "matching, drift, profile": {"matching": _MATCH, "drift": 0.25, "allocation": "profile"},
 }
 
@@ -54,6 +57,7 @@ def measured(dense: Any, windows: Tensor, texts: list[tuple[Tensor, int]], said:
     model, options = copy.deepcopy(dense), dict(ROWS[row])
     if ":" in pattern:
         options.pop("allocation", None)  # 2:4 has no steps
+        options.pop("row_weights", None)  # and every row the same count
     include = [f"*.layers.{block}.*" for block in range(said.blocks)] if said.blocks else []
     began = time.perf_counter(), time.process_time()
     rarefy.prune(model, windows, pattern=pattern_of(pattern), method=rarefy.ALPS(), include=include, **options)

@@ -45,6 +45,8 @@ from rarefy.runs.texts import PROMPTS, write_texts
         ("--pattern 2:4 --scope row", "--scope does not go with --pattern"),
         ("--along neurons", "--along is 'neurons', which goes with an N:M --pattern that is the same for all layers"),
         ("--pattern 2:4 --along neurons --allocation profile", "--along is 'neurons', which goes with"),
+        ("--pattern 2:4t --along neurons", "--along is 'neurons', which goes with"),
+        ("--pattern 2:4t --barber signed", "barber swaps single weights of a row, which 2:4t does not allow"),
         ("--pattern 2:4 --along rows", "--along is 'rows', but must be inputs or neurons"),
         ("--method sparsegpt --set score=joint", "sparsegpt.score is 'joint', which compares all masks of a group"),
         ("--method sparsegpt --set score=all", "score is 'all', but must be one of single, joint"),

@@ -15,7 +15,7 @@ from rarefy.structure.counts import Counts, Space, find_space
 from rarefy.structure.depth import BlockSets
 from rarefy.structure.memo import Memo
 from rarefy.structure.parts import Kind, find_parts
-from rarefy.structure.search import FINALISTS, Round, block_sets, plan_rounds, search_counts
+from rarefy.structure.search import FINALISTS, Measured, Round, _next, block_sets, plan_rounds, search_counts
 from rarefy.structure.shrink import Removal, shrink, shrunk_skeleton
 from rarefy.structure.width import remove_parts
 from test_shrink import deep
@@ -95,6 +95,12 @@ def test_rounds_end_with_all_windows_and_all_that_is_single() -> None:
     assert plan_rounds(many, 2, 4)[-1] == Round(FINALISTS + 2, 2, 2)  # too few to share out
     sizes = [one.candidates for one in plan_rounds([*many, *many, *many, *many], 64, 4)]
     assert sizes == [96, 24, FINALISTS + 8]
+
+
+def test_a_round_keeps_all_that_is_single_and_the_best_of_the_others() -> None:
+    ranked = [Measured(Counts(i, 1, 1), 0, (), i / 10) for i in (4, 1, 3, 2)]
+    ranked += [Measured(Counts(5), 0, (), 1.0), Measured(Counts(0, 0, 9), 0, (), 2.0)]
+    assert _next(ranked, 4) == [Counts(0, 0, 9), Counts(1, 1, 1), Counts(4, 1, 1), Counts(5)]
 
 
 def search(sets: BlockSets, space: Space, **options: Any) -> Any:

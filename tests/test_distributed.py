@@ -274,6 +274,13 @@ def test_the_same_supports_in_float64(ranks: Ranks, tmp_path: Path, method: str)
         _assert_same_supports(torch.load(tmp_path / f"{rank}.pt"), expected)
 
 
+def test_two_processes_have_the_row_weights_of_one(ranks: Ranks, shelf: Path, tmp_path: Path) -> None:
+    more = ("--row-weights", "fisher", "--scope", "layer", "--allocation", "profile", "--sparsity", 0.6)
+    assert ranks.run(2, *_arguments(shelf, tmp_path / "two", *more)) == [0, 0], ranks.err()
+    assert ranks.run(1, *_arguments(shelf, tmp_path / "one", *more)) == [0], ranks.err()
+    _assert_alike(tmp_path / "two", tmp_path / "one")
+
+
 @pytest.mark.parametrize("size", [2, 3])
 def test_matching_by_several_is_that_of_one(ranks: Ranks, tmp_path: Path, size: int) -> None:
     """Steps of two batches by two processes; three take steps of three, as one does that is asked to."""

@@ -74,6 +74,7 @@ def test_commands_and_options_exist(page: Path) -> None:
         if words[1].startswith("-"):
             continue
         assert words[1] in COMMANDS, " ".join(words)
-        known = {option for parameter in COMMANDS[words[1]].params for option in parameter.opts} | {"--help", "-h"}
+        said = [(*parameter.opts, *parameter.secondary_opts) for parameter in COMMANDS[words[1]].params]
+        known = {"--help", "-h"}.union(*said)
         options = {word.strip("[]").partition("=")[0] for word in words[2:] if re.match(r"\[?--?[a-zA-Z]", word)}
         assert options <= known, " ".join(words)

@@ -74,3 +74,23 @@ def test_a_model_is_pruned_alike_wherever_its_states_are(share: float, monkeypat
         report = prune(model, windows, pattern=Unstructured(0.5), method=METHODS["sparsegpt"], batch_size=2)
         errors.append(report.relative_error)
     assert errors[1] == pytest.approx(errors[0], rel=0.02)
+
+
+@pytest.mark.parametrize("allocation", ["owl", "alphapruning", "lsa", "search"])
+def test_what_is_measured_of_the_dense_model_is_as_on_the_cpu(allocation: str) -> None:
+    windows = torch.randint(3, 160, (5, 24), generator=torch.Generator().manual_seed(0))
+    kept = []
+    for device in ("cpu", "cuda"):
+        model = make_model("llama").to(device)
+        report = prune(
+            model,
+            windows,
+            pattern=Unstructured(0.6),
+            method=METHODS["wanda"],
+            allocation=allocation,
+            row_weights="fisher",
+        )
+        kept.append([layer.kept for layer in report.layers])
+    assert sum(kept[0]) == sum(kept[1])
+    if allocation != "search":  # of which two profiles may be equally good but for rounding
+        assert kept[0] == pytest.approx(kept[1], abs=3)

@@ -149,6 +149,14 @@ def test_the_best_allocation_is_taken_by_distances_of_whole_models(tried: list[t
     assert report.pruned == sum(round(0.6 * layer.shape[0] * layer.shape[1]) for layer in report.layers)
 
 
+@pytest.mark.parametrize("options", [{"allocation": "search"}, {"row_weights": "fisher"}])
+def test_a_model_without_a_head_is_refused_in_one_sentence(options: dict[str, Any]) -> None:
+    with pytest.raises(rarefy.ModelError, match="^LlamaModel gives no logits"):
+        rarefy.prune(
+            make_model("llama").model, WINDOWS, pattern=rarefy.Unstructured(0.5), method=rarefy.Wanda(), **options
+        )
+
+
 @pytest.mark.filterwarnings("ignore:.*weights of experts were solved with all tokens")
 @pytest.mark.parametrize("architecture", ["qwen3_moe", "gemma3"])
 def test_experts_and_excluded_blocks(tried: list[tuple[Any, float]], architecture: str) -> None:

@@ -26,8 +26,9 @@ WINDOWS = torch.randint(3, VOCABULARY, (2, 20), generator=torch.Generator().manu
 ROUNDING = {"rtol": 1e-3, "atol": 1e-4}
 
 EACH = [name for name in ALL if name not in REFUSED and name not in NOT_BUILT]
-#: A quick selection: partial rotary heads, parallel halves, a list by block, rules by place, carried states, experts.
-QUICK = ("falcon", "cohere2", "smollm3", "deepseek_v3", "olmo2", "gpt_oss")
+#: A quick selection: partial rotary heads, parallel halves, a list by block, rules by place, carried states, experts,
+#: norms over all heads, a config of several parts.
+QUICK = ("falcon", "cohere2", "smollm3", "deepseek_v3", "olmo2", "gpt_oss", "olmoe", "fuyu")
 
 
 def without_a_block(model: PreTrainedModel) -> str:

@@ -213,6 +213,10 @@ class _Halve:
     """A step that changes every parameter of a block, and moves it towards the dense path's mean."""
 
     needs_dense_path = True
+    needs_dense_weights = False
+
+    def check_pattern(self, *_: object) -> None:
+        pass
 
     def __init__(self) -> None:
         self.seen: list[PrunedBlock] = []

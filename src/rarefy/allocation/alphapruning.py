@@ -48,7 +48,7 @@ class AlphaPruning(MeasuredRule):
         """(3)"""
         W = W.double()
         square = W @ W.T if W.shape[0] <= W.shape[1] else W.T @ W
-        return exponent(torch.linalg.eigvalsh(square))
+        return exponent(torch.linalg.eigvalsh(square).cpu())
 
     def spread(self, layers: Sequence[Layer], facts: Mapping[str, float], sparsity: float) -> dict[str, float]:
         """(4)"""

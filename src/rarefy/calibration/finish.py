@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from rarefy.calibration.stream import HiddenStates, hidden_place
 from rarefy.calibration.trees import mapped
+from rarefy.errors import ModelError
 
 
 def output_form(stream: HiddenStates, module: nn.Module, block: int) -> Any:
@@ -52,15 +53,40 @@ class Ending:
                 if forward is not None:
                     block.forward = forward
 
-    @torch.no_grad()
     def logits(
         self, windows: Int64[Tensor, "b length"], states: Float[Tensor, "b length hidden"]
     ) -> Float[Tensor, "b length vocabulary"]:
-        """The logits of some windows of which ``states`` leave the last block."""
-        parameter = next(each for each in self._model.parameters() if not each.is_meta)
+        """The logits of some windows of which ``states`` leave the last block, without a graph."""
+        with torch.no_grad():
+            return self._logits(windows, states)
+
+    def gradient(
+        self, windows: Int64[Tensor, "b length"], states: Float[Tensor, "b length hidden"]
+    ) -> Float[Tensor, "b length hidden"]:
+        """The gradient, at the states that leave the last block, of the sum of -log p over all next tokens."""
+        with torch.enable_grad():
+            leaf = states.detach().to(self._parameter()).requires_grad_(True)
+            logits = self._logits(windows, leaf)[:, :-1]
+            loss = nn.functional.cross_entropy(
+                logits.flatten(0, 1).float(), windows[:, 1:].flatten().to(logits.device), reduction="sum"
+            )
+        (gradient,) = torch.autograd.grad(loss, leaf)
+        return gradient
+
+    def _logits(self, windows: Tensor, states: Tensor) -> Tensor:
+        parameter = self._parameter()
         self._states = states.to(parameter).movedim(0, self._window_dim)
-        logits: Tensor = self._model(input_ids=windows.to(parameter.device), use_cache=False).logits
+        logits = getattr(self._model(input_ids=windows.to(parameter.device), use_cache=False), "logits", None)
+        if not isinstance(logits, Tensor):
+            raise ModelError.sentence(
+                f"{type(self._model).__name__} gives no logits, by which an allocation is searched and row weights "
+                "of the loss are found."
+            )
         return logits
+
+    def _parameter(self) -> Tensor:
+        """One that is in memory, for its dtype and device."""
+        return next(each for each in self._model.parameters() if not each.is_meta)
 
     def _stand_in(self, *_: Any, **__: Any) -> Any:
         place = hidden_place(self._form)

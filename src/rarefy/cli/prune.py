@@ -176,6 +176,14 @@ def prune(
         bool | None,
         typer.Option("--rotate/--no-rotate", help="Rotate the insides of heads so that less is pruned, at no cost."),
     ] = None,
+    row_weights: Annotated[
+        Text,
+        typer.Option(
+            metavar="RULE",
+            help="Which outputs count more where rows compete for weights (--scope layer): none, mlp (those that "
+            "make large neurons), or fisher (those that the loss depends on) (default: none).",
+        ),
+    ] = None,
     allocation: Annotated[
         Text,
         typer.Option(
@@ -233,6 +241,7 @@ def prune(
         "refresh": refresh,
         "permute": permute,
         "rotate": rotate,
+        "row_weights": row_weights,
         "allocation": allocation,
     }
     world = World.current()

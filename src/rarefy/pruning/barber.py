@@ -89,6 +89,14 @@ class Barber:
         if not 0 < self.share <= 1:
             raise InputError("barber.share", self.share, "a share above 0, up to 1")
 
+    def check_pattern(self, pattern: Pattern) -> None:
+        """Raise PatternError where a weight cannot be swapped for another one alone, within a row or a column."""
+        if pattern.rows_alike or (pattern.group > 1 and pattern.row_group > 1):
+            raise PatternError.sentence(
+                f"barber swaps single weights of a row, which {pattern} does not allow: it has one mask for all "
+                "rows, or counts weights in columns, too."
+            )
+
     def num_parts(self, block: Block, num_batches: int) -> int:
         """The batches of each module, and those that collect Grams again, and the layers of the refit."""
         passes = len(modules_of(block)) + len(gram_groups(block.sites))
@@ -100,10 +108,6 @@ class Barber:
         if not block.sites:
             return
         patterns = {site.name: pruned.pattern_of(site) for site in block.sites}
-        if alike := next((pattern for pattern in patterns.values() if pattern.rows_alike), None):
-            raise PatternError.sentence(
-                f"barber changes the mask of each row by itself, but {alike} has one for all."
-            )
         own = pruned.entering.num_batches
         others = sum(pruned.world.gather(own)) - own  # which progress counts, too
         for path, sites in modules_of(block).items():

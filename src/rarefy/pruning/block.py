@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from rarefy.calibration.collect import gram_groups
@@ -22,12 +22,14 @@ from rarefy.pruning.drift import Drifts
 from rarefy.pruning.outputs import OutputNorms, output_norms
 from rarefy.pruning.parts import Part, join
 from rarefy.pruning.records import LayerRecord, three_digits
-from rarefy.pruning.settings import PruneSettings
+from rarefy.pruning.settings import MLP, PruneSettings
 from rarefy.pruning.solve import solve_piece
 from rarefy.pruning.write import broadcast_piece
 
 OnProgress = Callable[[int, int, str], None]
 Masks = dict[str, Bool[Tensor, "out inputs"]]
+#: How much errors of each output of a layer count, by the name of the site.
+RowWeights = dict[str, Float[Tensor, " out"]]
 
 
 def prune_layers(
@@ -38,13 +40,14 @@ def prune_layers(
     counter: PartCounter,
     masks: Masks | None = None,
     drifts: Drifts | None = None,
+    row_weights: RowWeights | None = None,
 ) -> Iterator[LayerRecord]:
     """Prune the layers of one block, which all processes have in memory, and yield their records in order.
 
     ``entering`` are the hidden states that enter the block. The block is in the dtype of computation only while
     it runs: beside a solve it takes no more memory than as it is stored. ``masks``, if given, is filled with the
-    mask of every site; ``drifts`` are those of drift.py, by site. Raises NumericalError where a layer has NaN or
-    infinity, or, if the settings are strict, could not be solved.
+    mask of every site; ``drifts`` are those of drift.py, by site, and ``row_weights`` those of fisher.py. Raises
+    NumericalError where a layer has NaN or infinity, or, if the settings are strict, could not be solved.
     """
     for together in gram_groups(block.sites):
         parts = reading_order(world, block, together, entering) if settings.refresh else [together]
@@ -54,11 +57,12 @@ def prune_layers(
             grams, notes = collect_grams(
                 world, block, sites, entering, means=settings.method.needs_means, on_batch=on_batch
             )
-            norms = output_norms(block, grams) if settings.method.needs_output_norms else {}
+            norms = output_norms(block, grams) if settings.needs_output_norms else {}
+            weights = norms if settings.row_weights == MLP else row_weights or {}
             # One process has the record of a layer as soon as it is solved; several share out all layers at hand.
             for some in [[site] for site in sites] if world.size == 1 else [sites]:
                 solved = _prune_sites(
-                    world, some, block.index, grams, settings, counter, entering.device, masks, drifts, norms
+                    world, some, block.index, grams, settings, counter, entering.device, masks, drifts, norms, weights
                 )
                 for record in solved:
                     record.details |= notes[record.name]
@@ -76,6 +80,7 @@ def _prune_sites(
     masks: Masks | None,
     drifts: Drifts | None,
     norms: OutputNorms,
+    weights: RowWeights,
 ) -> list[LayerRecord]:
     """Solve and write some layers of a block, and take their Grams away; their records, in order."""
     can_be_cut = [settings.method.rows_independent(settings.pattern_of(site)) for site in sites]
@@ -89,7 +94,9 @@ def _prune_sites(
             own = [piece for piece in pieces if (piece.layer, piece.rank) == (layer, world.rank)]
             for piece in own:
                 D = drifts.get(site.name) if drifts else None
-                solved[piece], mask = solve_piece(site, piece, block, gram, settings, D, norms.get(site.name))
+                solved[piece], mask = solve_piece(
+                    site, piece, block, gram, settings, D, norms.get(site.name), weights.get(site.name)
+                )
                 if masks is not None:
                     masks[site.name][piece.rows] = mask
             if own:

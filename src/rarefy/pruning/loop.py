@@ -28,7 +28,7 @@ from rarefy.allocation.names import UNIFORM
 from rarefy.calibration.check import check_blocks
 from rarefy.calibration.collect import gram_groups
 from rarefy.calibration.stream import HiddenStates, convert_calls
-from rarefy.errors import InputError
+from rarefy.errors import InputError, PatternError
 from rarefy.layer.pattern import Pattern
 from rarefy.methods.base import Method
 from rarefy.models.blocks import Block, find_blocks, select_sites
@@ -39,11 +39,12 @@ from rarefy.pruning.barber import Barber
 from rarefy.pruning.block import Masks, OnProgress, PartCounter, prune_layers
 from rarefy.pruning.collect import STARVED
 from rarefy.pruning.drift import advance_dense
+from rarefy.pruning.fisher import fisher_weights, num_fisher_parts
 from rarefy.pruning.matching import Matching
 from rarefy.pruning.precision import compute_dtype, full_float32
 from rarefy.pruning.records import LayerRecord, Report
 from rarefy.pruning.reparametrise import Reparametrisation
-from rarefy.pruning.settings import PatternOf, PruneSettings, allocated, as_pattern_of
+from rarefy.pruning.settings import NONE, PatternOf, PruneSettings, allocated, as_pattern_of
 from rarefy.pruning.steps import PrunedBlock
 from rarefy.pruning.stores import BlockStore
 from rarefy.pruning.survey import num_survey_parts, surveyed
@@ -69,6 +70,7 @@ def prune(
     permute: bool = False,
     rotate: bool = False,
     allocation: str = UNIFORM,
+    row_weights: str = NONE,
     on_progress: OnProgress | None = None,
     on_layer: Callable[[LayerRecord], None] | None = None,
 ) -> Report:
@@ -83,7 +85,9 @@ def prune(
     inside attention heads, for N:M patterns, and ``rotate`` rotates the latter: both are merged into the weights
     before a block is pruned, and change nothing that it computes.
     ``allocation`` spreads the zeros of a pattern over the layers: "uniform", "profile", a .json or .csv file, or
-    "owl", "alphapruning", "lsa" or "search", which measure the dense model first.
+    "owl", "alphapruning", "lsa" or "search", which measure the dense model first. ``row_weights`` says which
+    outputs count more where the rows of a matrix compete for weights: "none", "mlp" (by the norm of the neuron that
+    an output makes) or "fisher" (by the squared gradient of the loss).
     ``on_progress(done, total, note)`` and ``on_layer(record)`` are called as the run goes on. What torch.compile or
     data parallelism wraps around a model is taken off. Raises ModelError for a model that cannot be pruned, such as
     one with adapters or quantised weights, PatternError before anything changes where the pattern does not fit a
@@ -101,7 +105,7 @@ def prune(
         blocks = select_sites(find_blocks(unwrapped(model)), include, exclude)
         pattern_of = allocated(allocation, pattern, blocks)
     settings = PruneSettings(
-        pattern_of, method, batch_size, include, exclude, strict, steps, drift, refresh, permute, rotate
+        pattern_of, method, batch_size, include, exclude, strict, steps, drift, refresh, permute, rotate, row_weights
     )
     return prune_model(model, windows, settings, on_progress, on_layer)
 
@@ -144,16 +148,18 @@ def prune_blocks(
     world = store.world
     own, first = _own(world, windows, settings.batch_size if settings.steps else 1)
     blocks = select_sites(find_blocks(store.model), settings.include, settings.exclude)
-    check_patterns(blocks, settings.pattern_of, settings.method)
+    check_patterns(blocks, settings)
     reparametrise = Reparametrisation.of(store.model, blocks, settings)
     last = max(block.index for block in blocks if block.sites)
     records = store.records()
     todo = blocks[store.finished : last + 1]
     num_batches = -(-len(own) // settings.batch_size)
     measuring = num_survey_parts(store, blocks, own, first, len(windows), settings)
+    measuring += num_fisher_parts(store, blocks, own, first, len(windows), settings)
     of_all = sum(world.gather(num_batches))
     counter = PartCounter(on_progress, measuring + _num_parts(todo, num_batches, of_all, settings))
     settings = surveyed(store, blocks, own, first, len(windows), settings, counter)
+    row_weights = fisher_weights(store, blocks, own, first, len(windows), settings, counter)
     if todo:
         with world.together():
             entering, dense = store.hidden_states(
@@ -177,7 +183,7 @@ def prune_blocks(
             elif dense is not None:
                 advance(world, block, dense, counter.count)
             dense_weights = {site.name: site.read() for site in block.sites} if settings.needs_dense_weights else {}
-            for layer in prune_layers(world, block, entering, settings, counter, masks, drifts):
+            for layer in prune_layers(world, block, entering, settings, counter, masks, drifts, row_weights):
                 layer.details |= notes.get(layer.name, {})
                 done.append(layer)
                 if on_layer:
@@ -245,12 +251,22 @@ def _num_parts(blocks: Sequence[Block], num_batches: int, of_all: int, settings:
     return (collected + advanced) * num_batches + layers + steps
 
 
-def check_patterns(blocks: Sequence[Block], pattern_of: PatternOf, method: Method) -> None:
-    """Raise PatternError, naming the first layer, where its pattern does not fit its shape, or not the method."""
+def check_patterns(blocks: Sequence[Block], settings: PruneSettings) -> None:
+    """Raise PatternError, naming the first layer, where its pattern does not fit its shape, or not the settings."""
+    patterns = []
     for block in blocks:
         for site in block.sites:
-            method.check_pattern(pattern_of(site))
-            pattern_of(site).validate(site.shape, site.name)
+            pattern = settings.pattern_of(site)
+            settings.method.check_pattern(pattern)
+            for step in settings.steps:
+                step.check_pattern(pattern)
+            pattern.validate(site.shape, site.name)
+            patterns.append(pattern)
+    if settings.row_weights != NONE and patterns and all(pattern.rows_independent for pattern in patterns):
+        raise PatternError.sentence(
+            f"Row weights ({settings.row_weights}) change nothing with the pattern {settings.pattern_name}, which "
+            "says how many weights each row keeps: they need a sparsity of the whole matrix (scope layer)."
+        )
 
 
 def _own(world: World, windows: Tensor, together: int) -> tuple[Tensor, int]:
@@ -271,7 +287,10 @@ def _own(world: World, windows: Tensor, together: int) -> tuple[Tensor, int]:
 
 def _check_alike(world: World, model: nn.Module, windows: Tensor, settings: PruneSettings) -> None:
     """Raise InputError, on all processes, where they are not about to do the same."""
-    compared = ("batch_size", "include", "exclude", "strict", "steps", "drift", "refresh", "permute", "rotate")
+    compared = (
+        *("batch_size", "include", "exclude", "strict", "steps", "drift", "refresh"),
+        *("permute", "rotate", "row_weights"),
+    )
     given = {
         "model": [(name, tuple(each.shape), each.dtype) for name, each in model.named_parameters()],
         "windows": hashlib.sha256(windows.cpu().numpy().tobytes()).hexdigest(),

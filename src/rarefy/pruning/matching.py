@@ -39,6 +39,7 @@ from torch import Tensor, nn
 
 from rarefy.calibration.stream import HiddenStates
 from rarefy.errors import InputError
+from rarefy.layer.pattern import Pattern
 from rarefy.models.blocks import Block
 from rarefy.parallel.world import World
 from rarefy.pruning.precision import computing_in
@@ -75,6 +76,9 @@ class Matching:
         ):
             if not value:
                 raise InputError(f"matching.{name}", getattr(self, name), allowed)
+
+    def check_pattern(self, pattern: Pattern) -> None:
+        """Any will do: masks stay what they are."""
 
     def num_parts(self, block: Block, num_batches: int) -> int:
         """Training batches of all passes, and held-out batches before and after each."""

@@ -33,7 +33,7 @@ from rarefy.models.blocks import Block
 from rarefy.pruning.advance import advance
 from rarefy.pruning.block import PartCounter, prune_layers
 from rarefy.pruning.precision import compute_dtype
-from rarefy.pruning.settings import PerLayer, PruneSettings
+from rarefy.pruning.settings import NONE, PerLayer, PruneSettings
 from rarefy.pruning.stores import BlockStore
 
 #: Windows of the calibration that the search looks at: for its order of profiles a few are enough.
@@ -108,7 +108,17 @@ class _Distances:
         counter: PartCounter,
     ) -> None:
         self.store, self.blocks, self.windows, self.counter = store, blocks, windows, counter
-        self.settings = replace(settings, method=SparseGPT(), strict=False, steps=[], drift=0.0, refresh=False)
+        self.settings = replace(
+            settings,
+            method=SparseGPT(),
+            strict=False,
+            steps=[],
+            drift=0.0,
+            refresh=False,
+            permute=False,
+            rotate=False,
+            row_weights=NONE,
+        )
         states = self._entering()
         for block, following in zip_longest(blocks, blocks[1:]):
             with self._loaded(block, following):

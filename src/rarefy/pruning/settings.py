@@ -18,6 +18,8 @@ from rarefy.pruning.outputs import neuron_makers
 from rarefy.pruning.steps import BlockStep
 
 PatternOf = Callable[[Site], Pattern]
+#: Which outputs of a layer count more: all alike, those that make large neurons, or those that the loss depends on.
+NONE, MLP, FISHER = "none", "mlp", "fisher"
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,8 @@ class PruneSettings:
     ``pattern_of`` gives the pattern of a site. ``steps`` come after the layers of a block are written, in order.
     ``drift`` is the share of the drift that targets correct (drift.py), ``refresh`` whether a block's Grams are
     collected again after each group of layers that read the same. ``permute`` and ``rotate`` change each block
-    before it is pruned (reparametrise.py).
+    before it is pruned (reparametrise.py). ``row_weights`` says which outputs count more where rows compete for
+    weights (layer/row_weights.py).
     """
 
     pattern_of: PatternOf
@@ -106,6 +109,7 @@ class PruneSettings:
     refresh: bool = False
     permute: bool = False
     rotate: bool = False
+    row_weights: str = NONE
 
     def __post_init__(self) -> None:
         if not 0 <= self.drift <= 1:
@@ -131,6 +135,28 @@ class PruneSettings:
                 "barber does not go with drift: it puts weights of the dense model back, which are not what layers "
                 "aim at then."
             )
+
+        if self.row_weights not in (NONE, MLP, FISHER):
+            raise InputError("row_weights", self.row_weights, f"{NONE}, {MLP} or {FISHER}")
+        if self.row_weights == MLP and self.refresh:
+            raise InputError.sentence(
+                "Row weights of the MLP (mlp) do not go with refresh: what its last linear reads is then known only "
+                "after its first ones were solved."
+            )
+        if self.row_weights == FISHER and (self.permute or self.rotate):
+            raise InputError.sentence(
+                "Row weights (fisher) do not go with permute or rotate: they are of the outputs as they were before."
+            )
+        if self.row_weights != NONE and self.method.comes_last:
+            raise InputError.sentence(
+                f"Row weights ({self.row_weights}) do not go with {self.method}: they would move weights off the "
+                "grid they are rounded to."
+            )
+
+    @property
+    def needs_output_norms(self) -> bool:
+        """Whether the norms of what outputs become are needed (outputs.py)."""
+        return self.method.needs_output_norms or self.row_weights == MLP
 
     @property
     def needs_dense_path(self) -> bool:

@@ -10,6 +10,7 @@ from rarefy.errors import NumericalError
 from rarefy.layer.gram import Gram
 from rarefy.layer.pattern import Pattern
 from rarefy.layer.problem import LayerProblem, error_ratio
+from rarefy.layer.row_weights import row_factors, unweighted, weighted
 from rarefy.layer.solution import Solution
 from rarefy.methods.base import Method, run
 from rarefy.models.sites import Site
@@ -24,17 +25,31 @@ from rarefy.pruning.write import write_rows
 
 @full_float32()
 def solve(
-    weight: Tensor, gram: Tensor | Gram, pattern: Pattern, method: Method, *, name: str = "the layer"
+    weight: Tensor,
+    gram: Tensor | Gram,
+    pattern: Pattern,
+    method: Method,
+    *,
+    name: str = "the layer",
+    row_weights: Tensor | None = None,
 ) -> Solution:
     """Prune one layer: ``weight`` (out, in) float, ``gram`` (in, in) tensor X^T X or ``Gram``.
 
     Returns a Solution with ``weight`` (out, in), ``mask``, ``relative_error`` and ``status``; works in
-    float64 if either input does, else in float32. ``name`` is what errors call the layer. Raises
+    float64 if either input does, else in float32. ``name`` is what errors call the layer. ``row_weights`` (out,) say
+    how much errors of each output count where rows compete for weights; the grades do not have them. Raises
     PatternError, MethodError, NumericalError (NaN or infinity), InputError (shapes).
     """
     gram = gram if isinstance(gram, Gram) else Gram.from_matrix(gram)
     with torch.no_grad():
-        return run(method, LayerProblem(weight, gram), pattern, name=name)
+        problem = LayerProblem(weight, gram)
+        if row_weights is None:
+            return run(method, problem, pattern, name=name)
+        factors = row_factors(row_weights)
+        solution = unweighted(run(method, weighted(problem, factors), pattern, name=name, graded=False), factors)
+        solution.relative_error = problem.relative_error(solution.weight)
+        solution.balanced_error = problem.balanced_error(solution.weight)
+        return solution
 
 
 def solve_piece(
@@ -45,11 +60,13 @@ def solve_piece(
     settings: PruneSettings,
     D: Tensor | None = None,
     output_norms: Tensor | None = None,
+    row_weights: Tensor | None = None,
 ) -> tuple[Part, Bool[Tensor, "rows inputs"]]:
     """Solve a layer, or some rows of it, and write it; its record, graded from what was written, and its mask.
 
     ``D`` (in, in) corrects the drift of what is aimed at (drift.py), and grades are those of that target.
-    ``output_norms`` (out,) are those of the whole layer (outputs.py).
+    ``output_norms`` (out,) are those of the whole layer (outputs.py), and so are ``row_weights``, by which the method
+    chooses, but which grades do not have.
     """
     whole = pattern = settings.pattern_of(site)
     if piece.stop - piece.start < site.shape[0]:
@@ -60,7 +77,11 @@ def solve_piece(
             gram.check(site.name)
             target = corrected(target, gram, D, settings.drift)
         problem = LayerProblem(target, gram, None if output_norms is None else output_norms[piece.rows])
-        solution = run(settings.method, problem, pattern, name=site.name, graded=False)  # as it is written, below
+        factors = None if row_weights is None else row_factors(row_weights)[piece.rows]
+        posed = problem if factors is None else weighted(problem, factors)
+        solution = run(settings.method, posed, pattern, name=site.name, graded=False)  # as it is written, below
+        if factors is not None:
+            solution = unweighted(solution, factors)
         if settings.strict and solution.status.failed:
             reason = solution.details.get("failure", solution.status.value)
             raise NumericalError(f"{site.name}: {reason} (strict)")

@@ -58,6 +58,9 @@ class BlockStep(Protocol):
     #: Whether it reads ``dense_weights``.
     needs_dense_weights: bool
 
+    def check_pattern(self, pattern: Pattern) -> None:
+        """Raise PatternError where the step cannot work with ``pattern``, whatever the layer."""
+
     def num_parts(self, block: Block, num_batches: int) -> int:
         """How often ``on_part`` will be called, for the progress bar; batches are those of all processes."""
 

@@ -62,6 +62,8 @@ class BlockStore:
     """
 
     finished = 0
+    #: A folder for hidden states; None where they are in memory.
+    offload: Path | None = None
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -145,8 +147,7 @@ class JournaledStore(BlockStore):
     def remember(self, name: str, content: bytes) -> None:
         """Keep it beside the journal. Raises OutputError."""
         with self.world.together():
-            if self.world.leads:
-                self.journal.remember(name, content)
+            self.journal.remember(name, content)
 
     def hidden_states(
         self,

@@ -78,7 +78,7 @@ class Journal(UnfinishedFolder):
     @property
     def goes_on(self) -> bool:
         """Whether there is anything from which the same command goes on."""
-        return self._finished > 0 or bool(self._files)  # only the process that leads knows the files
+        return self._finished > 0 or bool(self._files)  # of blocks, only the process that leads knows the files
 
     @property
     def kept_words(self) -> str:
@@ -147,9 +147,15 @@ class Journal(UnfinishedFolder):
         self._files = {**self._files, name: zlib.crc32(content)}
 
     def remember(self, name: str, content: bytes) -> None:
-        """Write a file that belongs to no block beside the journal, and name it there at once. Raises OutputError."""
-        self.keep(name, content)
-        self._write_journal()
+        """Write a file that belongs to no block beside the journal, and name it there at once.
+
+        All processes call it with the same content; the first writes. Raises OutputError.
+        """
+        if self._leads:
+            self.keep(name, content)
+            self._write_journal()
+        else:
+            self._files = {**self._files, name: zlib.crc32(content)}
 
     def kept(self, name: str) -> bytes | None:
         """The content of a file that the journal names; None where it has none of that name.

@@ -57,8 +57,8 @@ def make_plan(recipe: Recipe, output: Path | None = None, offload: Path | None =
         pattern_of: Uniform | PerLayer = across_neurons(pattern, blocks)
     else:
         pattern_of = allocated(recipe.allocation, pattern, blocks)
-    check_patterns(blocks, pattern_of, method)
     settings = recipe.prune_settings(pattern_of)  # says what does not go together
+    check_patterns(blocks, settings)
     check_blocks(skeleton, blocks)
     Reparametrisation.of(skeleton, blocks, settings)
     windows = None

@@ -7,6 +7,7 @@ is loaded as a whole to write text. What a solve takes, the method itself says (
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from rarefy.allocation.names import ALPHAPRUNING, SEARCH
@@ -62,6 +63,8 @@ def estimated_bytes(plan: Plan, texts: bool) -> int:
     stages = [_pruning_bytes(plan)]
     if plan.recipe.allocation == SEARCH:
         stages.append(_search_bytes(plan))
+    if plan.recipe.row_weights == "fisher":
+        stages.append(_fisher_bytes(plan))
     if plan.windows is None:
         stages.append(_own_text_bytes(plan))
     if not plan.streams or (texts and writes_texts(plan)):
@@ -142,13 +145,47 @@ def _pruning_bytes(plan: Plan) -> int:
 
 
 def _search_bytes(plan: Plan) -> int:
-    """What the search takes to compare logits: all but the blocks, two windows of them, and a slice in float32."""
+    """What the search takes: SparseGPT on a block and a copy of it; or, to compare logits, two windows of them.
+
+    A slice of the latter is in float32, beside all of the model but its blocks.
+    """
+    from rarefy.methods.sparsegpt import SparseGPT
     from rarefy.pruning.search import SLICE
 
     vocabulary = int(plan.source.config.get_text_config().vocab_size)
     stored, length = _dtype(plan).itemsize, plan.recipe.window_shape[1]
-    blocks = sum(_nbytes(block.module.parameters(), stored) for block in plan.blocks) if plan.streams else 0
-    return weights_bytes(plan) - blocks + vocabulary * (2 * length * stored + 4 * 4 * min(length, SLICE))
+    comparing = _ending_bytes(plan) + vocabulary * (2 * length * stored + 4 * 4 * min(length, SLICE))
+    copy = max(_nbytes(block.module.parameters(), stored) for block in plan.blocks)
+    return max(comparing, _pruning_bytes(replace(plan, method=SparseGPT())) + copy)
+
+
+def _fisher_bytes(plan: Plan) -> int:
+    """What Fisher row weights take: states that enter each block, and the graph of a batch, or a window's logits.
+
+    In float32 the logits, their logarithms and their gradient come on top of those that the head gives.
+    """
+    from rarefy.pruning.precision import compute_dtype
+    from rarefy.pruning.search import WINDOWS
+
+    num, length = plan.recipe.window_shape
+    text = plan.source.config.get_text_config()
+    few = -(-min(num, max(WINDOWS, plan.num_ranks)) // plan.num_ranks)
+    stored, item = _dtype(plan).itemsize, compute_dtype(_dtype(plan), plan.device).itemsize
+    on_host = plan.offload is not None or plan.device.type == "cuda"
+    states = 0 if on_host else few * length * int(text.hidden_size) * (stored * (1 + len(plan.blocks)) + 4)
+    tokens = min(plan.recipe.batch_size, few) * length
+    graphs = [_ending_bytes(plan) + int(text.vocab_size) * length * (stored + 3 * 4)]
+    for block in plan.blocks:
+        inner = max((max(site.shape) for site in block.sites), default=0)
+        running = _nbytes(block.module.parameters(), item) + (0 if plan.streams else weights_bytes(plan))
+        graphs.append(running + 4 * tokens * (_KEPT_HIDDEN * int(text.hidden_size) + _KEPT_INNER * inner))
+    return states + max(graphs)
+
+
+def _ending_bytes(plan: Plan) -> int:
+    """All of the model but its blocks; the whole, where that is in memory."""
+    blocks = sum(_nbytes(block.module.parameters(), _dtype(plan).itemsize) for block in plan.blocks)
+    return weights_bytes(plan) - (blocks if plan.streams else 0)
 
 
 def _block_bytes(plan: Plan, sites: Sequence[Site]) -> tuple[int, int]:

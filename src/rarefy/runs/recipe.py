@@ -100,6 +100,7 @@ class Recipe(BaseModel):
     refresh: bool = Field(False, description="true or false")
     permute: bool = Field(False, description="true or false")
     rotate: bool = Field(False, description="true or false")
+    row_weights: Literal["none", "mlp", "fisher"] = Field("none", description="none, mlp or fisher")
     allocation: str = Field("uniform", min_length=1, description=ALLOWED)
 
     @classmethod
@@ -251,6 +252,7 @@ class Recipe(BaseModel):
             self.refresh,
             self.permute,
             self.rotate,
+            self.row_weights,
         )
 
     def resolved(self, context: int | None) -> Self:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rarefy.runs.events import Watch
 from rarefy.runs.shrink_plan import ShrinkPlan
+from rarefy.structure.config import number_in
 from rarefy.structure.depth import BlockSets
 from rarefy.structure.memo import Memo
 from rarefy.structure.parts import find_parts
@@ -170,7 +171,7 @@ class _Making:
                 finished=self.finished,
                 watch=watch,
             )
-        blocks = tuple(range(int(model.config.num_hidden_layers)))
+        blocks = tuple(range(number_in(model.config, "num_hidden_layers")))
         return shrunk(model, Removal(blocks, tuple(parts))), [asdict(record) for record in records]
 
 

@@ -154,6 +154,7 @@ def _smaller(
     """The smaller model on the meta device, as if the last blocks and parts went; and what is kept of the parts."""
     import torch
 
+    from rarefy.structure.config import number_in
     from rarefy.structure.parts import find_parts
     from rarefy.structure.shrink import Removal, shrunk_skeleton
 
@@ -168,7 +169,7 @@ def _smaller(
         keep[kind] = kept, parts.number
         mask = torch.arange(parts.number) < kept
         removed.append((parts, dict.fromkeys(parts.exits, mask)))
-    blocks = range(int(model.config.num_hidden_layers) - remove)
+    blocks = range(number_in(model.config, "num_hidden_layers") - remove)
     return shrunk_skeleton(model, Removal(tuple(blocks), tuple(removed))), keep
 
 

@@ -25,16 +25,34 @@ def entry(config: PreTrainedConfig, name: str) -> str:
     return str(type(config).attribute_map.get(name, name))
 
 
-def changed(config: PreTrainedConfig, entries: Mapping[str, Any]) -> PreTrainedConfig:
-    """The config with other ``entries``, as it is when it is read from a file again.
+def number_in(config: PreTrainedConfig, name: str) -> int:
+    """The number that transformers calls ``name`` everywhere.
 
-    Raises ModelError where transformers refuses it.
+    Raises ModelError where the config describes other parts beside its language model, or has no single such number.
     """
+    _refuse_sections(config)
+    try:
+        return int(getattr(config, name))
+    except Exception as error:  # configs of other numbers in each block have errors of their own
+        raise ModelError.sentence(
+            f"The config of this {config.model_type} model has no single {name}, which Rarefy could lower."
+        ) from error
+
+
+def _refuse_sections(config: PreTrainedConfig) -> None:
     if text_section(config) is not None:
         raise ModelError.sentence(
             f"The config of this {config.model_type} model describes other parts beside its language model: Rarefy "
             "makes only plain language models smaller."
         )
+
+
+def changed(config: PreTrainedConfig, entries: Mapping[str, Any]) -> PreTrainedConfig:
+    """The config with other ``entries``, as it is when it is read from a file again.
+
+    Raises ModelError where transformers refuses it.
+    """
+    _refuse_sections(config)
     try:
         with quiet():
             made: PreTrainedConfig = type(config).from_dict({**config.to_dict(), **entries})
@@ -59,7 +77,7 @@ def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
 
 def fewer_blocks(config: PreTrainedConfig, kept: Sequence[int]) -> dict[str, Any]:
     """The entries of a config that change where only the blocks ``kept`` are left: their number, lists by block."""
-    number = int(config.num_hidden_layers)
+    number = number_in(config, "num_hidden_layers")
     changes: dict[str, Any] = {entry(config, "num_hidden_layers"): len(kept)}
     for key, value in config.to_dict().items():
         of_blocks = isinstance(value, list) and len(value) == number

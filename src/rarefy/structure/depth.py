@@ -154,7 +154,10 @@ class BlockSets:
         with torch.no_grad():
             with self._standing_in(_Run(kept)):
                 expected = self.model(input_ids=ids, use_cache=False).logits.float()
-            found = smaller(input_ids=ids, use_cache=False).logits.float()
+            try:
+                found = smaller(input_ids=ids, use_cache=False).logits.float()
+            except (RuntimeError, LookupError):  # what one block shares with others may be gone
+                found = torch.full_like(expected, torch.nan)
         if not float((found - expected).norm()) <= _SAME * float(expected.norm()):
             raise ModelError.sentence(
                 f"{type(self.model).__name__} without some of its blocks does not compute what it does with these "

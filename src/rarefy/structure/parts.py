@@ -21,7 +21,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from rarefy.errors import ModelError
 from rarefy.models.blocks import Block, find_blocks
 from rarefy.models.sites import LinearSite
-from rarefy.structure.config import changed, entry, skeleton
+from rarefy.structure.config import changed, entry, number_in, skeleton
 
 Kind = Literal["neurons", "heads"]
 WORDS: dict[Kind, str] = {"neurons": "MLP neurons", "heads": "KV heads"}
@@ -120,13 +120,16 @@ def _neurons(config: PreTrainedConfig, blocks: Sequence[Block]) -> Iterator[_Try
 
 def _heads(name: str, config: PreTrainedConfig) -> Iterator[_Try]:
     """The entries of heads, and of KV heads where they are others."""
-    heads = int(config.num_attention_heads)
+    heads = number_in(config, "num_attention_heads")
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     if not isinstance(kv_heads, int) or heads % kv_heads:
         raise ModelError.sentence(f"{name} has other numbers of heads in each block, which Rarefy cannot lower.")
     if kv_heads < 2:
         raise ModelError.sentence(f"{name} has a single KV head in each block, which cannot be removed.")
-    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    try:
+        width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    except Exception as error:  # configs of other widths in each block have errors of their own
+        raise ModelError.sentence(f"{name} has no single width of its heads, which its config could keep.") from error
     entries = {entry(config, "num_attention_heads"): (heads, heads // kv_heads)}
     if hasattr(config, "num_key_value_heads"):
         entries[entry(config, "num_key_value_heads")] = (kv_heads, 1)

@@ -200,6 +200,8 @@ class _Maker:
         sets, windows = self.sets, self.sets.windows
         kept = tuple(index for index in range(sets.number) if index not in self.remove)
         small = shrink(sets.model, Removal(kept))
+        if self.remove:
+            sets.confirm(small, kept)
         wanted = []
         kinds: tuple[Kind, ...] = ("heads", "neurons")
         for kind in kinds:

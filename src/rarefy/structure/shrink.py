@@ -8,7 +8,7 @@ parts off is not taken on trust: both are compared.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from rarefy.errors import ModelError
 from rarefy.models.blocks import Block, find_blocks
-from rarefy.structure.config import changed, fewer_blocks, skeleton
+from rarefy.structure.config import changed, fewer_blocks, number_in, skeleton
 from rarefy.structure.parts import WORDS, Parts
 
 # Two computations of one thing in half precision, and in float32, as a share of what the block adds to its input.
@@ -41,7 +41,7 @@ class Removal:
     def entries(self, model: PreTrainedModel) -> dict[str, Any]:
         """The entries of the config that change. Raises ModelError for other numbers in each block."""
         changes: dict[str, Any] = {}
-        if len(self.blocks) != int(model.config.num_hidden_layers):
+        if len(self.blocks) != number_in(model.config, "num_hidden_layers"):
             changes |= fewer_blocks(model.config, self.blocks)
         for parts, kept in self.parts:
             numbers = {int(kept[index].sum()) for index in self.blocks if index in kept}
@@ -175,10 +175,13 @@ def with_order(model: PreTrainedModel, parts: Parts, ids: Int64[Tensor, "windows
     limit = _SAME.get(model.dtype, _SAME_IN_HALF)
     everywhere = dict.fromkeys(parts.exits, kept)
     for ordered in parts.orders():
-        removal = Removal(tuple(range(int(model.config.num_hidden_layers))), ((ordered, everywhere),))
+        removal = Removal(tuple(range(number_in(model.config, "num_hidden_layers"))), ((ordered, everywhere),))
         small = _one_block(model, removal, index)
-        with _in_place_of(model, block, small):
-            found = _through(model, small, ids)[1]
+        try:
+            with _in_place_of(model, block, small):
+                found = _through(model, small, ids)[1]
+        except RuntimeError:  # a size that does not follow from those that the config says
+            continue
         if float((found - expected).norm()) <= limit * scale:
             return ordered
     raise ModelError.sentence(
@@ -216,6 +219,10 @@ def _in_place_of(model: PreTrainedModel, block: Block, module: nn.Module) -> Ite
         modules[int(place)] = block.module  # type: ignore[operator]
 
 
+class _Enough(Exception):
+    """Ends a forward pass where the block has been seen."""
+
+
 def _through(model: PreTrainedModel, module: nn.Module, ids: Tensor) -> tuple[Tensor, Tensor]:
     """What enters a block and what leaves it, in float32."""
     seen: list[Tensor] = []
@@ -223,10 +230,11 @@ def _through(model: PreTrainedModel, module: nn.Module, ids: Tensor) -> tuple[Te
     def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         entered = args[0] if args else kwargs["hidden_states"]
         seen.extend([entered.float(), (output if isinstance(output, Tensor) else output[0]).float()])
+        raise _Enough  # later blocks may read what this one shares with them, in another size
 
     hook = module.register_forward_hook(keep, with_kwargs=True)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), suppress(_Enough):
             model.base_model(input_ids=ids.to(model.device), use_cache=False)
     finally:
         hook.remove()

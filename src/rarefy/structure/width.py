@@ -63,7 +63,7 @@ class Finished(Protocol):
 def remove_parts(
     model: PreTrainedModel,
     windows: Int64[Tensor, "num length"],
-    wanted: Sequence[tuple[Parts, int]],
+    wanted: Sequence[tuple[Parts, int | Mapping[int, int]]],
     *,
     batch_size: int = 4,
     repair: bool = True,
@@ -75,9 +75,9 @@ def remove_parts(
 ) -> tuple[list[tuple[Parts, Mapping[int, Tensor]]], list[ExitRecord]]:
     """Write zeros into the exits' columns of removed parts, and repaired weights into the others, in place.
 
-    ``wanted`` says of each kind how many parts every block keeps; blocks that are ``finished`` are taken as they
-    are. Returns what is kept, as ``Removal`` takes it, and a record of each exit. Raises NumericalError where a Gram
-    matrix cannot be factored.
+    ``wanted`` says of each kind how many parts every block keeps, or each by its index; blocks that are ``finished``
+    are taken as they are. Returns what is kept, as ``Removal`` takes it, and a record of each exit. Raises
+    NumericalError where a Gram matrix cannot be factored.
     """
     blocks = find_blocks(model)
     stream = record(model, [block.module for block in blocks], windows, batch_size, offload)
@@ -85,7 +85,7 @@ def remove_parts(
     records = []
     last = max((index for parts, _ in wanted for index in parts.exits), default=-1)
     for block in blocks[: last + 1]:
-        own = [(parts, number) for parts, number in wanted if block.index in parts.exits]
+        own = [(parts, _number(number, block.index)) for parts, number in wanted if block.index in parts.exits]
         known = finished.recall(block.index) if finished else None
         if known is None:
             made: dict[str, Tensor] = {}
@@ -113,6 +113,10 @@ def remove_parts(
         if watch:
             watch(block.index + 1, last + 1, f"error {records[-1].error:.3g}" if records else "")
     return [(parts, masks) for parts, masks in kept], records
+
+
+def _number(number: int | Mapping[int, int], block: int) -> int:
+    return number if isinstance(number, int) else number[block]
 
 
 def _solved(

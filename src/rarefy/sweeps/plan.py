@@ -120,7 +120,6 @@ def plan_sweep(options: Options, folder: SweepFolder) -> Plan:
     from rarefy.models.checkpoint import load_tokenizer, resolve_device
     from rarefy.models.source import resolve_model
     from rarefy.pruning.loop import check_patterns
-    from rarefy.pruning.settings import Uniform
 
     device, calibration = resolve_device(options.device), checked.calibration
     source = resolve_model(options.model)
@@ -128,7 +127,7 @@ def plan_sweep(options: Options, folder: SweepFolder) -> Plan:
     pruning = [Cell(recipe.resolved(source.context)) for recipe in checked.recipes]
     blocks = select_sites(find_blocks(skeleton), options.include, options.exclude) if pruning else []
     for cell in pruning:
-        check_patterns(blocks, Uniform(cell.recipe.build_pattern()), cell.recipe.build_method())
+        check_patterns(blocks, cell.recipe.prune_settings())
     shrinking = [
         shrink_cell(method, recipe.resolved(source.context), source, device, skeleton)
         for method, recipe in checked.shrinking

@@ -1,0 +1,181 @@
+"""Fisher row weights: how much the loss of the dense model on the next token changes with each output of a linear.
+
+    v_i = sum over tokens of (d loss / d y_i)^2,      y = x W^T,   loss = sum over tokens of -log p(next token)
+
+A part of the windows goes forward through the dense blocks, and what enters each is kept; the model's own norm and
+head give the gradient behind the last block; then it goes back through one block after the other, each of which runs
+once more with the graph of one batch. Weights have no gradients. Memory: one block with the activations of a batch,
+and the states that enter each block, which go to the offload folder where there is one.
+
+Weights of experts that are kept in stacks have no outputs of their own that could be watched, and no row weights.
+Source: the diagonal of the empirical Fisher matrix, as MOONSHOT (arXiv 2604.13287) and others use it per weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from itertools import zip_longest
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int64
+from safetensors.torch import load, save
+from torch import Tensor, nn
+
+from rarefy.calibration.finish import Ending, output_form
+from rarefy.calibration.stream import HiddenStates, convert_calls
+from rarefy.models.blocks import Block
+from rarefy.models.sites import LinearSite
+from rarefy.pruning.advance import advance
+from rarefy.pruning.block import PartCounter, RowWeights
+from rarefy.pruning.precision import compute_dtype, computing_in
+from rarefy.pruning.search import own_windows
+from rarefy.pruning.settings import FISHER, PruneSettings
+from rarefy.pruning.stores import BlockStore
+
+_FILE = "row-weights.safetensors"
+
+
+def num_fisher_parts(
+    store: BlockStore, blocks: Sequence[Block], windows: Tensor, first: int, num: int, settings: PruneSettings
+) -> int:
+    """What progress counts: each batch forward and back through each block, and through the head."""
+    if settings.row_weights != FISHER or store.recall(_FILE) is not None:
+        return 0
+    few = own_windows(num, range(first, first + len(windows)), store.world.size)
+    return (2 * len(blocks) + 1) * -(-len(few) // settings.batch_size)
+
+
+def fisher_weights(
+    store: BlockStore,
+    blocks: Sequence[Block],
+    windows: Int64[Tensor, "num length"],
+    first: int,
+    num: int,
+    settings: PruneSettings,
+    counter: PartCounter,
+) -> RowWeights:
+    """V of each linear by name, the same on all processes; {} where the settings ask for none.
+
+    ``windows`` are this process's, of which the first is number ``first`` of ``num``.
+    """
+    if settings.row_weights != FISHER:
+        return {}
+    if (content := store.recall(_FILE)) is None:
+        few = own_windows(num, range(first, first + len(windows)), store.world.size)
+        some = windows[[window - first for window in few]]
+        found = _Backward(store, blocks, some, settings.batch_size, counter).weights()
+        store.world.sum_(found.values())
+        content = save({name: v.cpu() for name, v in found.items()})
+        store.remember(_FILE, content)
+    return load(content)
+
+
+class _Backward:
+    """The dense model's windows on their way forward, and their gradients on the way back."""
+
+    def __init__(
+        self, store: BlockStore, blocks: Sequence[Block], windows: Tensor, batch_size: int, counter: PartCounter
+    ) -> None:
+        self.store, self.blocks, self.windows, self.counter = store, blocks, windows, counter
+        self.batch_size = batch_size
+        self.entering: list[HiddenStates] = []
+
+    def weights(self) -> dict[str, Tensor]:
+        """V of this process's windows, by name."""
+        states, ending = self._forward()
+        gradients = self._behind_blocks(states, ending)
+        found: dict[str, Tensor] = {}
+        for block, before in zip_longest(self.blocks[::-1], self.blocks[-2::-1]):
+            with self._loaded(block, before), self.store.world.together():
+                self._through(block, gradients, found)
+            self.entering.pop()
+        return found
+
+    def _forward(self) -> tuple[HiddenStates, Ending]:
+        """The states that leave the last block, and what the model does with them."""
+        world = self.store.world
+        with world.together():
+            states, _ = self.store.hidden_states(self.blocks, self.windows, self.batch_size)
+        dtype = world.from_first(partial(compute_dtype, states.states.dtype, states.device))
+        # The range of float16 is too small for gradients.
+        convert_calls(states, torch.float32 if dtype == torch.float16 else dtype)
+        for block, following in zip_longest(self.blocks, self.blocks[1:]):
+            with self._loaded(block, following):
+                with world.together():
+                    self.entering.append(states.fork(self.store.offload))
+                    if following is None:
+                        form = output_form(states, block.module, block.index)
+                advance(world, block, states, self.counter.count)
+        return states, Ending(self.store.model, [block.module for block in self.blocks], form, states.window_dim)
+
+    def _behind_blocks(self, states: HiddenStates, ending: Ending) -> Float[Tensor, "num length hidden"]:
+        """The gradient of the loss at the states that leave the last block, in float32."""
+        gradients = torch.empty(states.states.shape, dtype=torch.float32)
+        with self.store.world.together(), self.store.ending(self.blocks), ending.instead_of_blocks():
+            for _, some in states.slices():
+                for window in range(*some.indices(len(gradients))):
+                    ids, hidden = self.windows[window : window + 1], states.states[window : window + 1]
+                    gradients[window] = ending.gradient(ids, hidden)[0]
+                self.counter.count()
+        return gradients
+
+    def _through(self, block: Block, gradients: Tensor, found: dict[str, Tensor]) -> None:
+        """Bring the gradients from behind a block to before it, in place, and add up v on the way."""
+        entering = self.entering[-1]
+        sites = [site for site in block.sites if isinstance(site, LinearSite)]
+        with computing_in(block.module, entering.compute_dtype), _watching(sites, found):
+            for batch, some in entering.slices():
+                with _leaf(block.module, entering.calls[block.index][batch].keyword) as leaves, torch.enable_grad():
+                    output = entering.run(block.module, block.index, batch, some)
+                given = gradients[some].to(output)
+                (before,) = torch.autograd.grad(output, leaves, grad_outputs=given)
+                gradients[some] = before.movedim(entering.window_dim, 0).float().cpu()
+                self.counter.count()
+
+    @contextmanager
+    def _loaded(self, block: Block, following: Block | None) -> Iterator[None]:
+        with ExitStack() as scope:
+            with self.store.world.together():
+                scope.enter_context(self.store.loaded(block, following))
+            yield
+
+
+@contextmanager
+def _watching(sites: Sequence[LinearSite], found: dict[str, Tensor]) -> Iterator[None]:
+    """Within the scope, squares of the gradient at each site's outputs are added to ``found``, in float64."""
+
+    def add(name: str, gradient: Tensor) -> None:
+        squares = gradient.reshape(-1, gradient.shape[-1]).float().square().sum(0, dtype=torch.float64)
+        found[name] = found[name] + squares if name in found else squares
+
+    def watch(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
+        def hook(_module: nn.Module, _args: Any, output: Tensor) -> None:
+            if output.requires_grad:
+                output.register_hook(partial(add, name))
+
+        return hook
+
+    with ExitStack() as hooks:
+        for site in sites:
+            hooks.callback(site.module.register_forward_hook(watch(site.name)).remove)
+        yield
+
+
+@contextmanager
+def _leaf(module: nn.Module, keyword: str) -> Iterator[list[Tensor]]:
+    """Within the scope, the hidden states that a block reads are leaves of the graph, and in the list."""
+    leaves: list[Tensor] = []
+
+    def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], Any]:
+        hidden = kwargs[keyword] if keyword else args[0]
+        leaves.append(hidden.detach().requires_grad_(True))
+        return (args, {**kwargs, keyword: leaves[-1]}) if keyword else ((leaves[-1], *args[1:]), kwargs)
+
+    handle = module.register_forward_pre_hook(hook, with_kwargs=True)
+    try:
+        yield leaves
+    finally:
+        handle.remove()
