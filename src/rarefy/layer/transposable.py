@@ -9,8 +9,8 @@ scores S is a transport problem,
 whose vertices are the masks. Up to M = 4 all masks of a block are compared. Beyond, (1) is solved with entropy and
 rounded, for all blocks at once:
 
-    T <- exp(b S), Q <- 1, and then, b doubling from time to time (T <- T^2, Q <- Q^2),
-    T <- diag(N / T 1) T;   T <- T diag(N / T^T 1);   T <- min(T Q, 1),  Q <- max(T Q, 1)          (2)  Dykstra
+    T <- exp(b S), and then, b doubling from time to time (T <- T^2),
+    T <- diag(N / T 1) T;   T <- T diag(N / T^T 1);   T <- min(T, 1)          (2)  Sinkhorn
     entries from the largest T on, as long as their row and column have room                       (3)
     a row and a column that lack one get it: (x, y) leaves, (i, y) and (x, j) come                 (4)
     two rows exchange the columns that gain most by it                                             (5)
@@ -22,11 +22,11 @@ columns that row i does not: (4) always finds one.
 |-------|---------------|--------------|-----------------------------------------------------|
 | S     | |W|           | (M, M, B)    | scores of B blocks, by the largest of the block     |
 | T     | S             | (M, M, B)    | transport plan                                      |
-| Q     | Q             | (M, M, B)    | Dykstra's correction for T <= 1                     |
 | kept  |               | (M, M, B)    | the mask                                            |
 
-Source: Meng et al., TSENOR, arXiv 2505.23949. Differences: b doubles, which needs a tenth of the iterations; (5)
-between rows instead of a search over all pairs of entries.
+Source: Meng et al., TSENOR, arXiv 2505.23949. Differences: b doubles, which needs a quarter of the iterations;
+T is clipped without Dykstra's correction, which in so few iterations gains nothing; (5) between rows instead of a
+search over all pairs of entries.
 """
 
 from __future__ import annotations
@@ -201,16 +201,12 @@ def _transported(S: Blocks, keep: int, locked: BlockMasks | None) -> BlockMasks:
 def _plan(S: Blocks, keep: int) -> Blocks:
     """(2)."""
     T = torch.exp((S - 1) * _SHARPNESS[0])
-    Q = torch.ones_like(T)
     for number in range(len(_SHARPNESS)):
         if number:
             T.square_().clamp_min_(_TINY)
-            Q.square_()
         for _ in range(_ITERATIONS):
             T.mul_(keep / T.sum(dim=1, keepdim=True).clamp_min_(_TINY))
             T.mul_(keep / T.sum(dim=0, keepdim=True).clamp_min_(_TINY))
-            T.mul_(Q)
-            torch.clamp_min(T, 1, out=Q)
             T.clamp_max_(1)
     return T
 
