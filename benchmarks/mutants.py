@@ -30,13 +30,17 @@ _MATHS = "test_problem test_pattern test_select test_passes test_gram test_brute
 GROUPS = {
     "layer": (
         ["src/rarefy/layer/*.py"],
-        f"{_MATHS} test_columns test_transposable test_row_weights test_against_reference test_masks test_quantize "
-        "test_reparametrise test_dass test_methods",
+        (
+            f"{_MATHS} test_columns test_transposable test_row_weights test_against_reference test_masks "
+            "test_quantize test_reparametrise test_dass test_methods"
+        ),
     ),
     "methods": (
         ["src/rarefy/methods/*.py"],
-        "test_light test_reference test_mrp test_dass test_dsf test_against_reference test_brute_force test_masks "
-        "test_quantize test_methods",
+        (
+            "test_light test_reference test_mrp test_dass test_dsf test_against_reference test_brute_force "
+            "test_masks test_quantize test_methods"
+        ),
     ),
     "loop": (
         ["src/rarefy/pruning/*.py", "src/rarefy/parallel/sharing.py", "src/rarefy/parallel/reduce.py"],
