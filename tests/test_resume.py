@@ -232,6 +232,24 @@ def test_an_interrupted_run_is_kept_and_only_the_same_command_goes_on(
     assert sorted(path.name for path in output.iterdir()) == ["layers.jsonl", "model", "recipe.yaml", "run.json"]
 
 
+def test_a_run_goes_on_in_the_dtype_that_it_began_to_compute_in(
+    rarefy_: Rarefy, shelf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measured(gain: float) -> None:
+        monkeypatch.setattr("rarefy.pruning.precision.bfloat16_gain", lambda: gain)
+
+    measured(8.0)
+    with monkeypatch.context() as patch:
+        _interrupt_after(patch, 2, KeyboardInterrupt())
+        assert rarefy_(*_arguments(shelf, tmp_path / "out")).status == 130
+    assert rarefy_(*_arguments(shelf, tmp_path / "whole")).status == 0
+    measured(0.5)
+    assert rarefy_(*_arguments(shelf, tmp_path / "out")).status == 0
+    assert rarefy_(*_arguments(shelf, tmp_path / "other")).status == 0
+    assert _result(tmp_path / "out") == _result(tmp_path / "whole")
+    assert _result(tmp_path / "other") != _result(tmp_path / "whole")
+
+
 @pytest.mark.parametrize("more", [(), ("--dtype", "float32")], ids=["on disk", "in memory"])
 def test_a_run_with_all_that_sees_beyond_the_layer_goes_on_with_the_same_bits(
     rarefy_: Rarefy, shelf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: tuple[str, ...]

@@ -21,6 +21,7 @@ from dataclasses import replace
 from functools import partial
 from itertools import zip_longest
 
+import torch
 from jaxtyping import Int64
 from torch import Tensor, nn
 
@@ -50,6 +51,8 @@ from rarefy.pruning.stores import BlockStore
 from rarefy.pruning.survey import num_survey_parts, surveyed
 from rarefy.pruning.write import OVERFLOWED
 
+_COMPUTING = "computing.txt"  # the dtype of computation
+_DTYPES = {str(dtype): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)}
 _NAMED = 8  # of these, so many are named in the warning
 
 
@@ -165,8 +168,7 @@ def prune_blocks(
             entering, dense = store.hidden_states(
                 blocks, own, settings.batch_size, first, dense_path=settings.needs_dense_path
             )
-        # What one process measures, all of them do.
-        computing = world.from_first(partial(compute_dtype, entering.states.dtype, entering.device))
+        computing = _computing(store, entering)
         for states in filter(None, (entering, dense)):
             convert_calls(states, computing)
     for block, following in zip_longest(todo, todo[1:]):
@@ -200,6 +202,8 @@ def prune_blocks(
             with world.together():
                 if world.leads:
                     store.store(block, changed_parameters(block, settings))
+        if block is todo[0]:
+            store.keep(_COMPUTING, str(computing).encode())
         if following is None:
             store.finish(block, done, None)
         else:
@@ -224,6 +228,14 @@ def _solved_again(
     settings = replace(settings, pattern_of=pattern_of, method=method, steps=[])
     counter = PartCounter(lambda *_: on_part(), 0)
     return list(prune_layers(world, block, entering, settings, counter))
+
+
+def _computing(store: BlockStore, entering: HiddenStates) -> torch.dtype:
+    """The dtype of computation: what the first process measures holds for all, and for a run that goes on."""
+    kept = store.recall(_COMPUTING)
+    if kept is not None:
+        return _DTYPES[kept.decode()]
+    return store.world.from_first(partial(compute_dtype, entering.states.dtype, entering.device))
 
 
 def changed_parameters(block: Block, settings: PruneSettings) -> list[str]:

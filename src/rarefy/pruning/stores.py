@@ -94,6 +94,9 @@ class BlockStore:
         """What an earlier part of this run has remembered under ``name``; None where it has not."""
         return None
 
+    def keep(self, name: str, content: bytes) -> None:
+        """Keep what the run has decided, from the moment when its first block is finished."""
+
     def remember(self, name: str, content: bytes) -> None:
         """Keep what was found before the first block is pruned, for a run that goes on."""
 
@@ -143,6 +146,12 @@ class JournaledStore(BlockStore):
     def recall(self, name: str) -> bytes | None:
         """What the journal has under ``name``. Raises OutputError where it is missing or damaged."""
         return self.world.from_first(lambda: self.journal.kept(name))
+
+    def keep(self, name: str, content: bytes) -> None:
+        """Write it beside the journal, which names it with the next finished block. Raises OutputError."""
+        with self.world.together():
+            if self.world.leads:
+                self.journal.keep(name, content)
 
     def remember(self, name: str, content: bytes) -> None:
         """Keep it beside the journal. Raises OutputError."""
