@@ -63,6 +63,7 @@ def test_each_refit_lowers_the_error_of_the_true_gram() -> None:
         factors = DSF(rounds=6, refits=4).factorise(one, 80, 120)
         after = factors.trace["refit error"]
         assert after[0] == min(factors.trace["error"])  # the best round is taken
+        assert len(factors.trace["error"]) == 6
         assert after == sorted(after, reverse=True)
         assert after[-1] < after[0]
         scaled = one.to_scaled(one.W0, one.scaled)

@@ -236,7 +236,7 @@ class _Batch:
             bound = torch.addcmul(heights.index_select(0, r), slopes.index_select(0, r), x).amin(dim=1)
             left = bound + A[r, v] < best[0][r]
             r, v = r[left], v[left]
-        step = max(1, _ELEMENTS // A.shape[1])
+        step = max(1, _ELEMENTS // A.shape[1])  # no mutant: a piece's size
         for a in range(0, len(r), step):  # (7)
             some, w = r[a : a + step], v[a : a + step]
             best = _better(best, some, w, *self._best_partner(A, B, w, some))
@@ -335,7 +335,7 @@ class _Batch:
 
     def _leave(self, done: Bool[Tensor, " rows"]) -> None:
         """Write down the masks of rows that are done, unless they began better, and go on with the others."""
-        better = done & (self._losses() <= self.begun)
+        better = done & (self._losses() <= self.begun)  # no mutant: rounding alone makes a row worse than it began
         self.result[self.index[better]] = self.revive[better].isinf()
         self.swaps[self.index[done]] = self.count[done]
         left = (~done).nonzero().squeeze(1)
