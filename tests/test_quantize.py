@@ -253,3 +253,24 @@ def test_nothing_comes_after_it() -> None:
         PruneSettings(Uniform(Unstructured(0.5)), build("wanda+quantize"), steps=[Matching(passes=1)])
     with pytest.raises(InputError, match="--match does not go with --method wanda\\+quantize"):
         Recipe.read({"model": "model", "method": "wanda+quantize", "match": 1})
+
+
+@each_bits
+def test_rows_in_which_rounding_runs_away_are_rounded_to_nearest(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in layers whose inputs are nearly alike, where what a full column cannot take is handed on and grows."""
+    problem = draw("correlated", out=6, inputs=80)
+    start = run(Then(Wanda(), PCG()), problem, PerRow(0.5))
+    method = Quantize(bits=bits, sweeps=0)
+    plain = method.solve(problem, PerRow(0.5), start).weight
+    inner = Quantize._round_columns
+
+    def runs_away(*arguments: Any) -> tuple[Tensor, Tensor]:
+        Q, step = inner(*arguments)
+        Q[:, 2], Q[:, 4] = 1e6, math.inf
+        return Q, step
+
+    monkeypatch.setattr(Quantize, "_round_columns", runs_away)
+    found = method.solve(problem, PerRow(0.5), start).weight
+    expected = to_nearest(problem, start, bits)
+    for row in range(6):
+        torch.testing.assert_close(found[row], expected[row] if row in (2, 4) else plain[row])

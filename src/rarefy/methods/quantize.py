@@ -8,6 +8,11 @@ A^-1 = U^T U and U upper triangular, for j = 1..in:
     Q_:j = q(W_:j) M_:j                                                                               (2)
     E_:j = (W_:j - Q_:j) / U_jj,   W_:l <- W_:l - E_:j U_jl   for l > j                               (3)
 
+which can run away where inputs are nearly alike: what a full column cannot take is handed on, and grows. So a row
+whose damped loss is not below that of rounding to the nearest takes the latter,
+
+    Q = q(W) M    with scales of its own                                                              (3')
+
 and then, with all scales fixed, up to ``sweeps`` times over all columns, for j = 1..in:
 
     D_:j = ((W0 - Q) A)_:j                                                                            (4)
@@ -70,9 +75,14 @@ class Quantize(Method):
             raise cannot_come_first(self)
         factor = inverse_factor(problem, self.damping)
         kept, s = start.mask.T.contiguous(), problem.scaled.s.unsqueeze(1)
-        Q, step = self._round_columns(start.weight.to(problem.dtype).T * s, kept, factor.U, s)
-        R = (problem.W0.T - Q).mul_(s)
-        D = torch.addmm(R, problem.scaled.A, R, beta=self.damping)  # (4)
+        W = start.weight.to(problem.dtype).T
+        Q, step = self._round_columns(W * s, kept, factor.U, s)
+        D, loss = self._gradient(problem, Q)
+        nearest_Q, nearest_step = self._round_to_nearest(W, kept, s)
+        nearest_D, nearest_loss = self._gradient(problem, nearest_Q)
+        ran_away = ~(loss < nearest_loss)  # also where it is not finite
+        Q, D = torch.where(ran_away, nearest_Q, Q), torch.where(ran_away, nearest_D, D)
+        step = torch.where(ran_away, nearest_step, step)
         changed: list[float] = []
         while len(changed) < self.sweeps and 0 not in changed:
             changed.append(self._sweep_(Q, D, step, kept, problem.scaled))
@@ -80,6 +90,26 @@ class Quantize(Method):
         details: dict[str, float | str] = {"damping": factor.damping, "bits": self.bits, "group": self.group}
         trace = {"changed weights": changed}
         return Solution(Q.T.contiguous(), start.mask, status, details=details, steps=len(changed), trace=trace)
+
+    def _gradient(
+        self, problem: LayerProblem, Q: Float[Tensor, "inputs out"]
+    ) -> tuple[Float[Tensor, "inputs out"], Float[Tensor, " out"]]:
+        """(4) for all columns, and the damped loss of each row."""
+        R = (problem.W0.T - Q).mul_(problem.scaled.s.unsqueeze(1))
+        D = torch.addmm(R, problem.scaled.A, R, beta=self.damping)
+        return D, R.mul_(D).sum(dim=0)
+
+    def _round_to_nearest(
+        self, W: Float[Tensor, "inputs out"], kept: Bool[Tensor, "inputs out"], s: Float[Tensor, "inputs 1"]
+    ) -> tuple[Float[Tensor, "inputs out"], Float[Tensor, "groups out"]]:
+        """(3'); Q, and the scales."""
+        parts, steps = [], []
+        for a in range(0, len(W), self.group):
+            some = slice(a, min(a + self.group, len(W)))
+            step = choose_scale(W[some].T, s[some].square().T.expand(W.shape[1], -1), self.bits)
+            parts.append((nearest(W[some], step, self.bits) * step).mul_(kept[some]))
+            steps.append(step)
+        return torch.cat(parts), torch.stack(steps)
 
     def _round_columns(
         self,
@@ -138,6 +168,6 @@ class Quantize(Method):
         return True
 
     def cost(self, shape: Shape, pattern: Pattern) -> Cost:
-        # half a product in thin pieces, one for D and one for every sweep; a Cholesky factorisation and a triangular
-        # inverse; V, kept, Q, E, D and a passing one
-        return Cost(1.5 + self.sweeps + inversions(2 / 3, shape), weights=6, grams=3)
+        # half a product in thin pieces, one for each D and one for every sweep; a Cholesky factorisation and a
+        # triangular inverse; V, kept, Q, E, D and a passing one
+        return Cost(2.5 + self.sweeps + inversions(2 / 3, shape), weights=6, grams=3)
