@@ -58,7 +58,9 @@ def test_files_and_make_targets_that_are_named_exist(page: Path) -> None:
     missing = [file for file in FILE.findall(text) if not (ROOT / file).exists()]
     assert missing == []
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
-    code = " ".join(re.findall(r"`[^`\n]+`", text) + [body for _, body in FENCE.findall(text)])
+    fenced = [(kind, line) for kind, body in FENCE.findall(text) for line in body.splitlines()]
+    typed = [line for kind, line in fenced if not kind.startswith("console") or line.startswith("$ ")]
+    code = " ".join(re.findall(r"`[^`\n]+`", text) + typed)
     assert set(MAKE.findall(code)) <= targets
 
 
