@@ -65,7 +65,7 @@ def tune(
     rank: Annotated[Text, typer.Option(metavar="R", help="Of spp and lora (default: 16).")] = None,
     alpha: Annotated[Text, typer.Option(metavar="A", help="Of spp and lora, scaled by A / R (default: 32).")] = None,
     learning_rate: Annotated[
-        Text, typer.Option(metavar="RATE", help="Its highest (default: full 2e-4, norms 1e-3, spp 4e-3, lora 5e-4).")
+        Text, typer.Option(metavar="RATE", help="Its highest (default: full 2e-4, norms 1e-3, spp 5e-2, lora 1e-3).")
     ] = None,
     batch_size: Annotated[Text, typer.Option(metavar="N", help="Windows in a step (default: 1).")] = None,
     micro_batch: Annotated[

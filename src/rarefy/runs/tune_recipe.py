@@ -18,7 +18,7 @@ from rarefy.tuning.settings import TuneSettings
 
 #: What a form of training takes for a learning rate unless one is given: weights that are trained themselves,
 #: norms alone, SPP's factors (its paper's), LoRA's matrices.
-LEARNING_RATES = {"full": 2e-4, "norms": 1e-3, "spp": 4e-3, "lora": 5e-4}
+LEARNING_RATES = {"full": 2e-4, "norms": 1e-3, "spp": 5e-2, "lora": 1e-3}
 _WHOLE = "a whole number of at least"
 
 
