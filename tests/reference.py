@@ -381,7 +381,8 @@ def quantize(
 
     The first part is `sparsegpt` above with a given mask, from `start`, where a kept weight becomes the nearest
     number of its grid instead of staying; scales are chosen per row when a group of columns is entered, errors
-    weighed by diag H. The second part sets one weight after the other, column by column, to the number of its grid
+    weighed by diag H. A row whose damped loss is not below that of plain rounding is rounded plainly. The second
+    part sets one weight after the other, column by column, to the number of its grid
     that is nearest to where the damped loss of the row is least with all others fixed.
     Choices: a dead input's diagonal becomes 1; of two nearest numbers any, so no test may have such a tie.
     """
@@ -407,6 +408,15 @@ def quantize(
         W -= np.outer((W[:, j] - Q[:, j]) / inverse[j, j], inverse[j, :])
         inverse = inverse - np.outer(inverse[:, j], inverse[j, :]) / inverse[j, j]
         inverse[j, :] = inverse[:, j] = 0
+    by_columns, their_scales, begun = Q.copy(), scales.copy(), _floats(start)
+    for j in range(0, inputs, group):
+        columns = slice(j, j + group)
+        for i in range(out):
+            scales[i, columns] = grid_scale(begun[i, columns] * M[i, columns], energies[columns], bits)
+    Q = np.array([[nearest(begun[i, j], i, j) for j in range(inputs)] for i in range(out)])
+    for i in range(out):
+        if (W0[i] - by_columns[i]) @ H @ (W0[i] - by_columns[i]) < (W0[i] - Q[i]) @ H @ (W0[i] - Q[i]):
+            Q[i], scales[i] = by_columns[i], their_scales[i]
     for _ in range(sweeps):
         for j in range(inputs):
             for i in range(out):
