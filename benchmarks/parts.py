@@ -37,12 +37,18 @@ ROWS: dict[str, dict[str, Any]] = {
     **{rule: {"allocation": rule} for rule in ("profile", "owl", "alphapruning", "lsa", "search")},
     **{f"row weights, {rule}": {"row_weights": rule} for rule in ("mlp", "fisher")},
     "profile, row weights, fisher": {"allocation": "profile", "row_weights": "fisher"},
+    "rotate": {"rotate": True},
+    "permute": {"permute": True},
+    "rotate, permute": {"rotate": True, "permute": True},
     "matching": {"matching": _MATCH},
     "matching, drift": {"matching": _MATCH, "drift": 0.25},
     "matching, refresh": {"matching": _MATCH, "refresh": True},
     "matching, profile": {"matching": _MATCH, "allocation": "profile"},
     "matching, row weights, fisher": {"matching": _MATCH, "row_weights": "fisher"},
     "matching, drift, profile": {"matching": _MATCH, "drift": 0.25, "allocation": "profile"},
+    "matching, drift, rotate": {"matching": _MATCH, "drift": 0.25, "rotate": True},
+    "matching, drift, rotate, profile": {"matching": _MATCH, "drift": 0.25, "rotate": True, "allocation": "profile"},
+    "matching, drift, rotate, lsa": {"matching": _MATCH, "drift": 0.25, "rotate": True, "allocation": "lsa"},
 }
 
 
@@ -58,6 +64,8 @@ def measured(dense: Any, windows: Tensor, texts: list[tuple[Tensor, int]], said:
     if ":" in pattern:
         options.pop("allocation", None)  # 2:4 has no steps
         options.pop("row_weights", None)  # and every row the same count
+    else:
+        options.pop("permute", None)  # an order is found for groups only
     include = [f"*.layers.{block}.*" for block in range(said.blocks)] if said.blocks else []
     began = time.perf_counter(), time.process_time()
     rarefy.prune(model, windows, pattern=pattern_of(pattern), method=rarefy.ALPS(), include=include, **options)
