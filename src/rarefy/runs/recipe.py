@@ -105,7 +105,7 @@ class Recipe(BaseModel):
 
     @classmethod
     def read(cls, options: Mapping[str, Any], file: Path | Told | None = None, *, allow_code: bool = False) -> Self:
-        """The recipe in ``file`` (YAML, or what is told), with the ``options`` of the command line replacing its keys.
+        """The recipe in ``file`` (YAML, or what is told), with ``options`` of the command line replacing its keys.
 
         A sparsity replaces the file's pattern, a pattern its sparsity and scope, another method its
         settings; settings of the command line are added to those that stay. A method that is not Rarefy's
@@ -150,7 +150,7 @@ class Recipe(BaseModel):
         except ValidationError as error:
             key = str(error.errors()[0]["loc"][0])
             kind = _ERRORS.get(key, RecipeError if from_file(key) else InputError)
-            raise kind(written(key), _as_number(merged[key]), cls._allowed(key)) from None
+            raise kind(written(key), as_number(merged[key]), cls._allowed(key)) from None
         if recipe.pattern is not None:
             parse_pattern(recipe.pattern, written("pattern"))
         if recipe.permute and recipe.pattern is None:
@@ -320,7 +320,7 @@ def parse_settings(pairs: list[str]) -> dict[str, str]:
     return settings
 
 
-def _as_number(value: object) -> object:
+def as_number(value: object) -> object:
     """Text of the command line that is a number is shown as one, without quotes."""
     if isinstance(value, str):
         for read in (int, float):

@@ -17,7 +17,7 @@ from rarefy.runs.recipe import (
     QUICK_WINDOWS,
     Number,
     Whole,
-    _as_number,
+    as_number,
 )
 from rarefy.runs.recipe_file import Told, refuse_unknown
 
@@ -94,7 +94,7 @@ class ShrinkRecipe(BaseModel):
             key = str(error.errors()[0]["loc"][0])
             kind = RecipeError if from_file(key) else InputError
             allowed = cls.model_fields[key].description or "something else"
-            raise kind(written(key), _as_number(merged[key]), allowed) from None
+            raise kind(written(key), as_number(merged[key]), allowed) from None
         recipe._check(written)
         return recipe
 

@@ -12,7 +12,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from rarefy.errors import InputError, RecipeError
 from rarefy.runs.arguments import DEVICE_WORDS, DEVICES
-from rarefy.runs.recipe import Number, Whole, _as_number, _no_bool
+from rarefy.runs.recipe import Number, Whole, _no_bool, as_number
 from rarefy.runs.recipe_file import Told, refuse_unknown
 from rarefy.tuning.settings import TuneSettings
 
@@ -60,7 +60,7 @@ class TuneRecipe(BaseModel):
 
     @classmethod
     def read(cls, options: Mapping[str, Any], file: Path | Told | None = None, *, allow_code: bool = False) -> Self:
-        """The recipe in ``file`` (YAML, or what is told), with the ``options`` of the command line replacing its keys.
+        """The recipe in ``file`` (YAML, or what is told), with ``options`` of the command line replacing its keys.
 
         An optimiser that is not torch's is code that runs when it is imported: an option may name it, a file only
         with ``allow_code``. Raises InputError where an option is wrong, RecipeError where the file is.
@@ -86,7 +86,7 @@ class TuneRecipe(BaseModel):
             key = str(error.errors()[0]["loc"][0])
             kind = RecipeError if from_file(key) else InputError
             allowed = cls.model_fields[key].description or "something else"
-            raise kind(written(key), _as_number(merged[key]), allowed) from None
+            raise kind(written(key), as_number(merged[key]), allowed) from None
         recipe._check(written)
         if from_file("optimizer") and not allow_code and recipe.needs_code:
             raise RecipeError.sentence(

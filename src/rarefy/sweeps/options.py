@@ -13,9 +13,11 @@ from rarefy.errors import InputError
 from rarefy.evaluation.texts import parse_texts
 from rarefy.models.locate import locate
 from rarefy.runs.arguments import check_goes_with_tasks
-from rarefy.runs.recipe import DEFAULT_CALIBRATION, DEFAULT_SPARSITY, Recipe
+from rarefy.runs.recipe import DEFAULT_CALIBRATION
 from rarefy.runs.shrink_recipe import ShrinkRecipe
-from rarefy.sweeps.shrinking import PREFIX, is_shrinking, shrink_recipe
+from rarefy.sweeps.shrinking import is_shrinking
+from rarefy.sweeps.systems import System, check_names, read_systems
+from rarefy.sweeps.wanted import LeftOut, Wanted, settings_of, shrinking_cells, wanted_cells
 
 
 @dataclass(frozen=True)
@@ -23,11 +25,13 @@ class Options:
     """What the user asked for. Texts and numbers as they were written: ``plan`` checks them.
 
     Lists are the axes of the sweep; ``seeds`` is their number. ``settings`` are METHOD.KEY: VALUE. Methods that make
-    the model smaller (shrinking.py) go with ``sizes``, the others with ``sparsities`` and ``patterns``.
+    the model smaller (shrinking.py) go with ``sizes``, the others with ``sparsities`` and ``patterns``, and so do the
+    ``systems`` of a file (systems.py). ``loop`` has keys of recipes (LOOP) for all cells that prune.
     """
 
     model: str
-    methods: Sequence[str]
+    methods: Sequence[str] = ()
+    systems: Path | None = None
     sparsities: Sequence[str] = ()
     patterns: Sequence[str] = ()
     sizes: Sequence[str] = ()
@@ -53,32 +57,56 @@ class Options:
     limit: int | float | None = None
     save: bool = False
     retry: bool = False
+    loop: Mapping[str, Any] = field(default_factory=dict)
+    allow_code: bool = False
 
 
 @dataclass(frozen=True)
 class Checked:
     """Options that are none of the mistakes that can be found without a model.
 
-    ``recipes`` has one recipe for each cell that prunes, those of a seed together, and ``shrinking`` the method and
-    recipe of each that makes the model smaller; ``texts`` are to be measured on.
+    ``wanted`` are the cells that prune, each for all seeds, and ``shrinking`` the method and recipe of each that makes
+    the model smaller; ``texts`` are to be measured on. ``left_out`` are systems that a pattern does not go with.
     """
 
     options: Options
-    recipes: Sequence[Recipe]
+    wanted: Sequence[Wanted]
     texts: dict[str, Source]
     calibration: Source
     shrinking: Sequence[tuple[str, ShrinkRecipe]] = ()
+    left_out: Sequence[LeftOut] = ()
 
 
 def check_options(options: Options) -> Checked:
     """Find every mistake in the options that can be found without a model. Raises InputError."""
-    recipes, shrinking = _recipes(options)
+    systems = read_systems(options.systems) if options.systems is not None else []
+    _check_axes(options, systems)
+    column = _calibration_column(options)
+    common = _common(options, column)
+    wanted, left_out = wanted_cells(options, systems, common)
+    shrinking = shrinking_cells(options, common)
+    _check_settings(options)
     _check_numbers(options)
     locate(options.model)
-    column = _calibration_column(options)
     texts = parse_texts(options.texts, options.text_column, must_apply=column is None)
     calibration = parse_source(options.calibration or DEFAULT_CALIBRATION, text_column=column)
-    return Checked(options, recipes, texts, calibration, shrinking)
+    return Checked(options, wanted, texts, calibration, shrinking, left_out)
+
+
+def _common(options: Options, column: str | None) -> dict[str, Any]:
+    """The keys of recipes that all cells have in common, as far as they were said."""
+    said = {
+        "model": options.model,
+        "calibration": options.calibration,
+        "text_column": column,
+        "num_samples": options.num_samples,
+        "sequence_length": options.sequence_length,
+        "batch_size": options.batch_size,
+        "bos": options.bos,
+        "device": options.device,
+        "dtype": options.dtype,
+    }
+    return {key: value for key, value in said.items() if value is not None}
 
 
 def _check_numbers(options: Options) -> None:
@@ -97,10 +125,12 @@ def _check_numbers(options: Options) -> None:
     check_goes_with_tasks(options.tasks, task_data=options.task_data, limit=limit)
 
 
-def _recipes(options: Options) -> tuple[list[Recipe], list[tuple[str, ShrinkRecipe]]]:
-    """One recipe per cell, those of a seed together: of cells that prune, and of those that shrink."""
-    if not options.methods:
-        raise InputError.sentence("--methods is missing: name one or more, such as magnitude,wanda,sparsegpt.")
+def _check_axes(options: Options, systems: Sequence[System]) -> None:
+    """Raise InputError where lists are empty or repeat something, or have nothing that they go with."""
+    if not options.methods and options.systems is None:
+        raise InputError.sentence(
+            "--methods is missing: name one or more, such as magnitude,wanda,sparsegpt, or a file of --systems."
+        )
     if options.seeds < 1:
         raise InputError("--seeds", options.seeds, "a whole number of at least 1")
     for argument, values in (
@@ -109,51 +139,7 @@ def _recipes(options: Options) -> tuple[list[Recipe], list[tuple[str, ShrinkReci
     ):  # fmt: skip
         if repeated := next((value for value in values if list(values).count(value) > 1), None):
             raise InputError.sentence(f"{argument} names {repeated} twice.")
-    _check_axes(options)
-    places: list[dict[str, Any]] = [{"sparsity": value, "scope": options.scope} for value in options.sparsities]
-    places += [{"pattern": value} for value in options.patterns]
-    if options.scope is not None and not options.sparsities and options.patterns:
-        raise InputError.sentence("--scope goes with --sparsity; an N:M pattern says by itself where it prunes.")
-    places = places or [{"sparsity": DEFAULT_SPARSITY, "scope": options.scope}]
-    common: dict[str, Any] = {
-        "model": options.model,
-        "calibration": options.calibration,
-        "text_column": _calibration_column(options),
-        "num_samples": options.num_samples,
-        "sequence_length": options.sequence_length,
-        "batch_size": options.batch_size,
-        "bos": options.bos,
-        "device": options.device,
-        "dtype": options.dtype,
-    }
-    globs: dict[str, Any] = {"include": list(options.include), "exclude": list(options.exclude)}
-    used: set[str] = set()
-    recipes = []
-    shrinking = []
-    for seed in range(options.seeds):
-        for method in options.methods:
-            mine = _settings_of(method, options.settings)
-            used |= mine.keys()
-            if is_shrinking(method):
-                keys = {key.removeprefix(f"{PREFIX}."): value for key, value in mine.items()}
-                said = {key: value for key, value in {**common, **keys, "seed": seed}.items() if value is not None}
-                shrinking += [(method, shrink_recipe(method, {**said, "size": size})) for size in options.sizes]
-                continue
-            for place in places:
-                said = {**common, **globs, **place, "method": method, "settings": mine or None, "seed": seed}
-                try:
-                    recipes.append(Recipe.read({key: value for key, value in said.items() if value is not None}))
-                except InputError as error:
-                    if str(error).startswith("--method "):
-                        raise type(error).sentence("--methods" + str(error).removeprefix("--method")) from None
-                    raise
-    if unused := next((key for key in options.settings if key not in used), None):
-        raise InputError("--set", unused, "METHOD.KEY=VALUE with METHOD one of " + ", ".join(options.methods))
-    return recipes, shrinking
-
-
-def _check_axes(options: Options) -> None:
-    """Raise InputError where sizes or sparsities have no method that they go with, or the other way round."""
+    check_names(systems, options.methods)
     shrinks = [is_shrinking(method) for method in options.methods]
     if any(shrinks) and not options.sizes:
         raise InputError.sentence(
@@ -161,21 +147,29 @@ def _check_axes(options: Options) -> None:
         )
     if options.sizes and not any(shrinks):
         raise InputError.sentence("--size goes with methods that make the model smaller, such as shrink:blocks.")
-    if all(shrinks):
+    if all(shrinks) and not systems:
         for argument, said in (
             ("--sparsity", options.sparsities), ("--pattern", options.patterns), ("--scope", options.scope),
             ("--include", options.include), ("--exclude", options.exclude),
+            *((f"--{key.replace('_', '-')}", True) for key in options.loop),
         ):  # fmt: skip
             if said:
                 raise InputError.sentence(f"{argument} goes with methods that prune, and none of --methods does.")
+    if options.scope is not None and not options.sparsities and options.patterns:
+        raise InputError.sentence("--scope goes with --sparsity; an N:M pattern says by itself where it prunes.")
+    if "along" in options.loop and not options.patterns:
+        raise InputError.sentence("--along goes with --pattern: it says what the groups of an N:M pattern are of.")
+
+
+def _check_settings(options: Options) -> None:
+    """Raise InputError where a setting belongs to none of the methods."""
+    used = {key for method in options.methods for key in settings_of(method, options.settings)}
+    if unused := next((key for key in options.settings if key not in used), None):
+        if not options.methods:
+            raise InputError.sentence("--set goes with --methods: a system of --systems says its settings itself.")
+        raise InputError("--set", unused, "METHOD.KEY=VALUE with METHOD one of " + ", ".join(options.methods))
 
 
 def _calibration_column(options: Options) -> str | None:
     """The column that the user named, which belongs to all that has columns, if the calibration has some."""
     return options.text_column if has_columns(options.calibration or DEFAULT_CALIBRATION) else None
-
-
-def _settings_of(method: str, settings: Mapping[str, str]) -> dict[str, str]:
-    """The settings that belong to a part of ``method``."""
-    names = [PREFIX] if is_shrinking(method) else method.split("+")
-    return {key: value for key, value in settings.items() if key.rpartition(".")[0] in names}
