@@ -33,6 +33,11 @@ DEFAULT_CALIBRATION = "self"
 #: Windows x tokens per window: without ``--calibration`` what a laptop does in minutes, with it the papers'.
 QUICK_WINDOWS = (32, 1024)
 FULL_WINDOWS = (128, 2048)
+#: Keys of a recipe that say what the loop over blocks does beside the method.
+LOOP = (
+    "along", "barber", "barber_share", "barber_refit", "match", "match_lr", "match_batch", "drift", "refresh",
+    "permute", "rotate", "row_weights", "allocation",
+)  # fmt: skip
 #: A thousand times what papers calibrate on, and 2 GiB of token ids.
 _MOST_TOKENS = 2**28
 

@@ -1,4 +1,4 @@
-"""Makes the model of one cell from the dense one in memory: pruned, pruned and tuned, or smaller; how long it took."""
+"""Makes the model of one cell from the dense one in memory: pruned, pruned and tuned, or smaller; and its cost."""
 
 from __future__ import annotations
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
+from rarefy.runs.recipe import LOOP
 from rarefy.sweeps.results import (
     Facts,
     Summary,
@@ -14,7 +16,9 @@ from rarefy.sweeps.results import (
     summarise,
     table,
 )
-from rarefy.sweeps.wanted import LOOP, LeftOut
+
+if TYPE_CHECKING:
+    from rarefy.sweeps.wanted import LeftOut
 
 
 def to_markdown(
@@ -34,7 +38,7 @@ def to_markdown(
         lines += ["", "Not solved everywhere:", ""]
         lines += [f"- {one['method']}, {one['pattern']}, seed {one['seed']}: {one['reason']}" for one in partly]
     if left_out:
-        lines += ["", "Left out, – above:", "", *(f"- {one.name}, {one.asked}: {one.reason}" for one in left_out)]
+        lines += ["", "Left out:", "", *(f"- {one.name}, {one.asked}: {one.reason}" for one in left_out)]
     lines += ["", "```", command, "```", ""]
     return "\n".join(lines)
 
@@ -42,15 +46,13 @@ def to_markdown(
 def by_pattern(
     cells: Sequence[Facts], dense: Facts | None, left_out: Sequence[LeftOut] = ()
 ) -> dict[str, list[list[str]]]:
-    """For each text a table with a row for each method and a column for each pattern; none where there is one pattern.
+    """For each text a table with a row for each method and a column for each pattern; none of one pattern alone.
 
     Keys are those of ``measurements``. A method with two patterns in one column, such as two scopes, has two rows.
     """
     summaries = summarise(cells)
     columns = list(dict.fromkeys(one.asked for one in summaries))
-    keys = [
-        key for key in dict.fromkeys(key for one in summaries for key in one.mean) if key.startswith("perplexity_")
-    ]
+    keys = dict.fromkeys(key for one in summaries for key in one.mean if key.startswith("perplexity_"))
     if len(columns) < 2:
         return {}
     places = [(one.method, one.asked) for one in summaries]
@@ -72,7 +74,7 @@ def by_pattern(
 
 def _value(key: str, summary: Summary | None) -> str:
     if summary is None:
-        return "–"
+        return "-"
     return spread(key, summary) if summary.seeds else "failed"
 
 

@@ -65,8 +65,8 @@ class Options:
 class Checked:
     """Options that are none of the mistakes that can be found without a model.
 
-    ``wanted`` are the cells that prune, each for all seeds, and ``shrinking`` the method and recipe of each that makes
-    the model smaller; ``texts`` are to be measured on. ``left_out`` are systems that a pattern does not go with.
+    ``wanted`` are the cells that prune, each for all seeds, and ``shrinking`` the method and recipe of each that
+    makes the model smaller; ``texts`` are to be measured on. ``left_out`` are systems that do not go with a pattern.
     """
 
     options: Options

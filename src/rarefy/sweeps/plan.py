@@ -195,7 +195,7 @@ def plan_sweep(options: Options, folder: SweepFolder) -> Plan:
 def _pruning_cells(
     checked: Checked, source: ModelSource, skeleton: PreTrainedModel
 ) -> tuple[list[Cell], list[LeftOut]]:
-    """The cells that prune, for all seeds, and what is left out. Raises InputError for what does not fit the model."""
+    """The cells that prune, for all seeds, and what is left out. Raises InputError for what fits no model."""
     cells: list[Cell] = []
     left_out = list(checked.left_out)
     for wanted in checked.wanted:

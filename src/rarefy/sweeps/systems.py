@@ -1,4 +1,4 @@
-"""Reads the systems of a comparison from a TOML file, which may come from anybody: one sentence for what is no system.
+"""Reads the systems of a comparison from a TOML file, which may come from anybody: one sentence for a mistake.
 
     ["LLM-Barber"]
     method = "wanda"

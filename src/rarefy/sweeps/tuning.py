@@ -42,7 +42,7 @@ class DenseRecords:
         self._folder.cleanup()
 
     def of(self, model: PreTrainedModel, recipe: TuneRecipe) -> DenseRecord:
-        """The record for a tuning by ``recipe``, of a ``model`` that is dense now. Raises OutputError, CalibrationError."""
+        """The record for a tuning by ``recipe``; the ``model`` is dense now. Raises OutputError, CalibrationError."""
         key = recipe.held_out, precision_of(recipe, model.device)
         if key not in self._found:
             file = Path(self._folder.name) / f"dense-states-{len(self._found)}"

@@ -1,7 +1,7 @@
 """The cells that were asked for, each with its recipe: methods and systems, crossed with sparsities and patterns.
 
-A method of the command line that does not go with a pattern is a mistake. A system that goes with some patterns is left
-out for the others, with the sentence that says why; one that goes with none is a mistake, and so is a wrong key.
+A method of the command line that does not go with a pattern is a mistake. A system that goes with some patterns is
+left out for the others, with the sentence that says why; one that goes with none is a mistake, and so is a wrong key.
 """
 
 from __future__ import annotations
@@ -20,11 +20,6 @@ from rarefy.sweeps.systems import System
 if TYPE_CHECKING:
     from rarefy.sweeps.options import Options
 
-#: Keys of a recipe that the command line says for all cells that prune: what the loop does beside the method.
-LOOP = (
-    "along", "barber", "barber_share", "barber_refit", "match", "match_lr", "match_batch", "drift", "refresh",
-    "permute", "rotate", "row_weights", "allocation",
-)  # fmt: skip
 #: What a system is tried with, to tell one that no pattern goes with from one that does not go with those asked for.
 _TRIED: tuple[dict[str, Any], ...] = ({"sparsity": DEFAULT_SPARSITY}, {"pattern": "2:4"})
 
@@ -75,7 +70,7 @@ def wanted_cells(
 
 
 def shrinking_cells(options: Options, common: Mapping[str, Any]) -> list[tuple[str, ShrinkRecipe]]:
-    """The method and recipe of each cell that makes the model smaller, those of a seed together. Raises InputError."""
+    """The method and recipe of each cell that makes the model smaller, by seeds. Raises InputError."""
     found = []
     for seed in range(options.seeds):
         for method in filter(is_shrinking, options.methods):
