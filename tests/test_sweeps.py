@@ -502,7 +502,7 @@ def test_the_command(rarefy_: Rarefy, model_folder: Folders, tmp_path: Path, tex
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ("", "Missing option '--methods'"),
+        ("", "--methods is missing: name one or more, such as magnitude,wanda,sparsegpt, or a file of --systems"),
         ("--methods wandaa", "--methods is 'wandaa', but must be"),
         ("--methods pcg", "cannot come first: write for example wanda+pcg"),
         ("--methods wanda --sparsity 0.5,1.5", "--sparsity is 1.5, but must be a number in [0, 1)"),

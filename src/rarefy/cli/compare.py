@@ -58,8 +58,7 @@ def compare(
         Path | None,
         typer.Option(
             metavar="FILE",
-            help='TOML with a table of a recipe\'s keys for each row, such as \\["ALPS, matched"] with method and match; '
-            "instead of --methods, or beside.",
+            help="Rows beside --methods, or instead: TOML, for each row a table of a recipe's keys under the row's name.",
         ),
     ] = None,
     allow_code: Annotated[
