@@ -58,7 +58,7 @@ def compare(
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="Rows beside --methods, or instead: TOML, for each row a table of a recipe's keys under the row's name.",
+            help="Rows beside --methods, or instead: TOML, for each row a table of the keys of a recipe.",
         ),
     ] = None,
     allow_code: Annotated[
