@@ -79,7 +79,7 @@ def assert_same_model(folder: Path, other: Path) -> None:
     [
         ({"match": 2, "drift": 0.25, "rotate": True}, {"sparsity": "0.5"}),
         ({"permute": True, "refresh": True}, {"pattern": "2:4"}),
-        ({"allocation": "owl", "row_weights": "fisher"}, {"sparsity": "0.5"}),
+        ({"method": "sparsegpt", "allocation": "owl", "row_weights": "fisher"}, {"sparsity": "0.5"}),
         ({"barber": "signed", "barber_share": 0.2, "barber_refit": False}, {"pattern": "2:4"}),
         ({"along": "neurons", "method": "dass", "include": ["*.mlp.*"]}, {"pattern": "2:4"}),
     ],
