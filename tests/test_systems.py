@@ -113,9 +113,11 @@ def test_a_cell_with_steps_is_what_prune_gives(
     assert cell["peak_bytes"] > 0
 
 
-@pytest.mark.parametrize("form", ["full", "lora"])
-def test_a_tuned_cell_is_what_prune_and_tune_give(form: str, options: Options, text: Path, tmp_path: Path) -> None:
-    words = f'tune = {{epochs = 2, learning_rate = 1e-2, parametrisation = "{form}"}}'
+@pytest.mark.parametrize(("form", "rate"), [("full", 1e-3), ("lora", 1e-2)])
+def test_a_tuned_cell_is_what_prune_and_tune_give(
+    form: str, rate: float, options: Options, text: Path, tmp_path: Path
+) -> None:
+    words = f'tune = {{epochs = 2, learning_rate = {rate}, parametrisation = "{form}"}}'
     file = write(tmp_path, f'["tuned"]\nmethod = "wanda"\n{words}\n["plain"]\nmethod = "wanda"\n')
     model = save_folder(deep("llama", 2).bfloat16(), tmp_path / "model")
     asked = replace(options, model=str(model), systems=file, patterns=[], save=True)
@@ -124,7 +126,7 @@ def test_a_tuned_cell_is_what_prune_and_tune_give(form: str, options: Options, t
     recipe = {"model": str(model), "method": "wanda", "sparsity": 0.5, "calibration": str(text)}
     rarefy.run({**recipe, "num_samples": 4, "sequence_length": 16}, tmp_path / "run", texts=False)
     tune(
-        {"model": str(tmp_path / "run"), "epochs": 2, "learning_rate": 1e-2, "parametrisation": form}, tmp_path / "on"
+        {"model": str(tmp_path / "run"), "epochs": 2, "learning_rate": rate, "parametrisation": form}, tmp_path / "on"
     )
     cells = tmp_path / "out" / "cells"
     assert_same_model(cells / tuned["cell"] / "model", tmp_path / "on" / "model")
@@ -134,6 +136,7 @@ def test_a_tuned_cell_is_what_prune_and_tune_give(form: str, options: Options, t
         assert tuned["tuning"][key] == facts[key], key
     assert tuned["tuning"]["zeros"] == tuned["pruned"]
     assert set(tuned["seconds"]) == {"record", "prune", "tune", "evaluate"}
+    assert tuned["tuning"]["best_step"] > 0  # else the tuned model is the one before
     assert tuned["perplexity"] != plain["perplexity"]
     written = (tmp_path / "out" / "results.md").read_text()
     assert "| seconds | seconds of tuning | peak GB |" in written
