@@ -248,6 +248,10 @@ def test_a_run_goes_on_in_the_dtype_that_it_began_to_compute_in(
     assert rarefy_(*_arguments(shelf, tmp_path / "other")).status == 0
     assert _result(tmp_path / "out") == _result(tmp_path / "whole")
     assert _result(tmp_path / "other") != _result(tmp_path / "whole")
+    computed = {
+        name: json.loads((tmp_path / name / "run.json").read_text())["compute_dtype"] for name in ("out", "other")
+    }
+    assert computed == {"out": "bfloat16", "other": "float32"}
 
 
 @pytest.mark.parametrize("more", [(), ("--dtype", "float32")], ids=["on disk", "in memory"])

@@ -163,12 +163,15 @@ def prune_blocks(
     counter = PartCounter(on_progress, measuring + _num_parts(todo, num_batches, of_all, settings))
     settings = surveyed(store, blocks, own, first, len(windows), settings, counter)
     row_weights = fisher_weights(store, blocks, own, first, len(windows), settings, counter)
+    kept = store.recall(_COMPUTING)
+    computing = _DTYPES[kept.decode()] if kept is not None else None
     if todo:
         with world.together():
             entering, dense = store.hidden_states(
                 blocks, own, settings.batch_size, first, dense_path=settings.needs_dense_path
             )
-        computing = _computing(store, entering)
+        if computing is None:  # what the first process measures holds for all, and for a run that goes on
+            computing = world.from_first(partial(compute_dtype, entering.states.dtype, entering.device))
         for states in filter(None, (entering, dense)):
             convert_calls(states, computing)
     for block, following in zip_longest(todo, todo[1:]):
@@ -212,7 +215,8 @@ def prune_blocks(
     if world.leads:
         _warn_of(records)
     seconds = time.perf_counter() - started
-    return Report(records, seconds=seconds, method=str(settings.method), pattern=settings.pattern_name)
+    ran_in = str(computing).removeprefix("torch.") if computing is not None else ""
+    return Report(records, settings.pattern_name, str(settings.method), seconds, ran_in)
 
 
 def _solved_again(
@@ -228,14 +232,6 @@ def _solved_again(
     settings = replace(settings, pattern_of=pattern_of, method=method, steps=[])
     counter = PartCounter(lambda *_: on_part(), 0)
     return list(prune_layers(world, block, entering, settings, counter))
-
-
-def _computing(store: BlockStore, entering: HiddenStates) -> torch.dtype:
-    """The dtype of computation: what the first process measures holds for all, and for a run that goes on."""
-    kept = store.recall(_COMPUTING)
-    if kept is not None:
-        return _DTYPES[kept.decode()]
-    return store.world.from_first(partial(compute_dtype, entering.states.dtype, entering.device))
 
 
 def changed_parameters(block: Block, settings: PruneSettings) -> list[str]:
