@@ -12,47 +12,19 @@ as greedy re-scoring took, and measures what each found on windows of another te
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from itertools import combinations
-from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel
 
-from rarefy.calibration.sources import parse_source
-from rarefy.calibration.windows import DRAW_FROM, draw_windows, token_stream
-from rarefy.cli import keep_freed_memory
-from rarefy.models.checkpoint import load_model, load_tokenizer, resolve_model
-from rarefy.models.source import ModelSource
 from rarefy.structure.depth import BlockSets, lowest
 from rarefy.structure.rules import Rule, choose_blocks
+from rows import Ground, Rows, parser
 
 SAMPLES = (1, 4, 16, 32)  # windows
 _LOWEST = 6
 _OFFSPRING = 16
-
-
-def windows_of(source: ModelSource, text: str, number: int, length: int, seed: int = 0) -> Tensor:
-    """Windows of a text."""
-    tokenizer = load_tokenizer(source)
-    assert tokenizer is not None
-    tokens = token_stream(parse_source(text), tokenizer, enough=DRAW_FROM * number * length)
-    return draw_windows(tokens, number, length, seed)
-
-
-def kept_lines(file: Path, key: dict[str, Any]) -> list[dict[str, Any]]:
-    """The lines of a file that have these entries."""
-    lines = file.read_text().splitlines() if file.exists() else []
-    return [line for line in map(json.loads, lines) if all(line.get(name) == value for name, value in key.items())]
-
-
-def add(file: Path, line: dict[str, Any]) -> None:
-    with file.open("a") as opened:
-        opened.write(json.dumps(line) + "\n")
 
 
 def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float:
@@ -61,18 +33,16 @@ def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float:
     return float(torch.corrcoef(torch.stack(ranks))[0, 1])
 
 
-def stability(said: argparse.Namespace, source: ModelSource, model: PreTrainedModel) -> None:
+def stability(said: argparse.Namespace, ground: Ground) -> None:
     """Score the pool window by window, and compare samples."""
-    key = {"measure": "stability", "model": said.model, "length": said.length, "pool": said.pool}
-    windows = windows_of(source, said.calibration, said.pool, said.length)
-    done = len(kept_lines(said.output, key))
-    for number in range(done, said.pool):
-        sets = BlockSets(model, windows[number : number + 1], 1)
+    rows = Rows(said.output, {"measure": "stability", "model": said.model, "length": said.length, "pool": said.pool})
+    windows = ground.windows_of(said.calibration, said.pool, said.length)
+    for number in range(len(rows.all()), said.pool):
+        sets = BlockSets(ground.dense, windows[number : number + 1], 1)
         found = sets.without_each(range(sets.number))
-        scores = {name: [getattr(one, name) for one in found.values()] for name in ("kl", "loss")}
-        add(said.output, {**key, "window": number, **scores})
+        rows.add(window=number, **{name: [getattr(one, name) for one in found.values()] for name in ("kl", "loss")})
         print(f"window {number + 1} of {said.pool}", flush=True)
-    lines = kept_lines(said.output, key)
+    lines = rows.all()
     print(f"| tokens | samples | KL: correlation | of {_LOWEST} | loss: correlation | of {_LOWEST} |")
     print("|---|---|---|---|---|---|")
     for size in SAMPLES:
@@ -90,31 +60,30 @@ def stability(said: argparse.Namespace, source: ModelSource, model: PreTrainedMo
             print(f"| {size * said.length:,} | {len(lines) // size} | {' | '.join(words)} |")
 
 
-def rules(said: argparse.Namespace, source: ModelSource, model: PreTrainedModel) -> None:
+def rules(said: argparse.Namespace, ground: Ground) -> None:
     """Greedy, then the others at as many block tokens."""
-    number, length = map(int, said.windows.split("x"))
-    key = {"measure": "rules", "model": said.model, "windows": said.windows}
-    windows = windows_of(source, said.calibration, number, length)
-    held_out = BlockSets(model, windows_of(source, said.held_out, 16, length, seed=1))
+    rows = Rows(said.output, {"measure": "rules", "model": said.model, "windows": said.windows})
+    windows = ground.windows()
+    held_out = BlockSets(ground.dense, ground.windows_of(said.held_out, 16, windows.shape[1], seed=1))
     for num in map(int, said.remove.split(",")):
         budget = 0
         for rule in said.rules.split(","):
-            if (there := kept_lines(said.output, {**key, "num": num, "rule": rule})) and rule == "greedy":
+            if (there := rows.all(num=num, rule=rule)) and rule == "greedy":
                 budget = there[0]["block_tokens"]
             if there:
                 continue
-            sets = BlockSets(model, windows)
+            sets = BlockSets(ground.dense, windows)
             options = equal_cost(rule, budget, sets, num) if rule != "greedy" else {}
             found = choose_blocks(sets, num, rule, **options)
             budget = found.block_tokens if rule == "greedy" else budget
             other = held_out.measure([index for index in range(sets.number) if index not in found.remove])
-            line = {**key, "num": num, "rule": rule, **options, "block_tokens": found.block_tokens}
+            line = {"num": num, "rule": rule, **options, "block_tokens": found.block_tokens}
             line |= {"removed": found.remove, "kl": found.distance.kl, "held_out_kl": other.kl}
-            add(said.output, {**line, "held_out_loss": other.loss})
+            rows.add(**line, held_out_loss=other.loss)
             print(f"{num} blocks, {rule}: {found.distance.kl:.4f}, held out {other.kl:.4f}", flush=True)
     print("| blocks | rule | KL | held-out KL | held-out loss | 1e9 block tokens | removed |")
     print("|---|---|---|---|---|---|---|")
-    for line in sorted(kept_lines(said.output, key), key=lambda line: (line["num"], line["held_out_kl"])):
+    for line in sorted(rows.all(), key=lambda line: (line["num"], line["held_out_kl"])):
         numbers = " | ".join(f"{line[name]:.4f}" for name in ("kl", "held_out_kl", "held_out_loss"))
         removed = " ".join(map(str, line["removed"]))
         print(f"| {line['num']} | {line['rule']} | {numbers} | {line['block_tokens'] / 1e9:.3f} | {removed} |")
@@ -134,24 +103,16 @@ def equal_cost(rule: Rule, budget: int, sets: BlockSets, num: int) -> dict[str, 
 
 
 def main() -> None:
-    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments = parser(__doc__, "blocks.jsonl")
     arguments.add_argument("measure", choices=["stability", "rules"])
-    arguments.add_argument("--model", default="smollm2")
-    arguments.add_argument("--calibration", required=True)
-    arguments.add_argument("--held-out")
     arguments.add_argument("--pool", type=int, default=64)
     arguments.add_argument("--length", type=int, default=1024)
-    arguments.add_argument("--windows", default="32x1024")
     arguments.add_argument("--remove", default="3,6,9")
     arguments.add_argument("--rules", default="greedy,search,policy-gradient,kl,perplexity", help="greedy first")
-    arguments.add_argument("-o", "--output", type=Path, default=Path("blocks.jsonl"))
     said = arguments.parse_args()
     if said.measure == "rules" and said.held_out is None:
         arguments.error("rules needs --held-out")
-    keep_freed_memory()
-    source = resolve_model(said.model)
-    model, _ = load_model(source, torch.device("cpu"), "auto")
-    (stability if said.measure == "stability" else rules)(said, source, model)
+    (stability if said.measure == "stability" else rules)(said, Ground.of(said))
 
 
 if __name__ == "__main__":

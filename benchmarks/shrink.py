@@ -11,26 +11,20 @@ held-out text 8. Prefill (512 tokens) and decode (64) are ratios to the dense mo
 
 from __future__ import annotations
 
-import argparse
-import json
 import shutil
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
 import rarefy
-from rarefy.calibration.sources import parse_source
-from rarefy.calibration.windows import token_stream
-from rarefy.cli import keep_freed_memory
 from rarefy.errors import InputError
-from rarefy.evaluation.perplexity import perplexity
-from rarefy.models.checkpoint import load_model, load_tokenizer, resolve_model
+from rarefy.models.checkpoint import load_model, resolve_model
 from rarefy.packing.bench import Variant, measure_speed, warm_up
 from rarefy.structure.counts import REMOVABLE, Counts, find_space
+from rows import Ground, Rows, parser
 
 _BLOCKS = ("kl", "perplexity", "taylor", "greedy", "search", "policy-gradient")
 #: What a row removes, and the settings of its recipe.
@@ -50,7 +44,6 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
 USUAL = [row for row in ROWS if row not in ("blocks policy-gradient", "search", "neurons wanda, not repaired")]
 
 _PREFILL, _DECODE = 512, 64
-Texts = list[tuple[Tensor, int]]
 
 
 def settings_of(skeleton: PreTrainedModel, row: str, size: float, multiple: int) -> dict[str, Any] | None:
@@ -82,18 +75,14 @@ def ratios(dense: PreTrainedModel, small: PreTrainedModel, rounds: int) -> dict[
     return {"prefill": after.prefill / before.prefill, "decode": after.decode / before.decode}
 
 
-def measured(
-    said: argparse.Namespace, recipe: dict[str, Any], folder: Path, dense: PreTrainedModel, texts: Texts
-) -> dict[str, Any]:
+def measured(ground: Ground, recipe: dict[str, Any], folder: Path) -> dict[str, Any]:
     """One row: the smaller model is made as ``rarefy shrink`` makes it, loaded as anybody would, and evaluated."""
     began = time.perf_counter(), time.process_time()
     facts = rarefy.shrink(recipe, folder).facts
     found = {"seconds": time.perf_counter() - began[0], "cpu_seconds": time.process_time() - began[1]}
     small, _ = load_model(resolve_model(str(folder / "model")), torch.device("cpu"), "auto")
-    if said.rounds:
-        found |= ratios(dense, small, said.rounds)
-    small.to(getattr(torch, said.eval_dtype))
-    values = [perplexity(small, tokens, max_windows=number).perplexity for tokens, number in texts]
+    if rounds := ground.said.rounds:
+        found |= ratios(ground.dense, small, rounds)
     shrunk = facts["shrink"]
     errors = [(part["masked_error"], part["error"]) for part in shrunk["parts"]]
     means = [sum(column) / len(errors) for column in zip(*errors)] or [None, None]
@@ -110,8 +99,7 @@ def measured(
         "masked_error": means[0],
         "error": means[1],
         "peak_bytes": facts["peak_bytes"],
-        "text": values[0],
-        "held_out": values[1],
+        **ground.perplexities(small),
     }
 
 
@@ -129,72 +117,45 @@ def print_table(lines: list[dict[str, Any]]) -> None:
 
 
 def main() -> None:
-    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("--model", default="smollm2")
-    arguments.add_argument("--calibration", required=True)
-    arguments.add_argument("--text", required=True)
-    arguments.add_argument("--held-out", required=True)
+    arguments = parser(__doc__, "shrink.jsonl")
     arguments.add_argument("--removed", default="0.1,0.2,0.3,0.4", help="shares of the parameters")
     arguments.add_argument("--rows", default=";".join(USUAL), help=f"some of {'; '.join(ROWS)}")
-    arguments.add_argument("--windows", default="32x1024")
     arguments.add_argument("--multiple", type=int, default=64)
     arguments.add_argument("--candidates", type=int, default=32)
     arguments.add_argument("--steps", type=int, default=500)
     arguments.add_argument("--generations", type=int, default=32)
     arguments.add_argument("--seeds", default="0")
-    arguments.add_argument("--eval-dtype", default="float32")
     arguments.add_argument("--rounds", type=int, default=3, help="of timing; 0 for none")
-    arguments.add_argument("-o", "--output", type=Path, default=Path("shrink.jsonl"))
     said = arguments.parse_args()
     if unknown := set(said.rows.split(";")) - ROWS.keys():
         arguments.error(f"--rows names {min(unknown)!r}, which is none of {'; '.join(ROWS)}")
-    keep_freed_memory()
-    source = resolve_model(said.model)
-    dense, _ = load_model(source, torch.device("cpu"), "auto")
-    tokenizer = load_tokenizer(source)
-    assert tokenizer is not None
-    texts = [
-        (token_stream(parse_source(name), tokenizer), most) for name, most in ((said.text, 20), (said.held_out, 8))
-    ]
+    ground = Ground.of(said)
     number, length = map(int, said.windows.split("x"))
-    common = {"model": said.model, "calibration": said.calibration, "num_samples": number, "sequence_length": length}
-    common |= {"multiple": said.multiple, "candidates": said.candidates, "steps": said.steps}
+    common = {"num_samples": number, "sequence_length": length}
+    common |= {name: getattr(said, name) for name in ("model", "calibration", "multiple", "candidates", "steps")}
     common |= {"generations": said.generations}
-    key = {**common, "eval_dtype": said.eval_dtype}
-
-    def done() -> list[dict[str, Any]]:
-        lines = said.output.read_text().splitlines() if said.output.exists() else []
-        return [
-            line for line in map(json.loads, lines) if all(line.get(name) == value for name, value in key.items())
-        ]
-
-    def add(line: dict[str, Any]) -> None:
-        with said.output.open("a") as file:
-            file.write(json.dumps({**key, **line}) + "\n")
-
-    if not any(line["row"] == "dense" for line in done()):
-        model, _ = load_model(source, torch.device("cpu"), "auto")
-        model.to(getattr(torch, said.eval_dtype))
-        values = [perplexity(model, tokens, max_windows=most).perplexity for tokens, most in texts]
+    rows = Rows(said.output, {**common, "eval_dtype": said.eval_dtype})
+    if not rows.all(row="dense"):
+        model, _ = load_model(ground.source, torch.device("cpu"), "auto")
         empty = {"what": "", "left": 1.0, "cpu_seconds": 0.0, "block_tokens": None}
-        add({"row": "dense", "asked": 0.0, "seed": 0, "text": values[0], "held_out": values[1], **empty})
+        rows.add(row="dense", asked=0.0, seed=0, **ground.perplexities(model), **empty)
     for seed in map(int, said.seeds.split(",")):
         for removed in map(float, said.removed.split(",")):
             for row in said.rows.split(";"):
                 cell = {"row": row, "asked": removed, "seed": seed}
-                if any(all(line[name] == value for name, value in cell.items()) for line in done()):
+                if rows.all(**cell):
                     continue
-                settings = settings_of(source.skeleton(), row, 1 - removed, said.multiple)
+                settings = settings_of(ground.source.skeleton(), row, 1 - removed, said.multiple)
                 if settings is None:
                     print(f"{row}: no model of {1 - removed:.0%} of the parameters")
                     continue
                 place = f"{row.replace(' ', '-').replace(',', '')}-{removed}-{seed}-{said.windows}"
                 folder = said.output.with_name(said.output.name + ".runs") / place
-                line = measured(said, {**common, **settings, "seed": seed}, folder, dense, texts)
-                add({**cell, **line})
+                line = measured(ground, {**common, **settings, "seed": seed}, folder)
+                rows.add(**cell, **line)
                 shutil.rmtree(folder)
                 print(f"{row}, {removed:.0%}: {line['text']:.2f}, {line['held_out']:.2f}", flush=True)
-    print_table(done())
+    print_table(rows.all())
 
 
 if __name__ == "__main__":

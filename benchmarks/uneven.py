@@ -11,12 +11,9 @@ order of the blocks, as ``rarefy shrink`` does, and both models are measured.
 
 from __future__ import annotations
 
-import argparse
 import copy
-import json
 import random
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,18 +22,14 @@ from transformers import PreTrainedModel
 
 from rarefy.calibration.collect import collect
 from rarefy.calibration.record import record
-from rarefy.calibration.sources import parse_source
-from rarefy.calibration.windows import DRAW_FROM, draw_windows, token_stream
-from rarefy.cli import keep_freed_memory
-from rarefy.evaluation.perplexity import perplexity
 from rarefy.layer.problem import LayerProblem
 from rarefy.layer.removal import refit_columns, removal_costs
 from rarefy.models.blocks import find_blocks
-from rarefy.models.checkpoint import load_model, load_tokenizer, resolve_model
 from rarefy.structure.counts import find_space
 from rarefy.structure.depth import BlockSets
 from rarefy.structure.parts import Parts, find_parts
 from rarefy.structure.width import remove_parts
+from rows import Ground, Rows, parser
 
 _OFFSPRING, _FEW = 16, 8
 
@@ -94,53 +87,30 @@ def _mutated(state: Mapping[int, int], levels: range, draw: random.Random) -> di
     return found
 
 
-def measured(
-    dense: PreTrainedModel,
-    windows: Tensor,
-    number: int | Mapping[int, int],
-    texts: list[tuple[Tensor, int]],
-    dtype: str,
-) -> list[float]:
+def measured(ground: Ground, windows: Tensor, number: int | Mapping[int, int]) -> list[float]:
     """Perplexities of the dense model with so many neurons left in each block, repaired in order of the blocks."""
-    model = copy.deepcopy(dense)
+    model = copy.deepcopy(ground.dense)
     remove_parts(model, windows, [(find_parts(model, "neurons"), number)])
-    model.to(getattr(torch, dtype))
-    return [perplexity(model, tokens, max_windows=most).perplexity for tokens, most in texts]
+    return list(ground.perplexities(model).values())
 
 
 def main() -> None:
-    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("--model", default="smollm2")
-    arguments.add_argument("--calibration", required=True)
-    arguments.add_argument("--text", required=True)
-    arguments.add_argument("--held-out", required=True)
+    arguments = parser(__doc__, "uneven.jsonl")
     arguments.add_argument("--removed", default="0.1,0.2", help="shares of the parameters")
     arguments.add_argument("--unit", type=int, default=64)
     arguments.add_argument("--levels", type=int, default=4, help="units more or less than the uniform number")
     arguments.add_argument("--generations", type=int, default=60)
-    arguments.add_argument("--windows", default="32x1024")
-    arguments.add_argument("--eval-dtype", default="float32")
-    arguments.add_argument("-o", "--output", type=Path, default=Path("uneven.jsonl"))
     said = arguments.parse_args()
-    keep_freed_memory()
-    source = resolve_model(said.model)
-    dense, _ = load_model(source, torch.device("cpu"), "auto")
-    tokenizer = load_tokenizer(source)
-    assert tokenizer is not None
-    number, length = map(int, said.windows.split("x"))
-    tokens = token_stream(parse_source(said.calibration), tokenizer, enough=DRAW_FROM * number * length)
-    windows = draw_windows(tokens, number, length, 0)
-    texts = [
-        (token_stream(parse_source(name), tokenizer), most) for name, most in ((said.text, 20), (said.held_out, 8))
-    ]
-    key = {name: getattr(said, name) for name in ("model", "windows", "unit", "levels", "generations")}
+    ground = Ground.of(said)
+    windows = ground.windows()
+    rows = Rows(
+        said.output, {name: getattr(said, name) for name in ("model", "windows", "unit", "levels", "generations")}
+    )
     for removed in map(float, said.removed.split(",")):
-        lines = said.output.read_text().splitlines() if said.output.exists() else []
-        if any(all(line.get(name) == value for name, value in (key | {"removed": removed}).items())
-               for line in map(json.loads, lines)):  # fmt: skip
+        if rows.all(removed=removed):
             continue
-        (counts,) = find_space(dense, 1 - removed, ["neurons"], said.unit).candidates
-        model = copy.deepcopy(dense)
+        (counts,) = find_space(ground.dense, 1 - removed, ["neurons"], said.unit).candidates
+        model = copy.deepcopy(ground.dense)
         parts = find_parts(model, "neurons")
         uniform = parts.number - counts.neurons
         spare = min(said.levels, counts.neurons // said.unit, (uniform - 1) // said.unit)
@@ -151,11 +121,10 @@ def main() -> None:
         found = {block: uniform + level * said.unit for block, level in state.items()}
         results: dict[str, Any] = {}
         for name, kept in (("uniform", uniform), ("uneven", found)):
-            results[name] = measured(dense, windows, kept, texts, said.eval_dtype)
-        with said.output.open("a") as file:
-            file.write(json.dumps({**key, "removed": removed, **results, "kept": list(found.values())}) + "\n")
+            results[name] = measured(ground, windows, kept)
+        rows.add(removed=removed, **results, kept=list(found.values()))
     print("| removed | neurons of each block | text | held out | kept in each block |\n|---|---|---|---|---|")
-    for line in map(json.loads, said.output.read_text().splitlines()):
+    for line in rows.all():
         for name in ("uniform", "uneven"):
             text, held_out = line[name]
             kept = " ".join(map(str, line["kept"])) if name == "uneven" else ""

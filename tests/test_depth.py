@@ -57,6 +57,32 @@ def test_leaving_out_each_shares_passes_and_measures_the_same(sets: BlockSets) -
         assert shared[index].loss == pytest.approx(alone.loss, rel=1e-5)
 
 
+def test_some_are_left_out_on_a_part_of_the_windows(sets: BlockSets) -> None:
+    kept, before = [0, 1, 3, 4, 5], sets.block_tokens
+    found = sets.without_each(kept, only=[1, 4], num_windows=2)
+    assert (sets.block_tokens - before) / WINDOWS[:3].numel() == 5 + 3 + 1
+    assert found == {index: sets.measure([i for i in kept if i != index], 2) for index in (1, 4)}
+    sets.memo.clear()
+    for index, one in found.items():
+        alone = BlockSets(sets.model, WINDOWS[:3], 3).measure([i for i in kept if i != index])
+        assert one.kl == pytest.approx(alone.kl, rel=1e-5)
+
+
+def test_greedy_measures_on_all_windows_what_is_close_on_a_few(model: PreTrainedModel) -> None:
+    sets = BlockSets(model, WINDOWS, batch_size=1)
+    found = choose_blocks(sets, 2, "greedy")
+    first = lowest(found.scores, 1)[0]
+    kept = [index for index in range(6) if index != first]
+    passes = found.block_tokens / WINDOWS.numel()
+    some = {index: one.kl for index, one in sets.without_each(kept, num_windows=1).items()}
+    close = lowest(some, 4)
+    whole = {index: one.kl for index, one in sets.without_each(kept, only=close).items()}
+    assert sorted(found.remove) == sorted([first, *lowest(whole, 1)])
+    assert found.trace == [found.scores[first], min(whole.values())]
+    again = 5 / 4 + (5 * 4 / 2) / 4 + 5 + sum(len(kept) - 1 - kept.index(index) for index in close)
+    assert passes == pytest.approx(6 + 6 * 5 / 2 + again)
+
+
 def test_a_part_of_the_windows(sets: BlockSets) -> None:
     few = sets.measure([0, 1, 2], 3)
     assert few.kl == pytest.approx(BlockSets(sets.model, WINDOWS[:3], 2).measure([0, 1, 2]).kl, rel=1e-5)

@@ -21,7 +21,6 @@ from dataclasses import replace
 from functools import partial
 from itertools import zip_longest
 
-import torch
 from jaxtyping import Int64
 from torch import Tensor, nn
 
@@ -42,7 +41,7 @@ from rarefy.pruning.collect import STARVED
 from rarefy.pruning.drift import advance_dense
 from rarefy.pruning.fisher import fisher_weights, num_fisher_parts
 from rarefy.pruning.matching import Matching
-from rarefy.pruning.precision import compute_dtype, full_float32
+from rarefy.pruning.precision import full_float32
 from rarefy.pruning.records import LayerRecord, Report
 from rarefy.pruning.reparametrise import Reparametrisation
 from rarefy.pruning.settings import NONE, PatternOf, PruneSettings, allocated, as_pattern_of
@@ -51,8 +50,6 @@ from rarefy.pruning.stores import BlockStore
 from rarefy.pruning.survey import num_survey_parts, surveyed
 from rarefy.pruning.write import OVERFLOWED
 
-_COMPUTING = "computing.txt"  # the dtype of computation
-_DTYPES = {str(dtype): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)}
 _NAMED = 8  # of these, so many are named in the warning
 
 
@@ -168,9 +165,8 @@ def prune_blocks(
             entering, dense = store.hidden_states(
                 blocks, own, settings.batch_size, first, dense_path=settings.needs_dense_path
             )
-        computing = _computing(store, entering)
         for states in filter(None, (entering, dense)):
-            convert_calls(states, computing)
+            convert_calls(states, store.compute_dtype(entering))
     for block, following in zip_longest(todo, todo[1:]):
         done = []
         masks: Masks | None = {} if settings.steps else None
@@ -203,7 +199,7 @@ def prune_blocks(
                 if world.leads:
                     store.store(block, changed_parameters(block, settings))
         if block is todo[0]:
-            store.keep(_COMPUTING, str(computing).encode())
+            store.keep_compute_dtype()
         if following is None:
             store.finish(block, done, None)
         else:
@@ -212,7 +208,8 @@ def prune_blocks(
     if world.leads:
         _warn_of(records)
     seconds = time.perf_counter() - started
-    return Report(records, seconds=seconds, method=str(settings.method), pattern=settings.pattern_name)
+    ran_in = str(store.computing).removeprefix("torch.") if store.computing is not None else ""
+    return Report(records, settings.pattern_name, str(settings.method), seconds, ran_in)
 
 
 def _solved_again(
@@ -228,14 +225,6 @@ def _solved_again(
     settings = replace(settings, pattern_of=pattern_of, method=method, steps=[])
     counter = PartCounter(lambda *_: on_part(), 0)
     return list(prune_layers(world, block, entering, settings, counter))
-
-
-def _computing(store: BlockStore, entering: HiddenStates) -> torch.dtype:
-    """The dtype of computation: what the first process measures holds for all, and for a run that goes on."""
-    kept = store.recall(_COMPUTING)
-    if kept is not None:
-        return _DTYPES[kept.decode()]
-    return store.world.from_first(partial(compute_dtype, entering.states.dtype, entering.device))
 
 
 def changed_parameters(block: Block, settings: PruneSettings) -> list[str]:

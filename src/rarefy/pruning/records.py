@@ -71,13 +71,15 @@ class LayerRecord:
 class Report:
     """What ``prune`` did: one record per layer, in the order of pruning; ``print`` shows a table.
 
-    ``pattern`` and ``method`` are the names of what was asked for, ``seconds`` the wall time.
+    ``pattern`` and ``method`` are the names of what was asked for, ``seconds`` the wall time, ``compute_dtype`` the
+    dtype in which blocks ran.
     """
 
     layers: list[LayerRecord]
     pattern: str = ""
     method: str = ""
     seconds: float = 0.0
+    compute_dtype: str = ""
 
     @property
     def size(self) -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -51,6 +52,8 @@ if TYPE_CHECKING:
 
 
 _WINDOWS = "windows.safetensors"
+_COMPUTING = "computing.txt"  # the dtype of computation
+_DTYPES = {str(dtype): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)}
 
 
 class BlockStore:
@@ -68,6 +71,8 @@ class BlockStore:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.world = World.current()
+        #: The dtype in which blocks run, once ``compute_dtype`` was asked.
+        self.computing: torch.dtype | None = None
 
     def records(self) -> list[LayerRecord]:
         """The records of the finished blocks."""
@@ -89,6 +94,16 @@ class BlockStore:
         """
         entering = record(self.model, [block.module for block in blocks], windows, batch_size)
         return entering, entering.fork() if dense_path else None
+
+    def compute_dtype(self, states: HiddenStates) -> torch.dtype:
+        """The dtype in which blocks run: the first process chooses it for all, and for a run that goes on."""
+        if self.computing is None:
+            self.computing = self.world.from_first(partial(compute_dtype, states.states.dtype, states.device))
+        return self.computing
+
+    def keep_compute_dtype(self) -> None:
+        """Keep that dtype, from the moment when the first block is finished."""
+        self.keep(_COMPUTING, str(self.computing).encode())
 
     def recall(self, name: str) -> bytes | None:
         """What an earlier part of this run has remembered under ``name``; None where it has not."""
@@ -136,6 +151,8 @@ class JournaledStore(BlockStore):
         self.offload = offload
         self._first = 0  # the number of this process's first window
         self.finished = journal.finished
+        if kept := journal.kept(_COMPUTING):
+            self.computing = _DTYPES[kept.decode()]
         for index in range(self.finished):
             self._restore(index)
 
@@ -192,7 +209,7 @@ class JournaledStore(BlockStore):
 
     def _replay(self, stream: HiddenStates, blocks: Sequence[Block]) -> None:
         """Bring the states that enter the first block behind ``blocks``, which are pruned: the bits as before."""
-        dtype = compute_dtype(stream.states.dtype, stream.device)
+        dtype = self.computing or compute_dtype(stream.states.dtype, stream.device)
         convert_calls(stream, dtype)
         for block in blocks:
             with self._pruned(block), computing_in(block.module, dtype):

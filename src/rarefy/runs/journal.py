@@ -41,8 +41,6 @@ from rarefy.runs.folder import JOURNAL, is_unfinished_run
 from rarefy.runs.schema import parse_records, validated
 from rarefy.runs.unfinished import UnfinishedFolder, checksum_of
 
-_FORMAT = 2
-
 
 class _DamageError(OutputError):
     """A file of the finished blocks is missing or damaged, so the same command cannot go on."""
@@ -55,6 +53,8 @@ class Journal(UnfinishedFolder):
     are that enter it. Use it as a context, or ``close`` it. Of several processes that work on the run, one
     ``leads``; on the others it writes nothing, and knows what they tell it (``follow``).
     """
+
+    format = 2
 
     def __init__(self, output: Path, leads: bool = True) -> None:
         super().__init__(output, leads)
@@ -96,13 +96,14 @@ class Journal(UnfinishedFolder):
             return
         if not is_unfinished_run(self.folder):
             raise OutputError.sentence(f"{self.folder} holds no {JOURNAL}, so it is not Rarefy's to write into.")
-        content = self._read_journal()
-        if difference := content.difference(fingerprint):
-            raise OutputError.sentence(
-                f"{self.folder.parent} holds an unfinished run {difference}: "
-                "repeat its command to go on with it, or choose another folder."
-            )
-        self._fingerprint = content
+        content = self.read_journal(fingerprint)
+        with self._undamaged(self._journal):
+            finished, files = validated(int, content["finished"]), validated(dict[str, int], content["files"])
+            states = validated(list[StatesPart], content["states"])
+            if any(Path(name).name != name for name in (*files, *(part.file for part in states))):
+                raise ValueError("a file in another folder")
+        self._fingerprint = validated(Fingerprint, content["fingerprint"])
+        self._finished, self._files, self.states = finished, files, states
 
     def open(self, fingerprint: Fingerprint) -> Self:
         """Begin, or go on with what is finished: make the folder, hold its lock, remove what is left half done.
@@ -168,7 +169,7 @@ class Journal(UnfinishedFolder):
         try:
             content = path.read_bytes()
         except FileNotFoundError as error:
-            raise _DamageError.sentence(f"{path} is missing, {self._remove_it}.") from error
+            raise self.damaged(path, "missing") from error
         except OSError as error:
             raise OutputError.sentence(f"{path} cannot be read: {error.strerror or error}.") from error
         if zlib.crc32(content) != self._files[name]:
@@ -209,13 +210,9 @@ class Journal(UnfinishedFolder):
                 raise self.damaged(path) from error
         return records
 
-    def damaged(self, path: Path) -> OutputError:
-        """The error for a file of what is finished that holds something else than was written."""
-        return _DamageError.sentence(f"{path} is damaged, {self._remove_it}.")
-
-    @property
-    def _remove_it(self) -> str:
-        return f"so the unfinished run cannot go on: remove {self.folder} to begin anew"
+    def damaged(self, file: Path, what: str = "damaged") -> OutputError:
+        """The error for a file of what is finished that is not there, or holds something else than was written."""
+        return _DamageError.sentence(str(super().damaged(file, what)))
 
     @contextmanager
     def keeping(self) -> Iterator[None]:
@@ -258,7 +255,7 @@ class Journal(UnfinishedFolder):
     def _write_journal(self, folder: Path | None = None) -> None:
         assert self._fingerprint is not None
         content = {
-            "format": _FORMAT,
+            "format": self.format,
             "fingerprint": asdict(self._fingerprint),
             "finished": self._finished,
             "files": self._files,
@@ -266,25 +263,6 @@ class Journal(UnfinishedFolder):
         }
         text = json.dumps({"checksum": checksum_of(content), **content}, indent=1)
         replace_file((folder or self.folder) / JOURNAL, text)
-
-    def _read_journal(self) -> Fingerprint:
-        """Take over what the journal says, and return whose it is."""
-        try:
-            content = json.loads(self._journal.read_bytes())
-            checksum = content.pop("checksum")
-            if checksum != checksum_of(content) or content["format"] != _FORMAT:
-                raise ValueError("another checksum or format")
-            fingerprint = validated(Fingerprint, content["fingerprint"])
-            finished, files = validated(int, content["finished"]), validated(dict[str, int], content["files"])
-            states = validated(list[StatesPart], content["states"])
-            if any(Path(name).name != name for name in (*files, *(part.file for part in states))):
-                raise ValueError("a file in another folder")
-        except OSError as error:
-            raise OutputError.sentence(f"{self._journal} cannot be read: {error.strerror or error}.") from error
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise self.damaged(self._journal) from error
-        self._finished, self._files, self.states = finished, files, states
-        return fingerprint
 
     def _remove_stale_files(self) -> None:
         """Remove what the journal does not speak of; where that fails, nothing is lost but space."""

@@ -22,7 +22,7 @@ from rarefy.errors import InputError, ModelError, OutputError, RankError, Rarefy
 from rarefy.models.memory import peak_bytes
 from rarefy.parallel.world import World
 from rarefy.pruning.loop import prune_blocks
-from rarefy.pruning.precision import compute_dtype, compute_words
+from rarefy.pruning.precision import compute_words
 from rarefy.pruning.records import Report
 from rarefy.pruning.stores import keep_windows
 from rarefy.runs.card import base_model, model_card
@@ -308,7 +308,7 @@ def _facts(plan: Plan, report: Report, command: Sequence[str], began: datetime, 
         "seed": recipe.seed,
         "device": str(plan.device),
         "dtype": str(dtype).removeprefix("torch."),
-        "compute_dtype": str(compute_dtype(dtype, plan.device)).removeprefix("torch."),
+        "compute_dtype": report.compute_dtype,
         "calibration": {
             "source": recipe.calibration,
             "num_samples": recipe.num_samples,

@@ -20,16 +20,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from rarefy.errors import OutputError
 from rarefy.models.atomic import adding_folder, refusals, remove_partial, replace_file
 from rarefy.runs.fingerprint import Fingerprint
 from rarefy.runs.folder import JOURNAL, is_unfinished_run
-from rarefy.runs.schema import validated
 from rarefy.runs.unfinished import UnfinishedFolder, checksum_of
 from rarefy.structure.memo import Memo
-
-#: No other run's journal says this.
-_FORMAT = "shrinking 1"
 
 
 class ShrinkJournal(UnfinishedFolder):
@@ -38,6 +33,8 @@ class ShrinkJournal(UnfinishedFolder):
     ``memo`` is what has been measured; what is kept in it is on the disk at once. ``opened`` says whether the folder
     is this run's: until then, what is in it may be another's.
     """
+
+    format = "shrinking 1"
 
     def __init__(self, output: Path) -> None:
         super().__init__(output)
@@ -69,19 +66,9 @@ class ShrinkJournal(UnfinishedFolder):
         """Make sure that what is there is of this run. Raises OutputError, which names the difference."""
         if not is_unfinished_run(self.folder):
             return
-        try:
-            content = json.loads(self._journal.read_bytes())
-            if content.pop("checksum") != checksum_of(content) or content["format"] != _FORMAT:
-                raise ValueError("another checksum or format")
-            difference = validated(Fingerprint, content["fingerprint"]).difference(fingerprint)
+        content = self.read_journal(fingerprint)
+        with self._undamaged(self._journal):
             memo = dict(content["memo"])
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise self._damaged(self._journal) from error
-        if difference:
-            raise OutputError.sentence(
-                f"{self.folder.parent} holds an unfinished run {difference}: repeat its command to go on with it, or "
-                "choose another folder."
-            )
         self.memo.update(memo)
 
     def recall(self, block: int) -> tuple[dict[str, Tensor], list[dict[str, Any]]] | None:
@@ -93,7 +80,7 @@ class ShrinkJournal(UnfinishedFolder):
         try:
             return load(file.read_bytes()), records
         except (OSError, SafetensorError) as error:
-            raise self._damaged(file) from error
+            raise self.damaged(file) from error
 
     def keep(self, block: int, tensors: Mapping[str, Tensor], records: Sequence[Mapping[str, Any]]) -> None:
         """Keep the repaired linears of a block, and its records. Raises OutputError where the disk refuses."""
@@ -109,14 +96,9 @@ class ShrinkJournal(UnfinishedFolder):
     def _file(self, block: int) -> Path:
         return self.folder / f"block-{block:05d}.safetensors"
 
-    def _damaged(self, file: Path) -> OutputError:
-        return OutputError.sentence(
-            f"{file} is missing or damaged, so the unfinished run cannot go on: remove {self.folder} to begin anew."
-        )
-
     def _write(self, folder: Path | None = None) -> None:
         assert self._fingerprint is not None
-        content: dict[str, Any] = {"format": _FORMAT, "fingerprint": asdict(self._fingerprint), "memo": self.memo}
+        content: dict[str, Any] = {"format": self.format, "fingerprint": asdict(self._fingerprint), "memo": self.memo}
         with refusals(self.folder):
             replace_file(
                 (folder or self.folder) / JOURNAL, json.dumps({"checksum": checksum_of(content), **content}, indent=0)

@@ -23,16 +23,12 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from rarefy.errors import OutputError
 from rarefy.models.atomic import adding_folder, refusals, remove_partial, replace_file, replacing
 from rarefy.parallel.world import World
 from rarefy.runs.fingerprint import Fingerprint
 from rarefy.runs.folder import JOURNAL, is_unfinished_run
 from rarefy.runs.schema import validated
 from rarefy.runs.unfinished import UnfinishedFolder, checksum_of
-
-#: No pruning run's journal says this.
-_FORMAT = "tuning 1"
 
 
 class TuneJournal(UnfinishedFolder):
@@ -42,11 +38,14 @@ class TuneJournal(UnfinishedFolder):
     all have kept. ``opened`` says whether the folder is this run's: until then, what is in it may be another's.
     """
 
+    format = "tuning 1"
+    kind = "tuning"
+
     def __init__(self, output: Path, world: World | None = None) -> None:
         self._world = world or World()
         super().__init__(output, leads=self._world.leads)
         self._own = self.folder if self._world.leads else self.folder / f"process-{self._world.rank}"
-        self._content: dict[str, Any] = {"format": _FORMAT, "state": None, "best": None, "recorded": None}
+        self._content: dict[str, Any] = {"format": self.format, "state": None, "best": None, "recorded": None}
         self.opened = False
 
     def open(self, fingerprint: Fingerprint) -> Self:
@@ -76,20 +75,10 @@ class TuneJournal(UnfinishedFolder):
         """Make sure that what is there is of this tuning. Raises OutputError, which names the difference."""
         if not is_unfinished_run(self.folder):
             return
-        try:
-            content = json.loads(self._journal.read_bytes())
-            if content.pop("checksum") != checksum_of(content) or content["format"] != _FORMAT:
-                raise ValueError("another checksum or format")
-            difference = validated(Fingerprint, content["fingerprint"]).difference(fingerprint)
+        content = self.read_journal(fingerprint)
+        with self._undamaged(self._journal):
             for key in ("state", "best"):
                 validated(int | None, content[key])  # type: ignore[arg-type]
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise self.damaged(self._journal) from error
-        if difference:
-            raise OutputError.sentence(
-                f"{self.folder.parent} holds an unfinished tuning {difference}: repeat its command to go on with it, "
-                "or choose another folder."
-            )
         self._content = content
 
     @property
@@ -148,13 +137,6 @@ class TuneJournal(UnfinishedFolder):
         except Exception as error:
             raise self.damaged(file) from error
         return found
-
-    def damaged(self, file: Path) -> OutputError:
-        """The error for a file that is not there, or holds something else than was written."""
-        return OutputError.sentence(
-            f"{file} is missing or damaged, so the unfinished tuning cannot go on: remove {self.folder} to begin "
-            "anew."
-        )
 
     def _write(self, folder: Path | None = None) -> None:
         content = {"checksum": checksum_of(self._content), **self._content}

@@ -6,16 +6,19 @@ import errno
 import json
 import sys
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from filelock import FileLock, Timeout
 
 from rarefy.errors import OutputError
 from rarefy.models.atomic import remove_folder
+from rarefy.runs.fingerprint import Fingerprint
 from rarefy.runs.folder import JOURNAL, is_unfinished_run
+from rarefy.runs.schema import validated
 
 #: How a file system says that it has no locks.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
@@ -27,11 +30,48 @@ class UnfinishedFolder:
     Of several processes that work on the same run, only the one that ``leads`` locks and removes it.
     """
 
+    #: What journal.json names as its format; each kind of run has its own.
+    format: ClassVar[int | str]
+    #: The kind of run, as sentences name it.
+    kind: ClassVar[str] = "run"
+
     def __init__(self, output: Path, leads: bool = True) -> None:
         self.folder = output / "unfinished"
         self._leads = leads
         self._journal = self.folder / JOURNAL
         self._lock: FileLock | None = None
+
+    def read_journal(self, fingerprint: Fingerprint) -> dict[str, Any]:
+        """What journal.json says. Raises OutputError where it is damaged, or of another run."""
+        with self._undamaged(self._journal):
+            content: dict[str, Any] = json.loads(self._journal.read_bytes())
+            if content.pop("checksum") != checksum_of(content) or content["format"] != self.format:
+                raise ValueError("another checksum or format")
+            difference = validated(Fingerprint, content["fingerprint"]).difference(fingerprint)
+        if difference:
+            raise OutputError.sentence(
+                f"{self.folder.parent} holds an unfinished {self.kind} {difference}: repeat its command "
+                "to go on with it, or choose another folder."
+            )
+        return content
+
+    def damaged(self, file: Path, what: str = "missing or damaged") -> OutputError:
+        """The error for a file that is not there, or holds something else than was written."""
+        return OutputError.sentence(
+            f"{file} is {what}, so the unfinished {self.kind} cannot go on: remove {self.folder} to begin anew."
+        )
+
+    @contextmanager
+    def _undamaged(self, file: Path) -> Iterator[None]:
+        """Within the scope, content of ``file`` that is not as it was written raises OutputError."""
+        try:
+            yield
+        except FileNotFoundError as error:
+            raise self.damaged(file) from error
+        except OSError as error:
+            raise OutputError.sentence(f"{file} cannot be read: {error.strerror or error}.") from error
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise self.damaged(file) from error
 
     def hold(self) -> None:
         """Take the lock, where the file system has locks. Raises OutputError where another process holds it."""

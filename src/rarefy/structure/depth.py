@@ -83,6 +83,10 @@ class BlockSets:
         """In how many batches the windows are measured."""
         return self._batches(len(self.windows))
 
+    def covers_all(self, num_windows: int) -> bool:
+        """Whether a part of the windows, in whole batches, is all of them."""
+        return self._batches(num_windows) == self.num_batches
+
     def measure(self, kept: Collection[int], num_windows: int | None = None) -> Distance:
         """The distance of the model with these blocks only, on the first ``num_windows`` windows (None: all).
 
@@ -106,28 +110,38 @@ class BlockSets:
                 self.block_tokens += ids.numel() * number
         return self._mean(sums)
 
-    def without_each(self, kept: Sequence[int], progress: Progress | None = None) -> dict[int, Distance]:
-        """The distance with each one of the ``kept`` blocks left out, by its index."""
-        keys = {index: _key(f"{len(self.windows)} windows", {*kept} - {index}) for index in kept}
+    def without_each(
+        self,
+        kept: Sequence[int],
+        progress: Progress | None = None,
+        *,
+        only: Sequence[int] | None = None,
+        num_windows: int | None = None,
+    ) -> dict[int, Distance]:
+        """The distance with each one of the ``kept`` blocks left out, by its index.
+
+        ``only`` these are left out (None: each), on the first ``num_windows`` windows, as ``measure`` counts them.
+        """
+        num, left_out = num_windows or len(self.windows), kept if only is None else only
+        keys = {index: _key(f"{num} windows", {*kept} - {index}) for index in left_out}
         if not all(key in self.memo for key in keys.values()):
-            sums = self._without_each(kept, progress)
+            sums = self._without_each(kept, left_out, self._batches(num), progress)
             self._remember({keys[index]: self._mean(of) for index, of in sums.items()})
         return {index: Distance(*self.memo[key]) for index, key in keys.items()}
 
     def _without_each(
-        self, kept: Sequence[int], progress: Progress | None
+        self, kept: Sequence[int], left_out: Sequence[int], number: int, progress: Progress | None
     ) -> dict[int, list[tuple[float, float, int]]]:
-        sums: dict[int, list[tuple[float, float, int]]] = {index: [] for index in kept}
-        number = self.num_batches
+        sums: dict[int, list[tuple[float, float, int]]] = {index: [] for index in left_out}
         with torch.no_grad():
             for batch in range(number):
                 ids, whole = self._ids(batch), _Run(kept, keeps_entries=True)
                 self._rows(ids, whole)
                 found = []
-                for index in kept:
+                for index in left_out:
                     left = [other for other in kept if other != index]
                     found.append(self._rows(ids, _Run(left, first=index, entry=whole.entries.pop(index))))
-                for index, one in zip(kept, self._compare(found, self._dense[batch], ids)):
+                for index, one in zip(left_out, self._compare(found, self._dense[batch], ids)):
                     sums[index].append(one)
                 if progress:
                     progress(batch + 1, number)

@@ -5,9 +5,11 @@
 | kl         | KL to the dense model without this block alone       | as perplexity, with EvoPress's measure  |
 | perplexity | loss of the text without this block alone            | Shortened LLaMA, arXiv 2402.02834       |
 | taylor     | sum of abs(w dL/dw) over its weights                 | Shortened LLaMA, with protected ends    |
-| greedy     | as kl, again after every block that is removed       | ours                                    |
+| greedy     | as kl, again after every block that is removed (*)   | ours                                    |
 | search     | KL of whole sets, which mutate                       | EvoPress, arXiv 2410.14649, blocks only |
 | policy-gradient | how often it is kept, as random sets teach (policy.py) | arXiv 2406.10576, for blocks     |
+
+(*) After the first: all on an eighth of the windows, and the four that cost least there on all windows.
 
 The search is (1 + offspring) evolution: of a set, up to three blocks are exchanged with removed ones; the offspring
 are measured on a few windows, the best of them on all, and it replaces its parent where it is nearer to the dense
@@ -40,7 +42,8 @@ RULES: tuple[Rule, ...] = get_args(Rule)
 #: Shortened LLaMA's "+": blocks at both ends that Taylor scores, which are low there without reason, never remove.
 TAYLOR_ENDS = (4, 2)
 
-_FEW = 8  # a part of one in so many windows is where offspring are measured first
+_FEW = 8  # a part of one in so many windows is where sets are measured first
+_CLOSEST = 4  # blocks that greedy measures on all windows
 
 Watch = Callable[[int, int, str], None]
 
@@ -115,13 +118,22 @@ def _greedy(sets: BlockSets, num: int, watch: Watch) -> tuple[list[int], dict[in
     first: dict[int, float] = {}
     trace = []
     for done in range(num):
-        scores = {index: one.kl for index, one in sets.without_each(kept).items()}
+        scores = {index: one.kl for index, one in _closest(sets, kept).items()}
         first = first or scores
         (gone,) = lowest(scores, 1)
         kept.remove(gone)
         trace.append(scores[gone])
         watch(done + 1, num, f"KL {scores[gone]:.4f} nats")
     return _rest(range(sets.number), kept), first, trace
+
+
+def _closest(sets: BlockSets, kept: Sequence[int]) -> dict[int, Distance]:
+    """The distance without each of the kept blocks: of all of the dense model, later of those that cost least."""
+    few = max(1, len(sets.windows) // _FEW)
+    if len(kept) == sets.number or len(kept) <= _CLOSEST or sets.covers_all(few):
+        return sets.without_each(kept)
+    some = sets.without_each(kept, num_windows=few)
+    return sets.without_each(kept, only=lowest({index: one.kl for index, one in some.items()}, _CLOSEST))
 
 
 def _search(
