@@ -294,7 +294,8 @@ def _settings(
 def _loop_settings(loop: Mapping[str, Any]) -> dict[str, Any]:
     """The options of the loop for all cells, as far as they are said; of a file, with a digest of its content."""
     said = {key: as_number(value) for key, value in loop.items()}
-    if str(file := said.get("allocation", "")).endswith(FILES):
+    file = str(said.get("allocation", ""))
+    if file.endswith(FILES):
         said["allocation"] = f"{file} ({hashlib.sha256(Path(file).read_bytes()).hexdigest()[:8]})"
     return said
 
