@@ -20,8 +20,9 @@ from rarefy.runs.fingerprint import file_digests
 from rarefy.runs.recipe import Recipe, as_number
 from rarefy.runs.shrink_recipe import ShrinkRecipe
 from rarefy.runs.tune_recipe import TuneRecipe
+from rarefy.sweeps.check import Checked, check_options
 from rarefy.sweeps.folder import SweepFolder
-from rarefy.sweeps.options import Checked, Options, check_options
+from rarefy.sweeps.options import Options
 from rarefy.sweeps.shrinking import ShrinkCell, shrink_cell
 from rarefy.sweeps.systems import System, folder_name
 from rarefy.sweeps.wanted import LeftOut, Wanted

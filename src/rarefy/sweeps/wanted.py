@@ -9,16 +9,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rarefy.errors import InputError
 from rarefy.runs.recipe import DEFAULT_SPARSITY, Recipe
 from rarefy.runs.shrink_recipe import ShrinkRecipe
+from rarefy.sweeps.options import Options
 from rarefy.sweeps.shrinking import PREFIX, is_shrinking, shrink_recipe
 from rarefy.sweeps.systems import System
-
-if TYPE_CHECKING:
-    from rarefy.sweeps.options import Options
 
 #: What a system is tried with, to tell one that no pattern goes with from one that does not go with those asked for.
 _TRIED: tuple[dict[str, Any], ...] = ({"sparsity": DEFAULT_SPARSITY}, {"pattern": "2:4"})
