@@ -53,7 +53,8 @@ def wanted_cells(
     left_out: list[LeftOut] = []
     for method in options.methods:
         if not is_shrinking(method):
-            wanted += [Wanted(method, _asked(place), _of_method(method, options, common, place)) for place in places]
+            recipes = [_of_method(method, options, common, place) for place in places]  # finds what is no number
+            wanted += [Wanted(method, _asked(place), recipe) for place, recipe in zip(places, recipes, strict=True)]
     if systems:
         _check_places(places, common)
     for system in systems:
