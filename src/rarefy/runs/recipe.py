@@ -54,7 +54,8 @@ _ERRORS: dict[str, type[InputError]] = {
 
 Number = Annotated[float, BeforeValidator(_no_bool)]
 #: What torch counts with, and more than any machine can do.
-Whole = Annotated[int, BeforeValidator(_no_bool), Field(lt=2**31)]
+_COUNTABLE = 2**31
+Whole = Annotated[int, BeforeValidator(_no_bool), Field(lt=_COUNTABLE)]
 
 
 class Recipe(BaseModel):
@@ -147,9 +148,9 @@ class Recipe(BaseModel):
         try:
             recipe = cls.model_validate(merged)
         except ValidationError as error:
-            key = str(error.errors()[0]["loc"][0])
+            key, given, allowed = what_is_wrong(error, cls, merged)
             kind = _ERRORS.get(key, RecipeError if from_file(key) else InputError)
-            raise kind(written(key), _as_number(merged[key]), cls._allowed(key)) from None
+            raise kind(written(key), given, allowed) from None
         if recipe.pattern is not None:
             parse_pattern(recipe.pattern, written("pattern"))
         if recipe.permute and recipe.pattern is None:
@@ -191,10 +192,6 @@ class Recipe(BaseModel):
                 "which are not what layers aim at then."
             )
         return recipe
-
-    @classmethod
-    def _allowed(cls, key: str) -> str:
-        return cls.model_fields[key].description or "something else"
 
     @classmethod
     def from_yaml(cls, file: Path) -> Self:
@@ -287,6 +284,19 @@ class Recipe(BaseModel):
         return self.model_copy(update=filled)
 
 
+def what_is_wrong(
+    error: ValidationError, recipe: type[BaseModel], values: Mapping[str, Any]
+) -> tuple[str, object, str]:
+    """The first key of ``values`` that a recipe does not take, what was given for it, and what is allowed."""
+    first = error.errors()[0]
+    key = str(first["loc"][0])
+    allowed = recipe.model_fields[key].description or "something else"
+    limit = first.get("ctx", {}).get("lt")
+    if first["type"] == "less_than" and isinstance(limit, int) and limit >= _COUNTABLE:
+        allowed += f", below {limit:,}"
+    return key, as_number(values[key]), allowed
+
+
 def parse_pattern(text: str, argument: str = "--pattern") -> tuple[int, int, bool]:
     """``"2:4"`` as (2, 4, False): keep 2 of every 4; ``"2:4t"`` as (2, 4, True), for the transpose as well.
 
@@ -319,7 +329,7 @@ def parse_settings(pairs: list[str]) -> dict[str, str]:
     return settings
 
 
-def _as_number(value: object) -> object:
+def as_number(value: object) -> object:
     """Text of the command line that is a number is shown as one, without quotes."""
     if isinstance(value, str):
         for read in (int, float):

@@ -12,7 +12,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from rarefy.errors import InputError, RecipeError
 from rarefy.runs.arguments import DEVICE_WORDS, DEVICES
-from rarefy.runs.recipe import Number, Whole, _as_number, _no_bool
+from rarefy.runs.recipe import Number, Whole, _no_bool, what_is_wrong
 from rarefy.runs.recipe_file import read_yaml, refuse_unknown
 from rarefy.tuning.settings import TuneSettings
 
@@ -79,10 +79,9 @@ class TuneRecipe(BaseModel):
         try:
             recipe = cls.model_validate(merged)
         except ValidationError as error:
-            key = str(error.errors()[0]["loc"][0])
+            key, given, allowed = what_is_wrong(error, cls, merged)
             kind = RecipeError if file is not None and key in base and key not in options else InputError
-            allowed = cls.model_fields[key].description or "something else"
-            raise kind(written(key), _as_number(merged[key]), allowed) from None
+            raise kind(written(key), given, allowed) from None
         recipe._check(written)
         from_file = file is not None and "optimizer" in base and "optimizer" not in options
         if from_file and not allow_code and recipe.needs_code:

@@ -13,7 +13,7 @@ from rarefy.errors import InputError
 from rarefy.evaluation.texts import parse_texts
 from rarefy.models.locate import locate
 from rarefy.runs.arguments import check_goes_with_tasks
-from rarefy.runs.recipe import DEFAULT_CALIBRATION, DEFAULT_SPARSITY, Recipe
+from rarefy.runs.recipe import DEFAULT_CALIBRATION, DEFAULT_SPARSITY, Recipe, as_number
 from rarefy.runs.shrink_recipe import ShrinkRecipe
 from rarefy.sweeps.shrinking import PREFIX, is_shrinking, shrink_recipe
 
@@ -107,7 +107,8 @@ def _recipes(options: Options) -> tuple[list[Recipe], list[tuple[str, ShrinkReci
         ("--methods", options.methods), ("--sparsity", options.sparsities), ("--pattern", options.patterns),
         ("--size", options.sizes),
     ):  # fmt: skip
-        if repeated := next((value for value in values if list(values).count(value) > 1), None):
+        read = [as_number(value) for value in values]  # 0.5 and 0.50 are one
+        if repeated := next((value for value, one in zip(values, read) if read.count(one) > 1), None):
             raise InputError.sentence(f"{argument} names {repeated} twice.")
     _check_axes(options)
     places: list[dict[str, Any]] = [{"sparsity": value, "scope": options.scope} for value in options.sparsities]
@@ -136,8 +137,10 @@ def _recipes(options: Options) -> tuple[list[Recipe], list[tuple[str, ShrinkReci
             used |= mine.keys()
             if is_shrinking(method):
                 keys = {key.removeprefix(f"{PREFIX}."): value for key, value in mine.items()}
-                said = {key: value for key, value in {**common, **keys, "seed": seed}.items() if value is not None}
-                shrinking += [(method, shrink_recipe(method, {**said, "size": size})) for size in options.sizes]
+                if taken := next((key for key in keys if key in (*common, "seed", "size")), None):
+                    raise InputError.sentence(f"--set names {PREFIX}.{taken}, which the options of the sweep say.")
+                said = {key: value for key, value in {**common, "seed": seed}.items() if value is not None}
+                shrinking += [(method, shrink_recipe(method, {**said, "size": size}, keys)) for size in options.sizes]
                 continue
             for place in places:
                 said = {**common, **globs, **place, "method": method, "settings": mine or None, "seed": seed}
