@@ -30,7 +30,7 @@ from rarefy.models.blocks import Block
 from rarefy.models.sites import LinearSite
 from rarefy.pruning.advance import advance
 from rarefy.pruning.block import PartCounter, RowWeights
-from rarefy.pruning.precision import compute_dtype, computing_in
+from rarefy.pruning.precision import computing_in
 from rarefy.pruning.search import own_windows
 from rarefy.pruning.settings import FISHER, PruneSettings
 from rarefy.pruning.stores import BlockStore
@@ -99,7 +99,7 @@ class _Backward:
         world = self.store.world
         with world.together():
             states, _ = self.store.hidden_states(self.blocks, self.windows, self.batch_size)
-        dtype = world.from_first(partial(compute_dtype, states.states.dtype, states.device))
+        dtype = self.store.computing(states)
         # The range of float16 is too small for gradients.
         convert_calls(states, torch.float32 if dtype == torch.float16 else dtype)
         for block, following in zip_longest(self.blocks, self.blocks[1:]):

@@ -42,17 +42,15 @@ from rarefy.pruning.collect import STARVED
 from rarefy.pruning.drift import advance_dense
 from rarefy.pruning.fisher import fisher_weights, num_fisher_parts
 from rarefy.pruning.matching import Matching
-from rarefy.pruning.precision import compute_dtype, full_float32
+from rarefy.pruning.precision import full_float32
 from rarefy.pruning.records import LayerRecord, Report
 from rarefy.pruning.reparametrise import Reparametrisation
 from rarefy.pruning.settings import NONE, PatternOf, PruneSettings, allocated, as_pattern_of
 from rarefy.pruning.steps import PrunedBlock
-from rarefy.pruning.stores import BlockStore
+from rarefy.pruning.stores import COMPUTING, BlockStore
 from rarefy.pruning.survey import num_survey_parts, surveyed
 from rarefy.pruning.write import OVERFLOWED
 
-_COMPUTING = "computing.txt"  # the dtype of computation
-_DTYPES = {str(dtype): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)}
 _NAMED = 8  # of these, so many are named in the warning
 
 
@@ -163,15 +161,14 @@ def prune_blocks(
     counter = PartCounter(on_progress, measuring + _num_parts(todo, num_batches, of_all, settings))
     settings = surveyed(store, blocks, own, first, len(windows), settings, counter)
     row_weights = fisher_weights(store, blocks, own, first, len(windows), settings, counter)
-    kept = store.recall(_COMPUTING)
-    computing = _DTYPES[kept.decode()] if kept is not None else None
-    if todo:
+    if not todo:
+        computing = store.began_computing()
+    else:
         with world.together():
             entering, dense = store.hidden_states(
                 blocks, own, settings.batch_size, first, dense_path=settings.needs_dense_path
             )
-        if computing is None:  # what the first process measures holds for all, and for a run that goes on
-            computing = world.from_first(partial(compute_dtype, entering.states.dtype, entering.device))
+        computing = store.computing(entering)
         for states in filter(None, (entering, dense)):
             convert_calls(states, computing)
     for block, following in zip_longest(todo, todo[1:]):
@@ -206,7 +203,7 @@ def prune_blocks(
                 if world.leads:
                     store.store(block, changed_parameters(block, settings))
         if block is todo[0]:
-            store.keep(_COMPUTING, str(computing).encode())
+            store.keep(COMPUTING, str(computing).encode())
         if following is None:
             store.finish(block, done, None)
         else:

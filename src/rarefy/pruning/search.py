@@ -13,7 +13,6 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from functools import partial
 from itertools import zip_longest
 
 import torch
@@ -32,7 +31,6 @@ from rarefy.methods.sparsegpt import SparseGPT
 from rarefy.models.blocks import Block
 from rarefy.pruning.advance import advance
 from rarefy.pruning.block import PartCounter, prune_layers
-from rarefy.pruning.precision import compute_dtype
 from rarefy.pruning.settings import NONE, PerLayer, PruneSettings
 from rarefy.pruning.stores import BlockStore
 
@@ -151,8 +149,7 @@ class _Distances:
     def _entering(self) -> HiddenStates:
         with self.store.world.together():
             states, _ = self.store.hidden_states(self.blocks, self.windows, self.settings.batch_size)
-        computing = partial(compute_dtype, states.states.dtype, states.device)
-        convert_calls(states, self.store.world.from_first(computing))
+        convert_calls(states, self.store.computing(states))
         return states
 
     @contextmanager

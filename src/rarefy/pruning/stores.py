@@ -10,6 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -51,6 +52,9 @@ if TYPE_CHECKING:
 
 
 _WINDOWS = "windows.safetensors"
+#: What a journal calls the file that names the dtype of computation.
+COMPUTING = "computing.txt"
+_DTYPES = {str(dtype): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)}
 
 
 class BlockStore:
@@ -68,6 +72,7 @@ class BlockStore:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.world = World.current()
+        self._computing: torch.dtype | None = None
 
     def records(self) -> list[LayerRecord]:
         """The records of the finished blocks."""
@@ -93,6 +98,18 @@ class BlockStore:
     def recall(self, name: str) -> bytes | None:
         """What an earlier part of this run has remembered under ``name``; None where it has not."""
         return None
+
+    def began_computing(self) -> torch.dtype | None:
+        """The dtype in which an earlier part of this run has computed; None where it is not known."""
+        kept = self.recall(COMPUTING)
+        return _DTYPES[kept.decode()] if kept is not None else None
+
+    def computing(self, states: HiddenStates) -> torch.dtype:
+        """The dtype in which all of the run computes, on all processes, which call this alike."""
+        if self._computing is None:
+            best = partial(compute_dtype, states.states.dtype, states.device)
+            self._computing = self.began_computing() or self.world.from_first(best)
+        return self._computing
 
     def keep(self, name: str, content: bytes) -> None:
         """Keep what the run has decided, from the moment when its first block is finished."""
@@ -156,6 +173,8 @@ class JournaledStore(BlockStore):
     def remember(self, name: str, content: bytes) -> None:
         """Keep it beside the journal. Raises OutputError."""
         with self.world.together():
+            if self.world.leads and self._computing is not None:  # what is remembered was computed in it
+                self.journal.keep(COMPUTING, str(self._computing).encode())
             self.journal.remember(name, content)
 
     def hidden_states(
@@ -192,7 +211,9 @@ class JournaledStore(BlockStore):
 
     def _replay(self, stream: HiddenStates, blocks: Sequence[Block]) -> None:
         """Bring the states that enter the first block behind ``blocks``, which are pruned: the bits as before."""
-        dtype = compute_dtype(stream.states.dtype, stream.device)
+        # Not all processes may be here, so that each reads it by itself.
+        kept = self.journal.kept(COMPUTING)
+        dtype = _DTYPES[kept.decode()] if kept is not None else compute_dtype(stream.states.dtype, stream.device)
         convert_calls(stream, dtype)
         for block in blocks:
             with self._pruned(block), computing_in(block.module, dtype):

@@ -12,7 +12,6 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from functools import partial
 from itertools import zip_longest
 from typing import Any
 
@@ -32,7 +31,6 @@ from rarefy.parallel.world import World
 from rarefy.pruning.advance import advance
 from rarefy.pruning.block import PartCounter
 from rarefy.pruning.collect import collect_grams
-from rarefy.pruning.precision import compute_dtype
 from rarefy.pruning.search import num_search_parts, own_windows, searched
 from rarefy.pruning.settings import PerLayer, PruneSettings, Unmeasured
 from rarefy.pruning.stores import BlockStore
@@ -110,7 +108,7 @@ def _facts(
     if rule.needs_grams:
         with world.together():
             states, _ = store.hidden_states(blocks, windows, settings.batch_size, first)
-        convert_calls(states, world.from_first(partial(compute_dtype, states.states.dtype, states.device)))
+        convert_calls(states, store.computing(states))
     facts: dict[str, float] = {}
     for block, following in zip_longest(blocks, blocks[1:]):
         with ExitStack() as scope:
