@@ -225,6 +225,7 @@ def test_a_run_goes_on_with_the_weights_that_it_began_with(
             ("--row-weights", "fisher", "--scope", "row"),
             "(fisher) change nothing with the pattern row 50%",
         ),
+        (("--row-weights", "mlp", "--include", "*.gate_proj"), "(mlp) are of layers that make the neurons of an MLP"),
         (("--row-weights", "mlp", "--refresh"), "Row weights of the MLP (mlp) do not go with refresh"),
         (
             ("--row-weights", "fisher", "--method", "alps+quantize"),
@@ -240,3 +241,15 @@ def test_mistakes_are_one_sentence(
     assert done.status == 2
     assert sentence in done.err
     assert not (tmp_path / "out").exists()
+
+
+def test_experts_in_one_stack_have_no_row_weights_of_the_loss() -> None:
+    with pytest.raises(rarefy.InputError, match=r"^Row weights \(fisher\) are of linears that are modules"):
+        rarefy.prune(
+            make_model("mixtral"),
+            torch.zeros(1, 8, dtype=torch.int64),
+            pattern=Unstructured(0.5),
+            method=rarefy.Wanda(),
+            include=["*.experts.*"],
+            row_weights="fisher",
+        )
