@@ -14,6 +14,7 @@ import rarefy
 from cli_for_tests import Rarefy, is_one_sentence, prune_arguments
 from models_for_tests import VOCABULARY, make_model
 from rarefy.layer.gram import Gram
+from rarefy.layer.pattern import Unstructured
 from rarefy.layer.problem import LayerProblem
 from rarefy.layer.row_weights import LEAST, row_factors, weighted
 from rarefy.models.blocks import find_blocks
