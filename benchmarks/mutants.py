@@ -6,7 +6,7 @@
 A mutant is one changed token of a function: another comparison, sign, operator, constant, boolean or name of a
 reduction. It is caught when a test of its group fails or takes more than five times as long as it should. Docstrings,
 annotations, messages and what only chooses between equal ways (numpy or torch) are left alone; a line may say
-``# no mutant: REASON`` where a change cannot be noticed. The survivors are printed, each with its place.
+``# no mutant: REASON`` where a change cannot be noticed. Each is printed with its place once it is judged.
 """
 
 from __future__ import annotations
@@ -222,8 +222,15 @@ def main() -> int:
 
             def judge(i: int, drawn: list[Mutant] = drawn, tests: str = tests, limit: float = limit) -> list[Mutant]:
                 """The survivors of every ``jobs``-th mutant."""
-                own = drawn[i :: len(places)]
-                return [one for one in own if not caught(one, tests, limit, places[i])]
+                survivors = []
+                for one in drawn[i :: len(places)]:
+                    began, was_caught = time.monotonic(), caught(one, tests, limit, places[i])
+                    print(
+                        f"{'caught' if was_caught else 'SURVIVED'} in {time.monotonic() - began:.0f} s: {one}",
+                        flush=True,
+                    )
+                    survivors += [] if was_caught else [one]
+                return survivors
 
             with ThreadPoolExecutor(len(places)) as pool:
                 survivors = [one for some in pool.map(judge, range(len(places))) for one in some]
@@ -231,7 +238,7 @@ def main() -> int:
             worst = min(worst, score)
             print(f"{group}: {len(drawn) - len(survivors)} of {len(drawn)} caught ({score:.0%}), out of {len(every)}")
             for one in survivors:
-                print(f"    survived {one}", flush=True)
+                print(f"    survived {one}")
     return 0
 
 

@@ -39,6 +39,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "matching, profile": {"matching": _MATCH, "allocation": "profile"},
     "matching, row weights, fisher": {"matching": _MATCH, "row_weights": "fisher"},
     "matching, drift, profile": {"matching": _MATCH, "drift": 0.25, "allocation": "profile"},
+    "matching, drift, rotate, permute": {"matching": _MATCH, "drift": 0.25, "rotate": True, "permute": True},
     "matching, drift, rotate": {"matching": _MATCH, "drift": 0.25, "rotate": True},
     "matching, drift, rotate, profile": {"matching": _MATCH, "drift": 0.25, "rotate": True, "allocation": "profile"},
     "matching, drift, rotate, lsa": {"matching": _MATCH, "drift": 0.25, "rotate": True, "allocation": "lsa"},

@@ -69,7 +69,7 @@ def test_it_comes_closer_to_the_dense_model_on_text_that_it_never_saw() -> None:
 
 def test_in_bfloat16_the_block_follows_its_float32_masters(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a machine with matrix units for bfloat16, where passes run with rounded weights."""
-    monkeypatch.setattr("rarefy.pruning.loop.compute_dtype", lambda dtype, _: dtype)
+    monkeypatch.setattr("rarefy.pruning.stores.compute_dtype", lambda dtype, _: dtype)
     models = []
     for matching in (None, EAGER, EAGER):
         model = make_model("llama").bfloat16()

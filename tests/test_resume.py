@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import warnings
 from contextlib import suppress
 from pathlib import Path
 
@@ -243,7 +245,15 @@ def test_a_run_goes_on_in_the_dtype_that_it_began_to_compute_in(
         _interrupt_after(patch, 2, KeyboardInterrupt())
         assert rarefy_(*_arguments(shelf, tmp_path / "out")).status == 130
     assert rarefy_(*_arguments(shelf, tmp_path / "whole")).status == 0
+    shutil.copytree(tmp_path / "out", tmp_path / "lost")
+    for file in (tmp_path / "lost" / "unfinished").glob("states-*.bin"):
+        file.unlink()
     measured(0.5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        done = rarefy_(*_arguments(shelf, tmp_path / "lost"))
+    assert "They are computed again from the finished blocks." in done.err
+    assert _result(tmp_path / "lost") == _result(tmp_path / "whole")
     assert rarefy_(*_arguments(shelf, tmp_path / "out")).status == 0
     assert rarefy_(*_arguments(shelf, tmp_path / "other")).status == 0
     assert _result(tmp_path / "out") == _result(tmp_path / "whole")

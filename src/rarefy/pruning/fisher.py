@@ -99,7 +99,7 @@ class _Backward:
         world = self.store.world
         with world.together():
             states, _ = self.store.hidden_states(self.blocks, self.windows, self.batch_size)
-        dtype = self.store.computing(states)
+        dtype = self.store.compute_dtype(states)
         # The range of float16 is too small for gradients.
         convert_calls(states, torch.float32 if dtype == torch.float16 else dtype)
         for block, following in zip_longest(self.blocks, self.blocks[1:]):

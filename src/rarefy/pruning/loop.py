@@ -48,7 +48,7 @@ from rarefy.pruning.records import LayerRecord, Report
 from rarefy.pruning.reparametrise import Reparametrisation
 from rarefy.pruning.settings import FISHER, MLP, NONE, PatternOf, PruneSettings, allocated, as_pattern_of
 from rarefy.pruning.steps import PrunedBlock
-from rarefy.pruning.stores import COMPUTING, BlockStore
+from rarefy.pruning.stores import BlockStore
 from rarefy.pruning.survey import num_survey_parts, surveyed
 from rarefy.pruning.write import OVERFLOWED
 
@@ -162,16 +162,13 @@ def prune_blocks(
     counter = PartCounter(on_progress, measuring + _num_parts(todo, num_batches, of_all, settings))
     settings = surveyed(store, blocks, own, first, len(windows), settings, counter)
     row_weights = fisher_weights(store, blocks, own, first, len(windows), settings, counter)
-    if not todo:
-        computing = store.began_computing()
-    else:
+    if todo:
         with world.together():
             entering, dense = store.hidden_states(
                 blocks, own, settings.batch_size, first, dense_path=settings.needs_dense_path
             )
-        computing = store.computing(entering)
         for states in filter(None, (entering, dense)):
-            convert_calls(states, computing)
+            convert_calls(states, store.compute_dtype(entering))
     for block, following in zip_longest(todo, todo[1:]):
         done = []
         masks: Masks | None = {} if settings.steps else None
@@ -204,7 +201,7 @@ def prune_blocks(
                 if world.leads:
                     store.store(block, changed_parameters(block, settings))
         if block is todo[0]:
-            store.keep(COMPUTING, str(computing).encode())
+            store.keep_compute_dtype()
         if following is None:
             store.finish(block, done, None)
         else:
@@ -213,7 +210,7 @@ def prune_blocks(
     if world.leads:
         _warn_of(records)
     seconds = time.perf_counter() - started
-    ran_in = str(computing).removeprefix("torch.") if computing is not None else ""
+    ran_in = str(store.computing).removeprefix("torch.") if store.computing is not None else ""
     return Report(records, settings.pattern_name, str(settings.method), seconds, ran_in)
 
 

@@ -149,7 +149,7 @@ class _Distances:
     def _entering(self) -> HiddenStates:
         with self.store.world.together():
             states, _ = self.store.hidden_states(self.blocks, self.windows, self.settings.batch_size)
-        convert_calls(states, self.store.computing(states))
+        convert_calls(states, self.store.compute_dtype(states))
         return states
 
     @contextmanager

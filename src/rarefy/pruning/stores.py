@@ -52,8 +52,7 @@ if TYPE_CHECKING:
 
 
 _WINDOWS = "windows.safetensors"
-#: What a journal calls the file that names the dtype of computation.
-COMPUTING = "computing.txt"
+_COMPUTING = "computing.txt"  # the dtype of computation
 _DTYPES = {str(dtype): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)}
 
 
@@ -72,7 +71,8 @@ class BlockStore:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.world = World.current()
-        self._computing: torch.dtype | None = None
+        #: The dtype in which blocks run, once ``compute_dtype`` was asked.
+        self.computing: torch.dtype | None = None
 
     def records(self) -> list[LayerRecord]:
         """The records of the finished blocks."""
@@ -95,21 +95,19 @@ class BlockStore:
         entering = record(self.model, [block.module for block in blocks], windows, batch_size)
         return entering, entering.fork() if dense_path else None
 
+    def compute_dtype(self, states: HiddenStates) -> torch.dtype:
+        """The dtype in which blocks run: the first process chooses it for all, and for a run that goes on."""
+        if self.computing is None:
+            self.computing = self.world.from_first(partial(compute_dtype, states.states.dtype, states.device))
+        return self.computing
+
+    def keep_compute_dtype(self) -> None:
+        """Keep that dtype, from the moment when the first block is finished."""
+        self.keep(_COMPUTING, str(self.computing).encode())
+
     def recall(self, name: str) -> bytes | None:
         """What an earlier part of this run has remembered under ``name``; None where it has not."""
         return None
-
-    def began_computing(self) -> torch.dtype | None:
-        """The dtype in which an earlier part of this run has computed; None where it is not known."""
-        kept = self.recall(COMPUTING)
-        return _DTYPES[kept.decode()] if kept is not None else None
-
-    def computing(self, states: HiddenStates) -> torch.dtype:
-        """The dtype in which all of the run computes, on all processes, which call this alike."""
-        if self._computing is None:
-            best = partial(compute_dtype, states.states.dtype, states.device)
-            self._computing = self.began_computing() or self.world.from_first(best)
-        return self._computing
 
     def keep(self, name: str, content: bytes) -> None:
         """Keep what the run has decided, from the moment when its first block is finished."""
@@ -153,6 +151,8 @@ class JournaledStore(BlockStore):
         self.offload = offload
         self._first = 0  # the number of this process's first window
         self.finished = journal.finished
+        if kept := journal.kept(_COMPUTING):
+            self.computing = _DTYPES[kept.decode()]
         for index in range(self.finished):
             self._restore(index)
 
@@ -173,8 +173,8 @@ class JournaledStore(BlockStore):
     def remember(self, name: str, content: bytes) -> None:
         """Keep it beside the journal. Raises OutputError."""
         with self.world.together():
-            if self.world.leads and self._computing is not None:  # what is remembered was computed in it
-                self.journal.keep(COMPUTING, str(self._computing).encode())
+            if self.world.leads and self.computing is not None:  # what is remembered was computed in it
+                self.journal.keep(_COMPUTING, str(self.computing).encode())
             self.journal.remember(name, content)
 
     def hidden_states(
@@ -211,9 +211,7 @@ class JournaledStore(BlockStore):
 
     def _replay(self, stream: HiddenStates, blocks: Sequence[Block]) -> None:
         """Bring the states that enter the first block behind ``blocks``, which are pruned: the bits as before."""
-        # Not all processes may be here, so that each reads it by itself.
-        kept = self.journal.kept(COMPUTING)
-        dtype = _DTYPES[kept.decode()] if kept is not None else compute_dtype(stream.states.dtype, stream.device)
+        dtype = self.computing or compute_dtype(stream.states.dtype, stream.device)
         convert_calls(stream, dtype)
         for block in blocks:
             with self._pruned(block), computing_in(block.module, dtype):

@@ -108,7 +108,7 @@ def _facts(
     if rule.needs_grams:
         with world.together():
             states, _ = store.hidden_states(blocks, windows, settings.batch_size, first)
-        convert_calls(states, store.computing(states))
+        convert_calls(states, store.compute_dtype(states))
     facts: dict[str, float] = {}
     for block, following in zip_longest(blocks, blocks[1:]):
         with ExitStack() as scope:
