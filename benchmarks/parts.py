@@ -34,6 +34,8 @@ ROWS: dict[str, dict[str, Any]] = {
     "permute": {"permute": True},
     "rotate, permute": {"rotate": True, "permute": True},
     "matching": {"matching": _MATCH},
+    "matching, 1 window a step": {"matching": rarefy.Matching(batch_size=1), "batch_size": 1},
+    "matching, 4e-4": {"matching": rarefy.Matching(learning_rate=4e-4)},
     "matching, drift": {"matching": _MATCH, "drift": 0.25},
     "matching, refresh": {"matching": _MATCH, "refresh": True},
     "matching, profile": {"matching": _MATCH, "allocation": "profile"},

@@ -332,6 +332,8 @@ def test_check_names_what_is_wrong() -> None:
     more[1, 7] = True
     with pytest.raises(PatternError, match=r"^Row 1 of the mask keeps 5 weights, but row 50% keeps 4\.$"):
         PerRow(0.5).check(more)
+    assert [*PerRow(0.5).excess(mask), *PerRow(0.5).excess(fewer)] == []
+    assert [*PerRow(0.5).excess(more)][1:] == ["1 of its 2 rows hold more than 4 non-zero weights"]
     groups = torch.tensor([[True, True, False, False, True, False, False, False]])
     with pytest.raises(PatternError, match=r"^Group 1 of row 0 keeps 1 weights, but 2:4 keeps 2\.$"):
         NM(2, 4).check(groups)

@@ -123,7 +123,6 @@ def test_locked_entries_are_kept_first(pattern: TransposableNM) -> None:
 
 
 def test_locked_entries_that_leave_one_way_only() -> None:
-    """No exchange of two entries completes these: the linear program does."""
     pattern = TransposableNM(4, 8)
     hard = 0
     for seed in range(40):
@@ -137,6 +136,38 @@ def test_locked_entries_that_leave_one_way_only() -> None:
         assert float(values[mask].sum()) <= best * (1 + 1e-6)
         hard += float(values[mask].sum()) > 0.95 * best
     assert hard >= 36
+
+
+def test_what_no_exchange_completes_is_programmed(monkeypatch: pytest.MonkeyPatch) -> None:
+    programmed, solve = [], transposable._programmed
+
+    def noted(S: Tensor, keep: int, locked: Tensor) -> Tensor:
+        programmed.append(len(S))
+        return solve(S, keep, locked)
+
+    monkeypatch.setattr(transposable, "_programmed", noted)
+    pattern = TransposableNM(7, 8)
+    for seed in range(12):
+        allowed = pattern.project(scores(8, 8, seed + 100))
+        locked = allowed & (scores(8, 8, seed + 200) > 0.25)
+        mask = pattern.project(scores(8, 8, seed), locked)
+        pattern.check(mask)
+        assert bool((mask | ~locked).all())
+    assert programmed
+
+
+def test_the_program_finds_the_best_mask_or_says_that_there_is_none() -> None:
+    for seed in range(4):
+        values = scores(8, 8, seed)
+        locked = TransposableNM(3, 8).project(scores(8, 8, seed + 100)) & (scores(8, 8, seed + 200) > 0.5)
+        mask = transposable._programmed(values, 3, locked)
+        assert bool((mask | ~locked).all())
+        assert [*mask.sum(dim=0), *mask.sum(dim=1)] == [3] * 16
+        assert float(values[mask].sum()) == pytest.approx(best_sum(values, 3, locked), rel=1e-5)
+    full = torch.zeros(8, 8, dtype=torch.bool)
+    full[0, :4] = True
+    with pytest.raises(PatternError, match="^Entries are to be kept that no 3:8t mask holds together"):
+        transposable._programmed(values, 3, full)
 
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
@@ -155,6 +186,8 @@ def test_what_it_refuses() -> None:
         pattern.validate((6, 8), "q")
     with pytest.raises(PatternError, match=r"^pattern is 2:4t, but q has 6 inputs"):
         pattern.validate((8, 6), "q")
+    with pytest.raises(PatternError, match=r"^pattern is 2:4t, but the weight has 6 outputs"):
+        pattern.project(scores(6, 8))
     only_rows = NM(2, 4).project(torch.ones(8, 8))
     with pytest.raises(PatternError, match="^Of the mask's transpose: Group 0 of row 0 of the mask keeps 4|^Of the"):
         pattern.check(only_rows)

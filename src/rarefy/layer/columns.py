@@ -141,4 +141,5 @@ class Columns(Pattern):
 
 
 def _shape(matrix: Tensor) -> Shape:
-    return int(matrix.shape[0]), int(matrix.shape[1])
+    outputs, inputs = matrix.shape
+    return outputs, inputs

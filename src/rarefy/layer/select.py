@@ -57,7 +57,8 @@ def _between(values: Float[Tensor, " n"], k: int) -> Float[Tensor, " one"] | Non
     n = len(values)
     sample = _sorted(values[:: n // _SAMPLE | 1])  # an odd stride meets all columns
     place, slack = len(sample) * (n - k) // n, 4 * math.isqrt(len(sample))
-    low, high = float(sample[max(place - slack, 0)]), float(sample[min(place + slack, len(sample) - 1)])
+    low = float(sample[max(place - slack, 0)])  # no mutant: where the value is not between, all are searched
+    high = float(sample[min(place + slack, len(sample) - 1)])  # no mutant: as for low
     above, candidates, most = 0, [], n // 4
     for chunk in values.split(_CHUNK if values.device.type == "cpu" else n):
         larger = compare(gt, chunk, high)

@@ -85,7 +85,8 @@ class TransposableNM(NM):
         return shape[0] * (shape[1] // self.of) * self.keep
 
     def project(self, scores: Scores, locked: Mask | None = None) -> Mask:
-        self.validate((int(scores.shape[0]), int(scores.shape[1])))
+        outputs, inputs = scores.shape
+        self.validate((outputs, inputs))
         S = _in_blocks(scores, self.of)
         fixed = _in_blocks(locked, self.of) if locked is not None else None
         choose = _best_of_all if self.of <= _ENUMERATED else _transported
@@ -95,7 +96,7 @@ class TransposableNM(NM):
             some = slice(start, start + size)
             block = _finite(S[..., some].contiguous())
             parts.append(choose(block, self.keep, None if fixed is None else fixed[..., some]))
-        return _from_blocks(torch.cat(parts, dim=2), scores.shape[0])
+        return _from_blocks(torch.cat(parts, dim=2), outputs)
 
     def fill(self, scores: Scores, locked: Mask) -> Mask:
         """``locked``, and beside it what is positive of the best mask for the positive scores."""
@@ -242,30 +243,25 @@ def _complete_(
     of = S.shape[0]
     while len(lacking := rows.amax(dim=0).nonzero().squeeze(1)):
         S_, kept_, locked_ = S[..., lacking], kept[..., lacking], locked[..., lacking]
-        rows_, columns_ = rows[:, lacking], columns[:, lacking]
-        free = ((rows_ > 0).unsqueeze(1) & (columns_ > 0).unsqueeze(0) & ~kept_).flatten(0, 1)
-        best, place = S_.flatten(0, 1).masked_fill(~free, -torch.inf).max(dim=0)
-        simple = best > -torch.inf
-        i = torch.where(simple, place // of, rows_.argmax(dim=0)).view(1, 1, -1)
-        j = torch.where(simple, place % of, columns_.argmax(dim=0)).view(1, 1, -1)
+        # No entry (i, j) is free: the rounding took all that had room in their row and column.
+        i, j = (counts[:, lacking].argmax(dim=0).view(1, 1, -1) for counts in (rows, columns))
         # (x, y) leaves, and (i, y) and (x, j) come
         S_i, S_j = S_.gather(0, i.expand(1, of, -1)), S_.gather(1, j.expand(of, 1, -1))
         kept_i, kept_j = kept_.gather(0, i.expand(1, of, -1)), kept_.gather(1, j.expand(of, 1, -1))
         gain = (S_i + S_j - S_).masked_fill_(~(kept_ & ~kept_i & ~kept_j & ~locked_), -torch.inf)
         best, place = gain.flatten(0, 1).max(dim=0)
-        i, j, x, y = i.view(-1), j.view(-1), place // of, place % of
-        stuck = ~simple & (best == -torch.inf)
-        one, two = (~stuck & simple).nonzero().squeeze(1), (~stuck & ~simple).nonzero().squeeze(1)
-        kept[i[one], j[one], lacking[one]] = True
-        kept[x[two], y[two], lacking[two]] = False
-        kept[i[two], y[two], lacking[two]] = True
-        kept[x[two], j[two], lacking[two]] = True
-        done = torch.cat([one, two])
-        rows[i[done], lacking[done]] -= 1
-        columns[j[done], lacking[done]] -= 1
-        for block in lacking[stuck].tolist():  # which only locked entries can bring about
-            kept[..., block] = _programmed(S[..., block], keep, locked[..., block])
-            rows[:, block] = columns[:, block] = 0
+        stuck = best == -torch.inf
+        some = (~stuck).nonzero().squeeze(1)
+        block, i, j = lacking[some], i.view(-1)[some], j.view(-1)[some]
+        x, y = place[some] // of, place[some] % of
+        kept[x, y, block] = False
+        kept[i, y, block] = True
+        kept[x, j, block] = True
+        rows[i, block] -= 1
+        columns[j, block] -= 1
+        for one in lacking[stuck].tolist():  # which only locked entries can bring about
+            kept[..., one] = _programmed(S[..., one], keep, locked[..., one])
+            rows[:, one] = columns[:, one] = 0
 
 
 def _programmed(S: Float[Tensor, "M M"], keep: int, locked: Bool[Tensor, "M M"]) -> Bool[Tensor, "M M"]:
