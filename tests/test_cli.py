@@ -609,7 +609,7 @@ def test_help_and_version(rarefy_: Rarefy) -> None:
 
 def test_help_shows_what_a_run_needs_as_required(rarefy_: Rarefy, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "160")
-    for command, needed in (("prune", ("MODEL", "--output")), ("compare", ("MODEL", "--output", "--methods"))):
+    for command, needed in (("prune", ("MODEL", "--output")), ("compare", ("MODEL", "--output"))):
         text = rarefy_(command, "--help").out
         assert "[MODEL]" not in text
         starred = [line for line in text.splitlines() if line[1:4].strip() == "*"]

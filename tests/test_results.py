@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 
+from rarefy.sweeps.markdown import by_pattern
 from rarefy.sweeps.results import summarise, table, to_csv
+from rarefy.sweeps.wanted import LeftOut
 
 
 def cell(seed: int, **more: Any) -> dict[str, Any]:
@@ -71,7 +73,7 @@ def test_failed_seeds_are_counted_and_leave_the_mean_alone() -> None:
     assert table([cell(0), failed], None)[1][1] == "2:4 (1 failed)"
     other = cell(0, method="wanda")
     assert table([failed, other], None)[1][2:4] == ["failed", "failed"]
-    assert to_csv([cell(0), failed]).splitlines()[2] == "alps,2:4,0.5,1,,,,,,,,,failed,x"
+    assert to_csv([cell(0), failed]).splitlines()[2] == "alps,2:4,0.5,1,,,,,,,,,,,failed,x"
 
 
 def test_a_perplexity_that_is_not_finite_has_no_mean() -> None:
@@ -79,3 +81,40 @@ def test_a_perplexity_that_is_not_finite_has_no_mean() -> None:
     rows = table(cells, None)
     column = rows[0].index("perplexity w2")
     assert [row[column] for row in rows[1:]] == ["", "20.00"]
+
+
+def test_memory_and_tuning_have_columns_where_they_were_measured() -> None:
+    assert "seconds of tuning" not in table([cell(0)], None)[0]
+    assert "peak GB" not in table([cell(0)], None)[0]
+    tuned = cell(0, method="tuned", seconds={"record": 1.0, "prune": 10.0, "tune": 4.0}, peak_bytes=2_500_000_000)
+    heading, plain, other = table([cell(0), tuned], None)
+    assert heading[-3:] == ["seconds", "seconds of tuning", "peak GB"]
+    assert plain[-3:] == ["10.0", "", ""]
+    assert other[-3:] == ["10.0", "5.0", "2.5"]
+
+
+def test_a_table_of_methods_and_patterns_for_each_text() -> None:
+    both = [{"label": "w2", "value": 20.0}, {"label": "c4", "value": 30.0}]
+    rows = {"asked": "2:4", "perplexity": both}
+    half = {"asked": "50%", "pattern": "unstructured 50%", "perplexity": [both[0], {"label": "c4", "value": 32.0}]}
+    cells = [cell(0, **rows), cell(1, **rows | {"perplexity": [{"label": "w2", "value": 22.0}, both[1]]})]
+    cells += [cell(0, **half), cell(0, **rows, method="wanda"), cell(0, **half, method="wanda", status="failed")]
+    cells[-1].pop("perplexity")
+    dense = {"perplexity": both}
+    found = by_pattern(cells, dense, [LeftOut("owl", "2:4", "it has no steps"), LeftOut("wanda", "50%", "no")])
+    assert list(found) == ["perplexity_w2", "perplexity_c4"]
+    assert found["perplexity_w2"] == [
+        ["method", "2:4", "50%"],
+        ["dense", "20.00", "20.00"],
+        ["alps", "21.00 ± 1.41", "20.00"],
+        ["wanda", "20.00", "failed"],
+        ["owl", "-", "-"],
+    ]
+    assert found["perplexity_c4"][2] == ["alps", "30.00 ± 0.00", "32.00"]
+    assert by_pattern(cells[:2], dense) == {}  # of one pattern it would be the table of all
+
+
+def test_two_scopes_of_one_sparsity_are_two_rows() -> None:
+    cells = [cell(0, asked="50%", pattern=one) for one in ("row 50%", "unstructured 50%")] + [cell(0, asked="2:4")]
+    names = [row[0] for row in by_pattern(cells, None)["perplexity_w2"]]
+    assert names == ["method", "alps, row 50%", "alps, unstructured 50%", "alps"]

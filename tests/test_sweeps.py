@@ -34,6 +34,7 @@ from rarefy.methods.base import Method
 from rarefy.models.blocks import find_blocks
 from rarefy.pruning.loop import prune, prune_model
 from rarefy.report.build import write_report
+from rarefy.sweeps import making
 from rarefy.sweeps import sweep as module
 from rarefy.sweeps.folder import SweepFolder
 from rarefy.sweeps.options import Options
@@ -182,7 +183,7 @@ def test_cells_of_a_seed_share_windows_and_seeds_do_not(
         seen.append(windows.clone())
         return prune_model(model, windows, *more)
 
-    monkeypatch.setattr(module, "prune_model", watching)
+    monkeypatch.setattr(making, "prune_model", watching)
     sweep(replace(options, seeds=2), tmp_path / "out")
     assert len(seen) == 8
     assert all(torch.equal(one, seen[0]) for one in seen[:4])
@@ -508,7 +509,7 @@ def test_the_command(rarefy_: Rarefy, model_folder: Folders, tmp_path: Path, tex
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ("", "Missing option '--methods'"),
+        ("", "--methods is missing: name one or more, such as magnitude,wanda,sparsegpt, or a file of --systems"),
         ("--methods wandaa", "--methods is 'wandaa', but must be"),
         ("--methods pcg", "cannot come first: write for example wanda+pcg"),
         ("--methods wanda --sparsity 0.5,1.5", "--sparsity is 1.5, but must be a number in [0, 1)"),

@@ -18,7 +18,8 @@ from cli_for_tests import Rarefy, is_one_sentence
 from models_for_tests import build, make_model, save_folder
 from rarefy.errors import CalibrationError, InputError, OutputError, RecipeError, VerificationError
 from rarefy.models.source import resolve_model
-from rarefy.runs.tune import curve, tune
+from rarefy.runs.tune import tune
+from rarefy.runs.tune_facts import curve
 from rarefy.runs.tune_masks import stored_masks, verify_masks
 from rarefy.runs.tune_plan import TunePlan, make_tune_plan
 from rarefy.runs.tune_recipe import TuneRecipe

@@ -8,11 +8,24 @@ from typing import Annotated
 import typer
 
 from rarefy.cli.options import (
+    Allocation,
+    Along,
+    BarberRefit,
+    BarberScore,
+    BarberShare,
+    Drift,
     Exclude,
     Include,
     Limit,
     Log,
+    Match,
+    MatchBatch,
+    MatchLr,
+    Permute,
     Quiet,
+    Refresh,
+    Rotate,
+    RowWeights,
     TaskData,
     TaskNames,
     Text,
@@ -34,13 +47,24 @@ def compare(
         ),
     ],
     methods: Annotated[
-        str,
+        Text,
         typer.Option(
             metavar="A,B",
             help="Methods that `rarefy methods` lists, or A+B, by commas; or what makes the model smaller: "
             "shrink:blocks, shrink:heads, shrink:neurons, shrink:search, also with a rule (shrink:blocks:kl).",
         ),
-    ],
+    ] = None,
+    systems: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Rows beside --methods, or instead: TOML, for each row a table of the keys of a recipe.",
+        ),
+    ] = None,
+    allow_code: Annotated[
+        bool,
+        typer.Option("--allow-code", help="Let --systems name methods that are not Rarefy's (it runs that code)."),
+    ] = False,
     sparsity: Annotated[
         Text, typer.Option(metavar="S,S", help="Fractions of zeros, by commas (default: 0.5).")
     ] = None,
@@ -74,6 +98,19 @@ def compare(
     ] = "auto",
     include: Include = None,
     exclude: Exclude = None,
+    along: Along = None,
+    barber: BarberScore = None,
+    barber_share: BarberShare = None,
+    barber_refit: BarberRefit = None,
+    match: Match = None,
+    match_lr: MatchLr = None,
+    match_batch: MatchBatch = None,
+    drift: Drift = None,
+    refresh: Refresh = None,
+    permute: Permute = None,
+    rotate: Rotate = None,
+    row_weights: RowWeights = None,
+    allocation: Allocation = None,
     text: Texts = None,
     eval_length: Annotated[
         int | None,
@@ -93,12 +130,13 @@ def compare(
     quiet: Quiet = False,
     log: Log = None,
 ) -> None:
-    """Prune a model in several ways and measure each: a table of methods, sparsities and seeds.
+    """Prune a model in several ways and measure each: a table of methods or systems, sparsities and seeds.
 
+    One of --methods and --systems is required. What changes the loop, such as --match, holds for all that prunes.
     The same command on the same folder goes on where it was stopped.
     """
     from rarefy.pruning.records import aligned
-    from rarefy.runs.recipe import parse_settings
+    from rarefy.runs.recipe import LOOP, parse_settings
     from rarefy.sweeps.folder import SweepFolder
     from rarefy.sweeps.options import Options
     from rarefy.sweeps.plan import plan_sweep
@@ -110,6 +148,8 @@ def compare(
             Options(
                 model=model,
                 methods=split(methods),
+                systems=systems,
+                allow_code=allow_code,
                 sparsities=split(sparsity),
                 patterns=split(pattern),
                 sizes=split(size),
@@ -135,10 +175,13 @@ def compare(
                 limit=parse_limit(limit),
                 save=save,
                 retry=retry,
+                loop={key: context.params[key] for key in LOOP if context.params[key] is not None},
             ),
             folder,
         )
         terminal.begin()
+        for one in sweep.left_out:
+            terminal.note(f"left out: {one.name}, {one.asked}: {one.reason}")
         from rarefy.sweeps.sweep import run_sweep  # with torch, which takes seconds
 
         cells = run_sweep(sweep, folder, ["rarefy", *context.obj], watch=terminal.watch, note=terminal.note)

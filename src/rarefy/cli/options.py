@@ -81,6 +81,79 @@ TextColumn = Annotated[
     ),
 ]
 
+# What the loop over blocks does beside the method, of `prune` and of every cell of `compare`.
+Along = Annotated[
+    Text,
+    typer.Option(
+        metavar="WHAT",
+        help="What N:M groups are of: inputs, or neurons, which are outputs of the layers that make the neurons "
+        "of an MLP; no sparse kernel takes these (default: inputs).",
+    ),
+]
+BarberScore = Annotated[
+    Text,
+    typer.Option(
+        metavar="SCORE",
+        help="Swap revived and pruned weights of each block by the error of its attention and its MLP: published "
+        "or signed (default: none).",
+    ),
+]
+BarberShare = Annotated[
+    Text, typer.Option(metavar="S", help="Share of the crossing pairs that --barber swaps (default: 0.01).")
+]
+BarberRefit = Annotated[
+    bool | None,
+    typer.Option(
+        "--barber-refit/--no-barber-refit",
+        help="Refit what is kept behind --barber, or keep its dense values, as published (default: refit).",
+    ),
+]
+Match = Annotated[
+    Text,
+    typer.Option(
+        metavar="PASSES",
+        help="Train what is kept of each block to match the dense model: passes over the windows (default: 0).",
+    ),
+]
+MatchLr = Annotated[
+    Text, typer.Option(metavar="RATE", help="Learning rate of --match, falling linearly (default: 2e-4).")
+]
+MatchBatch = Annotated[Text, typer.Option(metavar="N", help="Windows per step of --match (default: 4).")]
+Drift = Annotated[
+    Text,
+    typer.Option(
+        metavar="A", help="Share of the drift from the dense path that layers correct, such as 0.25 (default: 0)."
+    ),
+]
+Refresh = Annotated[
+    bool | None,
+    typer.Option("--refresh/--no-refresh", help="Let later layers of a block see what was pruned before them."),
+]
+Permute = Annotated[
+    bool | None,
+    typer.Option("--permute/--no-permute", help="Order MLP neurons and the insides of heads for N:M, at no cost."),
+]
+Rotate = Annotated[
+    bool | None,
+    typer.Option("--rotate/--no-rotate", help="Rotate the insides of heads so that less is pruned, at no cost."),
+]
+RowWeights = Annotated[
+    Text,
+    typer.Option(
+        metavar="RULE",
+        help="Which outputs count more where rows compete for weights (--scope layer): none, mlp (those that "
+        "make large neurons), or fisher (those that the loss depends on) (default: none).",
+    ),
+]
+Allocation = Annotated[
+    Text,
+    typer.Option(
+        metavar="RULE",
+        help="Sparsity of each layer at the same total: uniform, profile, owl, alphapruning, lsa, search, or a "
+        ".json or .csv file of globs and sparsities (default: uniform).",
+    ),
+]
+
 
 def parse_limit(text: str | None) -> int | float | None:
     """``--limit`` as lm-eval has it: a number of items, or a fraction of each task's. Raises InputError."""

@@ -11,15 +11,28 @@ from typer.core import TyperCommand
 
 from rarefy.allocation.names import MEASURED
 from rarefy.cli.options import (
+    Allocation,
+    Along,
+    BarberRefit,
+    BarberScore,
+    BarberShare,
     Bos,
     Device,
+    Drift,
     Dtype,
     Exclude,
     Include,
     Log,
+    Match,
+    MatchBatch,
+    MatchLr,
     OffloadDir,
+    Permute,
     Quiet,
     RecipeFile,
+    Refresh,
+    Rotate,
+    RowWeights,
     Text,
     TextColumn,
 )
@@ -72,14 +85,7 @@ def prune(
             help="Keep N of every M weights along the inputs, instead of a sparsity; N:Mt: in columns as well.",
         ),
     ] = None,
-    along: Annotated[
-        Text,
-        typer.Option(
-            metavar="WHAT",
-            help="What N:M groups are of: inputs, or neurons, which are outputs of the layers that make the neurons "
-            "of an MLP; no sparse kernel takes these (default: inputs).",
-        ),
-    ] = None,
+    along: Along = None,
     scope: Annotated[
         Text,
         typer.Option(
@@ -127,71 +133,18 @@ def prune(
     strict: Annotated[
         bool | None, typer.Option("--strict/--no-strict", help="Stop where the method fails on a layer.")
     ] = None,
-    barber: Annotated[
-        Text,
-        typer.Option(
-            metavar="SCORE",
-            help="Swap revived and pruned weights of each block by the error of its attention and its MLP: published "
-            "or signed (default: none).",
-        ),
-    ] = None,
-    barber_share: Annotated[
-        Text, typer.Option(metavar="S", help="Share of the crossing pairs that --barber swaps (default: 0.01).")
-    ] = None,
-    barber_refit: Annotated[
-        bool | None,
-        typer.Option(
-            "--barber-refit/--no-barber-refit",
-            help="Refit what is kept behind --barber, or keep its dense values, as published (default: refit).",
-        ),
-    ] = None,
-    match: Annotated[
-        Text,
-        typer.Option(
-            metavar="PASSES",
-            help="Train what is kept of each block to match the dense model: passes over the windows (default: 0).",
-        ),
-    ] = None,
-    match_lr: Annotated[
-        Text, typer.Option(metavar="RATE", help="Learning rate of --match, falling linearly (default: 2e-4).")
-    ] = None,
-    match_batch: Annotated[Text, typer.Option(metavar="N", help="Windows per step of --match (default: 4).")] = None,
-    drift: Annotated[
-        Text,
-        typer.Option(
-            metavar="A", help="Share of the drift from the dense path that layers correct, such as 0.25 (default: 0)."
-        ),
-    ] = None,
-    refresh: Annotated[
-        bool | None,
-        typer.Option("--refresh/--no-refresh", help="Let later layers of a block see what was pruned before them."),
-    ] = None,
-    permute: Annotated[
-        bool | None,
-        typer.Option(
-            "--permute/--no-permute", help="Order MLP neurons and the insides of heads for N:M, at no cost."
-        ),
-    ] = None,
-    rotate: Annotated[
-        bool | None,
-        typer.Option("--rotate/--no-rotate", help="Rotate the insides of heads so that less is pruned, at no cost."),
-    ] = None,
-    row_weights: Annotated[
-        Text,
-        typer.Option(
-            metavar="RULE",
-            help="Which outputs count more where rows compete for weights (--scope layer): none, mlp (those that "
-            "make large neurons), or fisher (those that the loss depends on) (default: none).",
-        ),
-    ] = None,
-    allocation: Annotated[
-        Text,
-        typer.Option(
-            metavar="RULE",
-            help="Sparsity of each layer at the same total: uniform, profile, owl, alphapruning, lsa, search, or a "
-            ".json or .csv file of globs and sparsities (default: uniform).",
-        ),
-    ] = None,
+    barber: BarberScore = None,
+    barber_share: BarberShare = None,
+    barber_refit: BarberRefit = None,
+    match: Match = None,
+    match_lr: MatchLr = None,
+    match_batch: MatchBatch = None,
+    drift: Drift = None,
+    refresh: Refresh = None,
+    permute: Permute = None,
+    rotate: Rotate = None,
+    row_weights: RowWeights = None,
+    allocation: Allocation = None,
     offload_dir: OffloadDir = None,
     texts: Annotated[
         bool,

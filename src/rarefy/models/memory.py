@@ -16,7 +16,7 @@ import torch
 
 
 def peak_bytes(device: torch.device) -> int:
-    """The most memory so far: of the GPU's allocator, or of the whole process on the CPU."""
+    """The most memory so far, or since ``reset_peak``: of the GPU's allocator, or of the whole process on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:
@@ -25,6 +25,15 @@ def peak_bytes(device: torch.device) -> int:
         return int(psutil.Process().memory_info().peak_wset)  # type: ignore[attr-defined]
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes there, in KiB elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def reset_peak(device: torch.device) -> None:
+    """Let ``peak_bytes`` begin anew, where the system can: on GPUs and on Linux. Elsewhere it stays as it is."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # resets the peak of the resident set
 
 
 def resident_bytes() -> int:

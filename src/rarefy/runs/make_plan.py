@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,8 +15,10 @@ from rarefy.runs.recipe import DEFAULT_CALIBRATION, Recipe
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedModel
 
     from rarefy.calibration.documents import Source
+    from rarefy.models.blocks import Block
     from rarefy.models.source import ModelSource
     from rarefy.pruning.settings import PerLayer, Uniform
 
@@ -33,13 +36,9 @@ def make_plan(recipe: Recipe, output: Path | None = None, offload: Path | None =
     # What follows imports torch, which takes seconds.
     from rarefy.calibration.check import check_blocks
     from rarefy.calibration.windows import DRAW_FROM, draw_windows
-    from rarefy.layer.pattern import NM
     from rarefy.models.blocks import find_blocks, select_sites
     from rarefy.models.checkpoint import resolve_device
     from rarefy.models.source import resolve_model
-    from rarefy.pruning.loop import check_patterns
-    from rarefy.pruning.reparametrise import Reparametrisation
-    from rarefy.pruning.settings import across_neurons, allocated
     from rarefy.pruning.stores import kept_windows
     from rarefy.runs.journal import Journal
     from rarefy.runs.memory import check_own_text_fits
@@ -53,14 +52,8 @@ def make_plan(recipe: Recipe, output: Path | None = None, offload: Path | None =
         raise InputError("--num-samples", recipe.window_shape[0], f"at least {world.size}, a window for each process")
     skeleton = source.skeleton()
     blocks = select_sites(find_blocks(skeleton), recipe.include, recipe.exclude)
-    if recipe.along == "neurons" and isinstance(pattern, NM):
-        pattern_of: Uniform | PerLayer = across_neurons(pattern, blocks)
-    else:
-        pattern_of = allocated(recipe.allocation, pattern, blocks)
-    settings = recipe.prune_settings(pattern_of)  # says what does not go together
-    check_patterns(blocks, settings)
     check_blocks(skeleton, blocks)
-    Reparametrisation.of(skeleton, blocks, settings)
+    pattern_of = checked_patterns(recipe, skeleton, blocks)
     windows = None
     if text is not SELF:
         num, length = recipe.window_shape
@@ -78,6 +71,29 @@ def make_plan(recipe: Recipe, output: Path | None = None, offload: Path | None =
     if windows is None and plan.streams:
         check_own_text_fits(plan)
     return plan
+
+
+def checked_patterns(recipe: Recipe, skeleton: PreTrainedModel, blocks: Sequence[Block]) -> Uniform | PerLayer:
+    """The pattern of each layer to prune, which are those of ``blocks``; ``skeleton`` is the model without weights.
+
+    Raises PatternError where a pattern does not fit a layer or the recipe's other settings, InputError where these do
+    not go together, ModelError where the model cannot be changed as they say.
+    """
+    from rarefy.layer.pattern import NM
+    from rarefy.pruning.loop import check_patterns
+    from rarefy.pruning.reparametrise import Reparametrisation
+    from rarefy.pruning.settings import across_neurons, allocated
+
+    pattern = recipe.build_pattern()
+    pattern_of: Uniform | PerLayer
+    if recipe.along == "neurons" and isinstance(pattern, NM):
+        pattern_of = across_neurons(pattern, blocks)
+    else:
+        pattern_of = allocated(recipe.allocation, pattern, blocks)
+    settings = recipe.prune_settings(pattern_of)  # says what does not go together
+    check_patterns(blocks, settings)
+    Reparametrisation.of(skeleton, blocks, settings)
+    return pattern_of
 
 
 def read_tokens(

@@ -19,7 +19,7 @@ from rarefy.allocation.names import ALLOWED, is_allocation
 from rarefy.errors import InputError, MethodError, PatternError, RecipeError
 from rarefy.methods.settings import check
 from rarefy.runs.arguments import DEVICE_WORDS, DEVICES
-from rarefy.runs.recipe_file import read_yaml, refuse_unknown
+from rarefy.runs.recipe_file import Told, refuse_unknown
 
 if TYPE_CHECKING:
     from rarefy.layer.pattern import NM, Pattern
@@ -33,6 +33,11 @@ DEFAULT_CALIBRATION = "self"
 #: Windows x tokens per window: without ``--calibration`` what a laptop does in minutes, with it the papers'.
 QUICK_WINDOWS = (32, 1024)
 FULL_WINDOWS = (128, 2048)
+#: Keys of a recipe that say what the loop over blocks does beside the method.
+LOOP = (
+    "along", "barber", "barber_share", "barber_refit", "match", "match_lr", "match_batch", "drift", "refresh",
+    "permute", "rotate", "row_weights", "allocation",
+)  # fmt: skip
 #: A thousand times what papers calibrate on, and 2 GiB of token ids.
 _MOST_TOKENS = 2**28
 
@@ -105,15 +110,16 @@ class Recipe(BaseModel):
     allocation: str = Field("uniform", min_length=1, description=ALLOWED)
 
     @classmethod
-    def read(cls, options: Mapping[str, Any], file: Path | None = None, *, allow_code: bool = False) -> Self:
-        """The recipe in ``file`` (YAML), with the ``options`` of the command line replacing its keys.
+    def read(cls, options: Mapping[str, Any], file: Path | Told | None = None, *, allow_code: bool = False) -> Self:
+        """The recipe in ``file`` (YAML, or what is told), with ``options`` of the command line replacing its keys.
 
         A sparsity replaces the file's pattern, a pattern its sparsity and scope, another method its
         settings; settings of the command line are added to those that stay. A method that is not Rarefy's
         (package.module:Class) is code that runs when it is imported: an option may name it, a file only with
         ``allow_code``. Raises InputError where an option is wrong, RecipeError where the file is.
         """
-        base = read_yaml(file) if file else {}
+        told = Told.by(file)
+        base = dict(told.values) if told else {}
         if "sparsity" in options:
             base.pop("pattern", None)
             base.pop("along", None)
@@ -128,16 +134,16 @@ class Recipe(BaseModel):
             merged["settings"] = {**settings, **options["settings"]}
 
         def from_file(key: str) -> bool:
-            return file is not None and key in base and key not in options
+            return key in base and key not in options
 
         def written(key: str) -> str:
-            if from_file(key):
-                return f"{key} in {file}"
+            if told is not None and from_file(key):
+                return f"{key} in {told.where}"
             return {"model": "MODEL", "settings": "--set"}.get(key, "--" + key.replace("_", "-"))
 
         if not merged.get("model"):
             raise InputError.sentence("MODEL is missing: name a hub id, a local folder, a .gguf file, or smollm2.")
-        refuse_unknown(merged, cls.model_fields, base, file)
+        refuse_unknown(merged, cls.model_fields, told)
         if merged.get("pattern") is not None:
             for key in ("sparsity", "scope"):
                 if merged.get(key) is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,19 @@ from rarefy.errors import RecipeError
 
 #: A recipe has a few hundred bytes in two levels.
 _MOST_BYTES, _MOST_LEVELS = 2**18, 10
+
+
+@dataclass(frozen=True)
+class Told:
+    """Keys and values that a file says; ``where`` is what errors call it, such as ``run.yaml``."""
+
+    values: Mapping[str, Any]
+    where: str
+
+    @classmethod
+    def by(cls, file: Path | Told | None) -> Told | None:
+        """What a YAML file says, or what is told already. Raises RecipeError."""
+        return cls(read_yaml(file), str(file)) if isinstance(file, Path) else file
 
 
 def read_yaml(file: Path) -> dict[str, Any]:
@@ -37,18 +51,13 @@ def read_yaml(file: Path) -> dict[str, Any]:
     return found
 
 
-def refuse_unknown(
-    keys: Iterable[object], known: Collection[str], base: Mapping[str, Any], file: Path | None
-) -> None:
-    """Raise RecipeError where one of ``keys`` is not ``known``.
-
-    It names ``file`` where ``base``, which was read from it, has the key.
-    """
+def refuse_unknown(keys: Iterable[object], known: Collection[str], told: Told | None) -> None:
+    """Raise RecipeError where one of ``keys`` is not ``known``; it says where that was told, if it was."""
     for key in keys:
         if key not in known:
             nearest = difflib.get_close_matches(str(key), known, n=1)
             hint = f"; did you mean {nearest[0]}?" if nearest else f"; its keys are {', '.join(known)}."
-            where = f" in {file}" if file is not None and key in base else ""
+            where = f" in {told.where}" if told is not None and key in told.values else ""
             raise RecipeError.sentence(f"{str(key)[:100]}{where} is no key of a recipe{hint}")
 
 

@@ -19,7 +19,7 @@ from rarefy.runs.recipe import (
     Whole,
     what_is_wrong,
 )
-from rarefy.runs.recipe_file import read_yaml, refuse_unknown
+from rarefy.runs.recipe_file import Told, refuse_unknown
 
 _WHOLE = "a whole number of at least"
 _SHARE = "a share between 0 and 1"
@@ -73,7 +73,8 @@ class ShrinkRecipe(BaseModel):
 
         Raises InputError where an option is wrong, RecipeError where the file is.
         """
-        base = read_yaml(file) if file else {}
+        told = Told.by(file)
+        base = dict(told.values) if told else {}
         merged = {**base, **options}
 
         def from_file(key: str) -> bool:
@@ -86,7 +87,7 @@ class ShrinkRecipe(BaseModel):
 
         if not merged.get("model"):
             raise InputError.sentence("MODEL is missing: name a hub id, a local folder, a .gguf file, or smollm2.")
-        refuse_unknown(merged, cls.model_fields, base, file)
+        refuse_unknown(merged, cls.model_fields, told)
         try:
             recipe = cls.model_validate(merged)
         except ValidationError as error:

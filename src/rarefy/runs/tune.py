@@ -6,15 +6,14 @@ import shlex
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from rarefy.errors import ModelError, NumericalError, OutputError, RankError, RarefyError, VerificationError
+from rarefy.errors import ModelError, OutputError, RankError, RarefyError, VerificationError
 from rarefy.models.memory import give_back, peak_bytes
 from rarefy.parallel.world import World
 from rarefy.pruning.stores import keep_windows, kept_windows
@@ -22,8 +21,9 @@ from rarefy.runs.card import base_model, model_card
 from rarefy.runs.events import Events, Silent
 from rarefy.runs.fingerprint import versions
 from rarefy.runs.folder import RunFolder
+from rarefy.runs.tune_facts import tuning_facts
 from rarefy.runs.tune_journal import TuneJournal
-from rarefy.runs.tune_masks import keep_from_zero_, verify_masks
+from rarefy.runs.tune_masks import round_as_stored_, stored_masks, verify_masks
 from rarefy.runs.tune_model import Trained, gather, is_sharded, load_trained, record_dense
 from rarefy.runs.tune_plan import TunePlan, make_tune_plan
 from rarefy.runs.tune_recipe import TuneRecipe
@@ -35,9 +35,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from rarefy.tuning.train import Measurement, StepRecord, Tuner
-
-#: Points of the curve that run.json keeps.
-_POINTS = 100
 
 #: A state is kept when this much time has passed since the last one: to write one takes seconds to minutes.
 _SECONDS_BETWEEN_STATES = 600.0
@@ -247,21 +244,15 @@ class _Run:
         """Ordinary weights, rounded as they are stored; the held-out windows as measured with these."""
         from rarefy.tuning.parametrise import merge_parametrisation
 
-        if is_sharded(self.plan, self.world):
+        if is_sharded(self.plan.recipe, self.world):
             gather(self.plan, trained, self.world)
-        tuner, dtypes = trained.tuner, trained.dtypes
+        tuner = trained.tuner
         merge_parametrisation(self.plan.recipe.parametrisation, tuner.model)
-        model = tuner.model
         with self.world.together(), torch.no_grad():
             if not self.world.leads:
                 return None
-            if raised := keep_from_zero_(model, self.plan.source, dtypes):
+            if raised := round_as_stored_(tuner.model, stored_masks(self.plan.source), trained.dtypes):
                 self.events.note(f"{raised:,} kept weights would be stored as 0 and are the smallest number instead")
-            for name, parameter in model.named_parameters():
-                rounded = parameter.to(dtypes[name])
-                if not bool(torch.isfinite(rounded).all()):
-                    raise NumericalError(f"{name} has values beyond what {dtypes[name]} can hold.")
-                parameter.copy_(rounded)
             return tuner.measure() if tuner.measurements else None
 
     # --- What is written -----------------------------------------------------------------------------------
@@ -304,10 +295,9 @@ class _Run:
         written: Measurement | None,
     ) -> dict[str, Any]:
         """What ``run.json`` and the model card say of a tuning."""
-        plan, recipe, tuner = self.plan, self.plan.recipe, trained.tuner
+        plan, recipe = self.plan, self.plan.recipe
         size, pruned = (sum(getattr(record, key) for record in plan.records) for key in ("size", "pruned"))
         dense = plan.dense
-        best = tuner.best
         return {
             "command": shlex.join(command),
             "versions": versions(),
@@ -334,36 +324,9 @@ class _Run:
                 "sequence_length": recipe.sequence_length,
                 "bos": recipe.bos,
             },
-            "tuning": {
-                "of": recipe.model,
-                "against": recipe.against,
-                "parametrisation": recipe.parametrisation,
-                "trained": trained.numbers,
-                "teacher": trained.teacher,
-                "precision": str(plan.precision).removeprefix("torch."),
-                "settings": asdict(recipe.settings()),
-                "held_out": held_out,
-                "steps": len(tuner.records),
-                "curve": curve(tuner.records),
-                "measurements": [asdict(one) for one in tuner.measurements],
-                "best_step": best.step if best else None,
-                "written": asdict(written) if written else None,
-            },
+            "tuning": tuning_facts(recipe, trained, plan.precision, held_out, written),
             "perplexity": [],
         }
-
-
-def curve(records: Sequence[StepRecord]) -> list[dict[str, float]]:
-    """The records of all steps as a curve for run.json: at most 100 points with four digits.
-
-    Where there are more steps, a point is the mean over several neighbours.
-    """
-    size = max(1, -(-len(records) // _POINTS))
-    groups = [records[first : first + size] for first in range(0, len(records), size)]
-    return [
-        {name: float(f"{fmean(getattr(one, name) for one in group):.4g}") for name in asdict(group[0])}
-        for group in groups
-    ]
 
 
 def _iso(moment: datetime) -> str:

@@ -1,20 +1,33 @@
-"""The proof of a tuning: every mask in the written files equals that in the files it began with, bit for bit."""
+"""The proof of a tuning: every mask equals that of the model it began with, bit for bit, in memory or in files."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from rarefy.errors import ModelError, VerificationError
+from rarefy.errors import ModelError, NumericalError, VerificationError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from rarefy.models.source import ModelSource
+
+
+#: Where each weight of the blocks is not zero, by the names of sites, in their order.
+Masks = Iterable[tuple[str, Bool[Tensor, "out in"]]]
+
+
+def masks_of(model: PreTrainedModel) -> Iterator[tuple[str, Bool[Tensor, "out in"]]]:
+    """Where each weight of the blocks of a model in memory is not zero, by the names of sites."""
+    from rarefy.models.blocks import find_blocks
+
+    for block in find_blocks(model):
+        for site in block.sites:
+            yield site.name, site.read() != 0
 
 
 def stored_masks(source: ModelSource) -> Iterator[tuple[str, Bool[Tensor, "out in"]]]:
@@ -27,9 +40,7 @@ def stored_masks(source: ModelSource) -> Iterator[tuple[str, Bool[Tensor, "out i
         streamed = StreamedModel(source)
     except ModelError:  # it cannot be had in parts
         model, _ = load_model(source, "cpu")
-        for block in find_blocks(model):
-            for site in block.sites:
-                yield site.name, site.read() != 0
+        yield from masks_of(model)
         return
     try:
         for block in find_blocks(streamed.model):
@@ -41,9 +52,14 @@ def stored_masks(source: ModelSource) -> Iterator[tuple[str, Bool[Tensor, "out i
 
 
 def verify_masks(before: ModelSource, after: ModelSource) -> int:
+    """Compare all masks in files, as ``compare_masks`` does."""
+    return compare_masks(stored_masks(before), stored_masks(after))
+
+
+def compare_masks(before: Masks, after: Masks) -> int:
     """Compare all masks; returns how many weights are zero in both. Raises VerificationError where two differ."""
     zeros = 0
-    for (name, old), (same, new) in zip(stored_masks(before), stored_masks(after), strict=True):
+    for (name, old), (same, new) in zip(before, after, strict=True):
         if name != same or old.shape != new.shape:
             raise VerificationError(f"{name} is not what {same} is in the model that was tuned.")
         if filled := int((new & ~old).sum()):
@@ -55,16 +71,32 @@ def verify_masks(before: ModelSource, after: ModelSource) -> int:
 
 
 @torch.no_grad()
-def keep_from_zero_(model: PreTrainedModel, before: ModelSource, dtypes: dict[str, torch.dtype]) -> int:
+def round_as_stored_(model: PreTrainedModel, before: Masks, dtypes: dict[str, torch.dtype]) -> int:
+    """Round all parameters to what their ``dtypes``, by name, can hold, and lose no weight that is kept.
+
+    Weights that would be stored as 0 get the smallest number there is, so that the mask can be read from what is
+    stored; returns how many they are. Raises NumericalError where a value is beyond what its dtype can hold.
+    """
+    raised = keep_from_zero_(model, before, dtypes)
+    for name, parameter in model.named_parameters():
+        rounded = parameter.to(dtypes[name])
+        if not bool(torch.isfinite(rounded).all()):
+            raise NumericalError(f"{name} has values beyond what {dtypes[name]} can hold.")
+        parameter.copy_(rounded)
+    return raised
+
+
+@torch.no_grad()
+def keep_from_zero_(model: PreTrainedModel, before: Masks, dtypes: dict[str, torch.dtype]) -> int:
     """Give weights that are kept, and that would be stored as 0, the smallest number there is; how many they are.
 
-    ``dtypes`` are those in which parameters are stored, by name. So the mask can be read from the files.
+    ``dtypes`` are those in which parameters are stored, by name.
     """
     from rarefy.models.blocks import find_blocks
 
     sites = {site.name: site for block in find_blocks(model) for site in block.sites}
     raised = 0
-    for name, mask in stored_masks(before):
+    for name, mask in before:
         site = sites[name]
         dtype = dtypes[site.parameter_name]
         weight = site.read()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +15,7 @@ from rarefy.parallel.world import World
 from rarefy.runs.events import Events
 from rarefy.runs.tune_journal import TuneJournal
 from rarefy.runs.tune_plan import TunePlan
+from rarefy.runs.tune_recipe import TuneRecipe
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -36,7 +38,7 @@ class Trained:
     tokenizer: PreTrainedTokenizerBase | None
     dtypes: dict[str, torch.dtype]
     numbers: int
-    teacher: str
+    teacher: str = ""
 
 
 # --- The dense model ----------------------------------------------------------------------------------------
@@ -154,37 +156,60 @@ def load_trained(
     plan: TunePlan, journal: TuneJournal, windows: Tensor, held_out: int, recorded: Mapping[str, Any], world: World
 ) -> Trained:
     """The model in float32, in the form in which it is trained, from the state that was kept where there is one."""
-    from rarefy.models.blocks import find_blocks
     from rarefy.models.checkpoint import load_model
+
+    with world.together():
+        model, tokenizer = load_model(plan.source, plan.device)
+    trained = made_trainable(
+        model, tokenizer, plan.recipe, plan.precision, partial(_make_teacher, plan, journal, recorded), windows,
+        held_out, world,
+    )  # fmt: skip
+    trained.teacher = str(recorded["kind"])
+    if (state := journal.state()) is not None:
+        trained.tuner.restore(state)
+    return trained
+
+
+def made_trainable(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    recipe: TuneRecipe,
+    precision: torch.dtype,
+    make_teacher: Callable[[Logits], Teacher],
+    windows: Tensor,
+    held_out: int,
+    world: World,
+) -> Trained:
+    """The loop for a model in memory, whose weights become float32, in the form in which it is trained.
+
+    ``make_teacher`` is given the model's logits. All processes call this alike.
+    """
+    from rarefy.models.blocks import find_blocks
     from rarefy.tuning.logits import Logits
     from rarefy.tuning.parametrise import parametrise
     from rarefy.tuning.shard import shard
     from rarefy.tuning.train import Tuner
 
-    recipe = plan.recipe
     with world.together():
-        model, tokenizer = load_model(plan.source, plan.device)
         dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
         for parameter in model.parameters():
             parameter.data = parameter.data.float()
-        logits = Logits(model, plan.precision)
+        logits = Logits(model, precision)
         blocks = find_blocks(model)
         modules = [block.module for block in blocks]
-        teacher = _make_teacher(plan, journal, recorded, logits)
-    if is_sharded(plan, world):
+        teacher = make_teacher(logits)
+    if is_sharded(recipe, world):
         shard(model, modules)
     form, seed = recipe.parametrisation, recipe.seed or 0
     parameters = parametrise(form, model, blocks, rank=recipe.rank, alpha=recipe.alpha, seed=seed)
     numbers = sum(parameter.numel() for parameter in parameters.values())
     tuner = Tuner(model, logits, parameters, modules, teacher, windows, held_out, recipe.settings(), world)
-    if (state := journal.state()) is not None:
-        tuner.restore(state)
-    return Trained(tuner, tokenizer, dtypes, numbers, str(recorded["kind"]))
+    return Trained(tuner, tokenizer, dtypes, numbers)
 
 
-def is_sharded(plan: TunePlan, world: World) -> bool:
+def is_sharded(recipe: TuneRecipe, world: World) -> bool:
     """Whether what is trained is spread over the processes; adapters are small, and whole on each."""
-    return world.size > 1 and plan.recipe.parametrisation in ("full", "norms")
+    return world.size > 1 and recipe.parametrisation in ("full", "norms")
 
 
 def gather(plan: TunePlan, trained: Trained, world: World) -> None:

@@ -91,7 +91,6 @@ def make_tune_plan(recipe: TuneRecipe) -> TunePlan:
     from rarefy.models.blocks import find_blocks
     from rarefy.models.checkpoint import resolve_device
     from rarefy.models.source import resolve_model
-    from rarefy.pruning.precision import compute_dtype
     from rarefy.tuning.train import make_optimizer
 
     make_optimizer([torch.nn.Parameter(torch.zeros(1))], recipe.settings())
@@ -119,9 +118,18 @@ def make_tune_plan(recipe: TuneRecipe) -> TunePlan:
                 "--sequence-length", length, f"at most {model.context}, the longest context of {model.name}"
             )
     texts = read_texts(sources, _with_tokenizer(source, dense), num, recipe.held_out, length, seed, recipe.bos)
-    precision = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(recipe.precision)
-    precision = precision or compute_dtype(torch.bfloat16, device)
+    precision = precision_of(recipe, device)
     return TunePlan(recipe, source, dense, skeleton, blocks, records, facts, texts, device, precision)
+
+
+def precision_of(recipe: TuneRecipe, device: torch.device) -> torch.dtype:
+    """The dtype of the products of a tuning on ``device``."""
+    import torch
+
+    from rarefy.pruning.precision import compute_dtype
+
+    said = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(recipe.precision)
+    return said or compute_dtype(torch.bfloat16, device)
 
 
 def _with_runs_settings(recipe: TuneRecipe, run: RunFolder | None) -> TuneRecipe:

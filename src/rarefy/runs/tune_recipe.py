@@ -13,7 +13,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from rarefy.errors import InputError, RecipeError
 from rarefy.runs.arguments import DEVICE_WORDS, DEVICES
 from rarefy.runs.recipe import Number, Whole, _no_bool, what_is_wrong
-from rarefy.runs.recipe_file import read_yaml, refuse_unknown
+from rarefy.runs.recipe_file import Told, refuse_unknown
 from rarefy.tuning.settings import TuneSettings
 
 #: What a form of training takes for a learning rate unless one is given: weights that are trained themselves,
@@ -59,32 +59,35 @@ class TuneRecipe(BaseModel):
     seed: Annotated[int, BeforeValidator(_no_bool)] | None = Field(None, ge=0, lt=2**63, description=f"{_WHOLE} 0")
 
     @classmethod
-    def read(cls, options: Mapping[str, Any], file: Path | None = None, *, allow_code: bool = False) -> Self:
-        """The recipe in ``file`` (YAML), with the ``options`` of the command line replacing its keys.
+    def read(cls, options: Mapping[str, Any], file: Path | Told | None = None, *, allow_code: bool = False) -> Self:
+        """The recipe in ``file`` (YAML, or what is told), with ``options`` of the command line replacing its keys.
 
         An optimiser that is not torch's is code that runs when it is imported: an option may name it, a file only
         with ``allow_code``. Raises InputError where an option is wrong, RecipeError where the file is.
         """
-        base = read_yaml(file) if file else {}
+        told = Told.by(file)
+        base = dict(told.values) if told else {}
         merged = {**base, **options}
 
+        def from_file(key: str) -> bool:
+            return key in base and key not in options
+
         def written(key: str) -> str:
-            if file is not None and key in base and key not in options:
-                return f"{key} in {file}"
+            if told is not None and from_file(key):
+                return f"{key} in {told.where}"
             return {"model": "MODEL"}.get(key, "--" + key.replace("_", "-"))
 
         if not merged.get("model"):
             raise InputError.sentence("MODEL is missing: name a folder that `rarefy prune` wrote.")
-        refuse_unknown(merged, cls.model_fields, base, file)
+        refuse_unknown(merged, cls.model_fields, told)
         try:
             recipe = cls.model_validate(merged)
         except ValidationError as error:
             key, given, allowed = what_is_wrong(error, cls, merged)
-            kind = RecipeError if file is not None and key in base and key not in options else InputError
+            kind = RecipeError if from_file(key) else InputError
             raise kind(written(key), given, allowed) from None
         recipe._check(written)
-        from_file = file is not None and "optimizer" in base and "optimizer" not in options
-        if from_file and not allow_code and recipe.needs_code:
+        if from_file("optimizer") and not allow_code and recipe.needs_code:
             raise RecipeError.sentence(
                 f"{written('optimizer')} is {recipe.optimizer!r}, which is code from outside torch: --allow-code "
                 "lets a recipe run it, and so does --optimizer with that name."

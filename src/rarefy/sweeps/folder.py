@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rarefy.errors import OutputError
 from rarefy.models.atomic import refusals, remove_partial, replace_file, replacing_folder
 from rarefy.runs.fingerprint import versions
 from rarefy.runs.folder import RunFolder, check_new
-from rarefy.sweeps.results import summarise, to_csv, to_markdown
+from rarefy.sweeps.markdown import to_markdown
+from rarefy.sweeps.results import summarise, to_csv
+
+if TYPE_CHECKING:
+    from rarefy.sweeps.wanted import LeftOut
 
 #: What a difference between two commands is called.
 _WORDS = {
@@ -55,7 +59,8 @@ class SweepFolder:
         if not self.exists:
             return
         there = self.read_sweep()["settings"]
-        for key, value in settings.items():
+        for key in dict.fromkeys([*settings, *there]):
+            value = settings.get(key)
             if there.get(key) != value:
                 what = _WORDS.get(key, "--" + key.replace("_", "-"))
                 if isinstance(value, str) and len(value) == 16 and key not in ("model", "calibration"):
@@ -65,6 +70,19 @@ class SweepFolder:
                 raise OutputError.sentence(
                     f"{self.path} holds a sweep of another command: {change}. Repeat that command, with more methods "
                     "or seeds if you like, or name another folder."
+                )
+
+    def check_rows(self, rows: Mapping[str, Mapping[str, Any] | None]) -> None:
+        """Raise OutputError where a finished cell has the name of one of these rows, and is of another system.
+
+        ``rows`` has the definition of the system of each row by its name, None for a method.
+        """
+        for cell in self.finished():
+            name = cell["method"]
+            if name in rows and cell.get("system") != rows[name]:
+                raise OutputError.sentence(
+                    f'{self.path} holds cells of "{name}", which was defined otherwise: give what changed another '
+                    "name, or name another folder."
                 )
 
     def begin(self, facts: Mapping[str, Any]) -> None:
@@ -101,7 +119,9 @@ class SweepFolder:
         with replacing_folder(self.cells / name) as partial:  # in place of a failed one that is tried again
             fill(RunFolder(partial))
 
-    def write_results(self, cells: Sequence[Mapping[str, Any]], command: str) -> None:
+    def write_results(
+        self, cells: Sequence[Mapping[str, Any]], command: str, left_out: Sequence[LeftOut] = ()
+    ) -> None:
         """Write the three files of results anew."""
         dense = self.read_cell("dense")
         settings = self.read_sweep()["settings"]
@@ -111,10 +131,11 @@ class SweepFolder:
             "settings": settings,
             "dense": dense,
             "summary": [vars(one) for one in summarise(cells)],
+            "left_out": [vars(one) for one in left_out],
             "cells": list(cells),
         }
         replace_file(self.path / "results.csv", to_csv(cells))
-        replace_file(self.path / "results.md", to_markdown(cells, dense, settings, command))
+        replace_file(self.path / "results.md", to_markdown(cells, dense, settings, command, left_out))
         replace_file(self.path / "results.json", json.dumps(content, indent=2) + "\n")
 
 

@@ -8,26 +8,33 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rarefy.allocation.names import FILES
 from rarefy.calibration.documents import Source
 from rarefy.calibration.sources import SELF
-from rarefy.errors import InputError, ModelError
+from rarefy.errors import InputError, ModelError, PatternError
 from rarefy.runs.fingerprint import file_digests
-from rarefy.runs.recipe import Recipe
+from rarefy.runs.recipe import Recipe, as_number
 from rarefy.runs.shrink_recipe import ShrinkRecipe
+from rarefy.runs.tune_recipe import TuneRecipe
+from rarefy.sweeps.check import Checked, check_options
 from rarefy.sweeps.folder import SweepFolder
-from rarefy.sweeps.options import Options, check_options
+from rarefy.sweeps.options import Options
 from rarefy.sweeps.shrinking import ShrinkCell, shrink_cell
+from rarefy.sweeps.systems import System, folder_name
+from rarefy.sweeps.wanted import LeftOut, Wanted
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from rarefy.evaluation.measure import Measures
     from rarefy.models.source import ModelSource
+    from rarefy.pruning.settings import PerLayer, PruneSettings, Uniform
 
 #: The papers' context length in tokens, for evaluation.
 EVALUATION_LENGTH = 2048
@@ -35,14 +42,28 @@ EVALUATION_LENGTH = 2048
 
 @dataclass(frozen=True)
 class Cell:
-    """One method with one pattern and one seed, all of it in a resolved recipe."""
+    """One method or system with one pattern and one seed: a resolved recipe, and how the result is tuned, if it is.
 
+    ``method`` is the name of its row, ``asked`` the sparsity or pattern in a word. ``pattern_of`` gives each layer's
+    pattern, ``linears`` are the block numbers and names of the layers.
+    """
+
+    method: str
+    asked: str
     recipe: Recipe
+    pattern_of: Uniform | PerLayer
+    linears: Sequence[tuple[int, str]]
+    system: System | None = None
 
     @property
-    def method(self) -> str:
-        """The name of the method."""
-        return self.recipe.method
+    def tune(self) -> TuneRecipe | None:
+        """How the pruned model is tuned; its windows and seed are those of the cell."""
+        if self.system is None or self.system.tune is None:
+            return None
+        recipe = self.recipe
+        shared = {key: getattr(recipe, key) for key in ("num_samples", "sequence_length", "bos", "seed")}
+        shared |= {"against": recipe.model, "calibration": [recipe.calibration]}
+        return self.system.tune.model_copy(update=shared)
 
     @property
     def seed(self) -> int:
@@ -57,25 +78,34 @@ class Cell:
     @property
     def pattern(self) -> str:
         """The pattern's name, such as ``row 50%`` or ``2:4``."""
-        return str(self.recipe.build_pattern())
+        return self.settings().pattern_name
+
+    def settings(self) -> PruneSettings:
+        """What the loop over blocks is to do."""
+        return self.recipe.prune_settings(self.pattern_of)
 
     @property
     def name(self) -> str:
         """The name of the cell's folder; two cells never share one."""
         recipe = self.recipe
         where = recipe.pattern.replace(":", "of") if recipe.pattern else f"{recipe.scope}-{recipe.sparsity!r}"
-        method = re.sub(r"[^\w.+-]", "_", recipe.method)
+        method = folder_name(self.method) if self.system else re.sub(r"[^\w.+-]", "_", recipe.method)
         return f"{method}_{where}_seed{recipe.seed}"
 
     def facts(self) -> dict[str, Any]:
         """What is known of the cell before it runs."""
         recipe = self.recipe
+        method, pattern = recipe.build_method(), recipe.build_pattern()
+        plain = recipe.along == "inputs" and not method.gives_dense
+        system = {"system": self.system.definition()} if self.system else {}
         return {
-            "method": recipe.method,
-            "paper": recipe.build_method().paper,
+            "method": self.method,
+            **system,
+            "paper": method.paper,
             "pattern": self.pattern,
-            "pattern_spec": recipe.build_pattern().spec(),
-            "pattern_words": recipe.build_pattern().describe(),
+            "pattern_spec": pattern.spec() if plain else {},
+            "pattern_words": self.pattern_of.describe(),
+            "asked": self.asked,
             "asked_sparsity": self.sparsity,
             "seed": recipe.seed,
             "calibration": {
@@ -101,8 +131,8 @@ class Plan:
     bos_id: int | None
     tokenizer: PreTrainedTokenizerBase | None
     settings: Mapping[str, Any]
-    #: The number of its block and the name of every layer to prune.
-    linears: Sequence[tuple[int, str]]
+    #: Cells that there are none of: systems that a pattern does not go with.
+    left_out: Sequence[LeftOut] = ()
     save: bool = False
     retry: bool = False
 
@@ -116,18 +146,13 @@ def plan_sweep(options: Options, folder: SweepFolder) -> Plan:
     folder.check()
 
     from rarefy.calibration.windows import DRAW_FROM, check_token_ids, draw_windows, token_stream
-    from rarefy.models.blocks import find_blocks, select_sites
     from rarefy.models.checkpoint import load_tokenizer, resolve_device
     from rarefy.models.source import resolve_model
-    from rarefy.pruning.loop import check_patterns
 
     device, calibration = resolve_device(options.device), checked.calibration
     source = resolve_model(options.model)
     skeleton = source.skeleton()
-    pruning = [Cell(recipe.resolved(source.context)) for recipe in checked.recipes]
-    blocks = select_sites(find_blocks(skeleton), options.include, options.exclude) if pruning else []
-    for cell in pruning:
-        check_patterns(blocks, cell.recipe.prune_settings())
+    pruning, left_out = _pruning_cells(checked, source, skeleton)
     shrinking = [
         shrink_cell(method, recipe.resolved(source.context), source, device, skeleton)
         for method, recipe in checked.shrinking
@@ -148,8 +173,10 @@ def plan_sweep(options: Options, folder: SweepFolder) -> Plan:
         # Drawn once for its errors; warnings come when the sweep runs.
         if len(tokens) < length - options.bos:
             draw_windows(tokens, num, length, 0, measures.bos_id, name=f"the text of {calibration.name}")
+        _check_tuning_windows(pruning, calibration, tokens, measures.bos_id)
     settings = _settings(options, source, recipe, measures, tokens)
     folder.check_same(settings)
+    folder.check_rows({cell.method: cell.system.definition() if cell.system else None for cell in pruning})
     return Plan(
         cells,
         source,
@@ -160,10 +187,58 @@ def plan_sweep(options: Options, folder: SweepFolder) -> Plan:
         measures.bos_id,
         tokenizer,
         settings,
-        [(block.index, site.name) for block in blocks for site in block.sites],
+        left_out,
         options.save,
         options.retry,
     )
+
+
+def _pruning_cells(
+    checked: Checked, source: ModelSource, skeleton: PreTrainedModel
+) -> tuple[list[Cell], list[LeftOut]]:
+    """The cells that prune, for all seeds, and what is left out. Raises InputError for what fits no model."""
+    cells: list[Cell] = []
+    left_out = list(checked.left_out)
+    for wanted in checked.wanted:
+        try:
+            cells.append(_cell(wanted, source, skeleton))
+        except (PatternError, ModelError) as error:  # of this pattern, or of a model that has nothing to rotate
+            if wanted.system is None:
+                raise
+            left_out.append(LeftOut(wanted.name, wanted.asked, str(error)))
+        except InputError as error:
+            if wanted.system is None:
+                raise
+            raise type(error).sentence(f"{wanted.system.told.where}: {error}") from None
+    if checked.wanted and not cells:
+        raise InputError.sentence(f"Nothing is left to compare: {left_out[-1].reason}")
+    seeds = range(checked.options.seeds)
+    return [
+        replace(cell, recipe=cell.recipe.model_copy(update={"seed": seed})) for seed in seeds for cell in cells
+    ], left_out
+
+
+def _cell(wanted: Wanted, source: ModelSource, skeleton: PreTrainedModel) -> Cell:
+    from rarefy.models.blocks import find_blocks, select_sites
+    from rarefy.runs.make_plan import checked_patterns
+    from rarefy.tuning.parametrise import check_parametrisation
+
+    recipe = wanted.recipe.resolved(source.context)
+    blocks = select_sites(find_blocks(skeleton), recipe.include, recipe.exclude)
+    if wanted.system and wanted.system.tune:
+        check_parametrisation(wanted.system.tune.parametrisation, find_blocks(skeleton))
+    pattern_of = checked_patterns(recipe, skeleton, blocks)
+    linears = [(block.index, site.name) for block in blocks for site in block.sites]
+    return Cell(wanted.name, wanted.asked, recipe, pattern_of, linears, wanted.system)
+
+
+def _check_tuning_windows(cells: Sequence[Cell], calibration: Source, tokens: Tensor, bos_id: int | None) -> None:
+    """Raise CalibrationError where a text has no room for the windows that a tuning holds out."""
+    from rarefy.runs.tune_windows import Text, draw
+
+    for seed, held_out in {(cell.seed, cell.tune.held_out) for cell in cells if cell.tune}:
+        num, length = cells[0].recipe.window_shape
+        draw(tokens, Text(calibration, num, held_out, seed), length, bos_id)
 
 
 def _measures(
@@ -213,7 +288,17 @@ def _settings(
         "tasks": list(options.tasks),
         "task_data": measures.tasks.digest if measures.tasks else "",
         "limit": options.limit,
+        **_loop_settings(options.loop),
     }
+
+
+def _loop_settings(loop: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of the loop for all cells, as far as they are said; of a file, with a digest of its content."""
+    said = {key: as_number(value) for key, value in loop.items()}
+    file = str(said.get("allocation", ""))
+    if file.endswith(FILES):
+        said["allocation"] = f"{file} ({hashlib.sha256(Path(file).read_bytes()).hexdigest()[:8]})"
+    return said
 
 
 def _evaluation_length(asked: int | None, source: ModelSource) -> int:

@@ -1,4 +1,4 @@
-"""The results of a sweep as rows, as a summary over seeds, and as CSV and Markdown.
+"""The results of a sweep as rows, as a summary over seeds, and as CSV.
 
 A cell is one method with one pattern and one seed; its facts are what its ``run.json`` holds.
 """
@@ -20,7 +20,7 @@ Value = str | float | int | None
 
 #: Columns that say which cell a row is, and that say how it ended; measurements stand between them.
 KEYS = ("method", "pattern", "sparsity", "seed")
-ENDING = ("relative_error", "measured_sparsity", "seconds", "status", "reason")
+ENDING = ("relative_error", "measured_sparsity", "seconds", "tuning_seconds", "peak_bytes", "status", "reason")
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Summary:
     """One method with one pattern: ``mean`` and ``deviation`` of every measurement over the seeds that ended well.
 
     ``deviation`` is the sample standard deviation, absent where there is one seed. ``failed`` counts the others.
-    ``in_groups`` says that the pattern is N:M.
+    ``in_groups`` says that the pattern is N:M; ``asked`` is the column of tables that it belongs to.
     """
 
     method: str
@@ -39,11 +39,12 @@ class Summary:
     mean: Mapping[str, float]
     deviation: Mapping[str, float]
     in_groups: bool = False
+    asked: str = ""
 
 
 def row(facts: Facts) -> dict[str, Value]:
     """One row of ``results.csv``; empty where something was not measured."""
-    measured = measurements(facts)
+    measured, seconds = measurements(facts), facts.get("seconds", {})
     return {
         **{key: facts.get(key) for key in ("method", "pattern")},
         "sparsity": facts["asked_sparsity"],
@@ -51,7 +52,9 @@ def row(facts: Facts) -> dict[str, Value]:
         **measured,
         "relative_error": facts.get("relative_error"),
         "measured_sparsity": facts.get("sparsity"),
-        "seconds": facts.get("seconds", {}).get("shrink" if facts.get("shrink") else "prune"),
+        "seconds": seconds.get("shrink" if facts.get("shrink") else "prune"),
+        "tuning_seconds": seconds["record"] + seconds["tune"] if "tune" in seconds else None,
+        "peak_bytes": facts.get("peak_bytes"),
         "status": facts["status"],
         "reason": facts.get("reason", ""),
     }
@@ -103,7 +106,8 @@ def summarise(cells: Sequence[Facts]) -> list[Summary]:
         sparsity = float(group[0]["asked_sparsity"])
         in_groups = group[0].get("pattern_spec", {}).get("kind") == "n:m"
         failed = len(group) - len(good)
-        found.append(Summary(method, pattern, sparsity, len(good), failed, mean, deviation, in_groups))
+        asked = group[0].get("asked") or (pattern if in_groups or group[0].get("shrink") else f"{100 * sparsity:g}%")
+        found.append(Summary(method, pattern, sparsity, len(good), failed, mean, deviation, in_groups, asked))
     return found
 
 
@@ -114,83 +118,53 @@ def table(cells: Sequence[Facts], dense: Facts | None) -> list[list[str]]:
     everything += [dict(one.mean) for one in summaries]
     columns = list(dict.fromkeys(key for one in everything for key in one if _shown(key)))
     columns.sort(key=lambda key: [i for i, start in enumerate(_ORDER) if key.startswith(start)][:1] or [len(_ORDER)])
-    heading = ["method", "pattern", *(heading_of(key) for key in columns), "relative error", "sparsity", "seconds"]
+    ends = [key for key in _COST if key in _ALWAYS or any(key in one.mean for one in summaries)]
+    heading = ["method", "pattern", *(heading_of(key) for key in (*columns, *ends))]
     rows = [heading]
     if dense:
         values = measurements(dense)
-        rows.append(["dense", "", *(_number(key, values.get(key)) for key in columns), "", "", ""])
+        rows.append(["dense", "", *(number_words(key, values.get(key)) for key in columns), *[""] * len(ends)])
     for one in summaries:
         failed = f" ({one.failed} failed)" if one.failed and one.seeds else ""
-        cellwise = [_spread(key, one) for key in columns]
+        cellwise = [spread(key, one) for key in columns]
         if not one.seeds:
             cellwise, failed = ["failed"] * len(columns), ""
-        error, sparsity, seconds = (_spread(key, one) for key in ("relative_error", "measured_sparsity", "seconds"))
-        rows.append([one.method, one.pattern + failed, *cellwise, error, sparsity, seconds])
+        rows.append([one.method, one.pattern + failed, *cellwise, *(spread(key, one) for key in ends)])
     return rows
 
 
 def heading_of(key: str) -> str:
     """A column's name as people read it."""
+    if key in _COST:
+        return _COST[key]
     for start, words in (("perplexity_", "perplexity "), ("kl_", "KL "), ("agreement_", "same top-1 ")):
         if key.startswith(start):
             return words + key.removeprefix(start)
     return key.removesuffix("_acc") + (" accuracy" if key.endswith("_acc") else "")
 
 
-def to_markdown(cells: Sequence[Facts], dense: Facts | None, settings: Facts, command: str) -> str:
-    """The table with what is needed to read it, and the reasons of cells that failed."""
-    rows = table(cells, dense)
-    lines = ["# Comparison of pruning methods", "", f"Model: `{settings['model']}`. {_protocol(settings, cells)}", ""]
-    lines += ["| " + " | ".join(_escaped(cell) for cell in rows[0]) + " |"]
-    lines += ["|" + "|".join(["---", "---", *["---:"] * (len(rows[0]) - 2)]) + "|"]
-    lines += ["| " + " | ".join(_escaped(cell) for cell in one) + " |" for one in rows[1:]]
-    failed = [facts for facts in cells if facts["status"] == "failed"]
-    if failed:
-        lines += ["", "Failed:", ""]
-        lines += [f"- {one['method']}, {one['pattern']}, seed {one['seed']}: {one['reason']}" for one in failed]
-    partly = [facts for facts in cells if facts["status"] != "failed" and facts.get("reason")]
-    if partly:
-        lines += ["", "Not solved everywhere:", ""]
-        lines += [f"- {one['method']}, {one['pattern']}, seed {one['seed']}: {one['reason']}" for one in partly]
-    lines += ["", "```", command, "```", ""]
-    return "\n".join(lines)
-
-
 _ORDER = ("perplexity_", "kl_", "agreement_")
-
-
-def _protocol(settings: Facts, cells: Sequence[Facts]) -> str:
-    seeds = len({facts["seed"] for facts in cells})
-    spread = f" Mean ± standard deviation over {seeds} seeds, each with its own windows." if seeds > 1 else ""
-    shrinks = " Of smaller models, sparsity is the share of the parameters that went." if _any_smaller(cells) else ""
-    limit = f", {_limit_words(settings['limit'])} of each" if settings.get("limit") else ""
-    tasks = f" Tasks: zero-shot accuracy by lm-eval{limit}." if settings.get("tasks") else ""
-    windows = f"the first {settings['max_windows']:,}" if settings.get("max_windows") else "all"
-    return (
-        f"Calibration: {settings['num_samples']:,} windows of {settings['sequence_length']:,} tokens from "
-        f"{settings['calibration']}. Perplexity: {windows} windows of {settings['eval_length']:,} tokens, without "
-        f"overlap; KL divergence from the dense model in nats per token.{tasks} Relative error: the geometric mean "
-        f"of the layers' lost output energy. Seconds: the time of pruning.{shrinks}{spread}"
-    )
-
-
-def _any_smaller(cells: Sequence[Facts]) -> bool:
-    return any(facts.get("shrink") for facts in cells)
-
-
-def _limit_words(limit: int | float) -> str:
-    return f"the first {limit:,} items" if limit >= 1 else f"the first {100 * limit:g}% of the items"
+#: Columns behind the measurements, and their headings; some are there only where something was measured.
+_COST = {
+    "relative_error": "relative error",
+    "measured_sparsity": "sparsity",
+    "seconds": "seconds",
+    "tuning_seconds": "seconds of tuning",
+    "peak_bytes": "peak GB",
+}
+_ALWAYS = ("relative_error", "measured_sparsity", "seconds")
 
 
 def _shown(key: str) -> bool:
     return key.startswith(_ORDER) or key.endswith("_acc")
 
 
-def _spread(key: str, summary: Summary) -> str:
+def spread(key: str, summary: Summary) -> str:
+    """The mean of a measurement with its deviation over seeds; empty where there is none."""
     if key not in summary.mean:
         return ""
-    text = _number(key, summary.mean[key])
-    if key in summary.deviation and key not in ("seconds", "measured_sparsity"):
+    text = number_words(key, summary.mean[key])
+    if key in summary.deviation and (key not in _COST or key == "relative_error"):
         text += f" ± {_deviation(summary.deviation[key], text)}"
     return text
 
@@ -205,7 +179,8 @@ def _deviation(value: float, mean: str) -> str:
     return f"{value:,.{decimals}f}" if value == 0 or value >= 0.5 * 10**-decimals else f"{value:.1g}"
 
 
-def _number(key: str, value: Value) -> str:
+def number_words(key: str, value: Value) -> str:
+    """A measurement as tables have it; empty where there is none, or where it is not finite."""
     if value is None or (isinstance(value, float) and not math.isfinite(value)):
         return ""
     if key == "measured_sparsity":
@@ -214,15 +189,13 @@ def _number(key: str, value: Value) -> str:
         return f"{value:.1%}"
     if key.startswith("perplexity_"):
         return perplexity_words(float(value))
-    if key == "seconds":
+    if key in ("seconds", "tuning_seconds"):
         return f"{value:,.1f}"
+    if key == "peak_bytes":
+        return f"{float(value) / 1e9:,.1f}"
     return three_digits(float(value))
 
 
 def perplexity_words(value: float) -> str:
     """A perplexity with two decimals, or none where it is so large that they say nothing."""
     return f"{value:,.2f}" if value < 1000 else f"{value:,.0f}"
-
-
-def _escaped(cell: str) -> str:
-    return cell.replace("|", "\\|")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shlex
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -17,18 +16,18 @@ from rarefy.calibration.windows import draw_windows
 from rarefy.models.blocks import Block, find_blocks
 from rarefy.models.checkpoint import load_model
 from rarefy.models.saving import save_model, save_other_model
-from rarefy.pruning.loop import prune_model
-from rarefy.pruning.records import Report, three_digits
+from rarefy.pruning.records import three_digits
 from rarefy.runs.card import base_model, model_card
 from rarefy.runs.events import Watch, unwatched
 from rarefy.runs.fingerprint import versions
 from rarefy.runs.folder import RunFolder
-from rarefy.runs.shrink_model import Smaller, make_smaller
 from rarefy.runs.texts import kept_texts
 from rarefy.structure.memo import Memo
 from rarefy.sweeps.folder import SweepFolder
+from rarefy.sweeps.making import Made, Making
 from rarefy.sweeps.plan import Cell, Plan
 from rarefy.sweeps.shrinking import ShrinkCell
+from rarefy.sweeps.tuning import DenseRecords
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -85,16 +84,18 @@ def run_sweep(
         done = len(sweep.cells) - len(todo)
         for seed, cells in groupby(todo, key=lambda cell: cell.seed):
             weights.restore()
-            windows, memo = _windows(sweep, model, seed, watch), Memo()
-            for cell in cells:
-                weights.restore()
-                done += 1
-                label = f"[{done}/{len(sweep.cells)}] {cell.method}, {cell.pattern}, seed {seed}"
-                facts = _run_cell(sweep, folder, cell, model, tokenizer, windows, memo, states, words, label, watch)
-                note(f"{label}: {_in_words(facts)}")
-                folder.write_results(_in_order(sweep, folder), words)
+            windows = _windows(sweep, model, seed, watch)
+            with DenseRecords(sweep, watch) as records:
+                making = Making(model, windows, Memo(), records, watch)
+                for cell in cells:
+                    weights.restore()
+                    done += 1
+                    label = f"[{done}/{len(sweep.cells)}] {cell.method}, {cell.pattern}, seed {seed}"
+                    facts = _run_cell(sweep, folder, cell, making, tokenizer, states, words, label)
+                    note(f"{label}: {_in_words(facts)}")
+                    folder.write_results(_in_order(sweep, folder), words, sweep.left_out)
     found = _in_order(sweep, folder)
-    folder.write_results(found, words)
+    folder.write_results(found, words, sweep.left_out)
     return found
 
 
@@ -142,80 +143,47 @@ def _run_cell(
     sweep: Plan,
     folder: SweepFolder,
     cell: Cell | ShrinkCell,
-    model: PreTrainedModel,
+    making: Making,
     tokenizer: PreTrainedTokenizerBase | None,
-    windows: Tensor,
-    memo: Memo,
     states: Sequence[Any] | None,
     command: str,
     label: str,
-    watch: Watch,
 ) -> dict[str, Any]:
-    """Prune or shrink, measure and write one cell; its facts. ``memo`` is that of the seed's windows."""
+    """Make, measure and write one cell; its facts. ``states`` are what the dense model's head read."""
     facts: dict[str, Any] = {
         "command": command,
         "versions": versions(),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "base_model": base_model(sweep.source.name, sweep.source.kind, sweep.source.path),
         "device": str(sweep.device),
-        "dtype": str(model.dtype).removeprefix("torch."),
+        "dtype": str(making.model.dtype).removeprefix("torch."),
         **cell.facts(),
     }
-    report: Report | None = None
-    made: PreTrainedModel | None = None
-    began = time.perf_counter()
+    made: Made | None = None
     try:
-        if isinstance(cell, ShrinkCell):
-            smaller = make_smaller(model, windows, cell.plan, lambda what, *_: watch(f"{label}: {what}"), memo=memo)
-            made, own = smaller.model, _shrunk_facts(smaller)
-        else:
-            with watch(f"{label}: pruning", sweep.linears) as progress:
-                report = prune_model(model, windows, cell.recipe.prune_settings(), progress, progress.layer)
-            made, own = model, _pruned_facts(report)
-        seconds = {"shrink" if isinstance(cell, ShrinkCell) else "prune": round(time.perf_counter() - began, 3)}
+        made = making.of(cell, label)
         started = time.perf_counter()
-        with watch(f"{label}: measuring") as progress:
-            facts |= sweep.measures.of(made, tokenizer, states, progress)
-        facts["texts"] = kept_texts(made, tokenizer)
-        facts |= own | {"seconds": {**seconds, "evaluate": round(time.perf_counter() - started, 3)}}
+        with making.watch(f"{label}: measuring") as progress:
+            facts |= sweep.measures.of(made.model, tokenizer, states, progress)
+        facts["texts"] = kept_texts(made.model, tokenizer)
+        facts |= made.facts | {"seconds": {**made.seconds, "evaluate": round(time.perf_counter() - started, 3)}}
     except Exception as error:  # noqa: BLE001 (whatever it is, it must not cost the other cells)
-        made = report = None
+        made = None
         facts |= {"status": "failed", "reason": f"{type(error).__name__}: {' '.join(str(error).split())}"}
         if sweep.device.type == "cuda":
             torch.cuda.empty_cache()
 
     def fill(run_folder: RunFolder) -> None:
         run_folder.write_recipe(cell.recipe.to_yaml())
-        run_folder.write_layers(report.layers if report else [])
+        run_folder.write_layers(made.layers if made else [])
         if made is not None and sweep.save:
-            save = save_other_model if isinstance(cell, ShrinkCell) else save_model
-            run_folder.write_model(lambda path: save(made, tokenizer, path, sweep.source))
+            save, model = save_other_model if isinstance(cell, ShrinkCell) else save_model, made.model
+            run_folder.write_model(lambda path: save(model, tokenizer, path, sweep.source))
             run_folder.write_card(model_card(facts))
         run_folder.write_run(facts)
 
     folder.write_cell(cell.name, fill)
     return facts
-
-
-def _shrunk_facts(smaller: Smaller) -> dict[str, Any]:
-    before, after = (smaller.facts[key]["parameters"] for key in ("before", "after"))
-    return {"shrink": dict(smaller.facts), "sparsity": 1 - after / before, "status": "done"}
-
-
-def _pruned_facts(report: Report) -> dict[str, Any]:
-    failed = [layer.name for layer in report.failed]
-    error = report.relative_error
-    return {
-        "layers": len(report.layers),
-        "failed": failed,
-        "size": report.size,
-        "pruned": report.pruned,
-        "sparsity": report.sparsity,
-        "relative_error": error if math.isfinite(error) else None,
-        "peak_bytes": report.peak_bytes,
-        "status": "done",
-        "reason": f"{report.failed[0].status}: {', '.join(failed)}" if failed else "",
-    }
 
 
 def _in_words(facts: Mapping[str, Any]) -> str:
