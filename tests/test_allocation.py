@@ -225,12 +225,24 @@ def test_mistakes_of_options_are_one_sentence(
 
 
 @pytest.mark.parametrize(
-    "text", ["glob,sparsity\n" + "x" * 200_000 + ",0.5\n", "{", "a,b,c\n"], ids=["long", "json", "three"]
+    ("name", "text"),
+    [
+        ("bad.csv", "glob,sparsity\n" + "x" * 200_000 + ",0.5\n"),
+        ("bad.csv", "{"),
+        ("bad.csv", "a,b,c\n"),
+        ("bad.json", '{"*": 1' + "0" * 400 + "}"),
+    ],
+    ids=["long", "json", "three", "huge"],
 )
-def test_a_file_that_is_no_list_is_one_sentence(tmp_path: Path, text: str) -> None:
-    (tmp_path / "bad.csv").write_text(text)
-    with pytest.raises(InputError, match=r"bad\.csv is no list of sparsities"):
-        read_listed(tmp_path / "bad.csv")
+def test_a_file_that_is_no_list_is_one_sentence(tmp_path: Path, name: str, text: str) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(InputError, match=r"bad\.\w+ is no list of sparsities"):
+        read_listed(tmp_path / name)
+
+
+def test_a_name_that_no_file_can_have_is_one_sentence() -> None:
+    with pytest.raises(InputError, match=r"^--allocation is 'a\\x00\.json', but must be the path of a file\.$"):
+        read_listed(Path("a\0.json"))
 
 
 def test_a_byte_order_mark_is_no_part_of_json(tmp_path: Path) -> None:

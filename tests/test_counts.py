@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,7 +13,7 @@ from transformers import PreTrainedModel
 
 from rarefy.errors import InputError, ModelError
 from rarefy.models.blocks import find_blocks
-from rarefy.structure.counts import Counts, Space, find_space
+from rarefy.structure.counts import Counts, Removable, Space, _Weights, find_space
 from rarefy.structure.depth import BlockSets
 from rarefy.structure.memo import Memo
 from rarefy.structure.parts import Kind, find_parts
@@ -56,6 +58,28 @@ def test_candidates_are_all_that_matter(model: PreTrainedModel, size: float) -> 
         )
 
     assert list(space.candidates) == [one for one in enough if is_least(one)]
+
+
+@pytest.mark.parametrize("among", [(), ("heads",), ("neurons",), ("blocks", "heads")])
+def test_the_least_size_that_is_named_can_be_asked_for(model: PreTrainedModel, among: tuple[Removable, ...]) -> None:
+    with pytest.raises(InputError, match="a share of at least") as error:
+        find_space(model, 0.01, among, multiple=8)
+    least = float(re.findall(r"at least (\d\.\d+),", str(error.value))[0])
+    assert find_space(model, least, among, multiple=8).candidates
+    with pytest.raises(InputError, match="a share of at least"):
+        find_space(model, least - 0.001, among, multiple=8)
+
+
+def test_counts_are_found_by_bisection(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    left = _Weights.left
+    monkeypatch.setattr(_Weights, "left", lambda self, counts: calls.append(counts) or left(self, counts))
+    space = find_space(model, 0.75, multiple=1)
+    assert len(calls) <= 10 * 7  # 10 counts of blocks and heads, 64 of neurons
+    for one in space.candidates:
+        for fewer in ({"blocks": one.blocks - 1}, {"heads": one.heads - 1}, {"neurons": one.neurons - 1}):
+            if min(fewer.values()) >= 0:
+                assert parameters_left(model, replace(one, **fewer)) > space.limit >= parameters_left(model, one)
 
 
 def test_kinds_that_may_go(model: PreTrainedModel) -> None:

@@ -14,6 +14,7 @@ import rarefy
 from cli_for_tests import Rarefy, is_one_sentence, prune_arguments
 from models_for_tests import VOCABULARY, make_model
 from rarefy.layer.gram import Gram
+from rarefy.layer.pattern import Unstructured
 from rarefy.layer.problem import LayerProblem
 from rarefy.layer.row_weights import LEAST, row_factors, weighted
 from rarefy.models.blocks import find_blocks
@@ -225,6 +226,7 @@ def test_a_run_goes_on_with_the_weights_that_it_began_with(
             ("--row-weights", "fisher", "--scope", "row"),
             "(fisher) change nothing with the pattern row 50%",
         ),
+        (("--row-weights", "mlp", "--include", "*.gate_proj"), "(mlp) are of layers that make the neurons of an MLP"),
         (("--row-weights", "mlp", "--refresh"), "Row weights of the MLP (mlp) do not go with refresh"),
         (
             ("--row-weights", "fisher", "--method", "alps+quantize"),
@@ -240,3 +242,15 @@ def test_mistakes_are_one_sentence(
     assert done.status == 2
     assert sentence in done.err
     assert not (tmp_path / "out").exists()
+
+
+def test_experts_in_one_stack_have_no_row_weights_of_the_loss() -> None:
+    with pytest.raises(rarefy.InputError, match=r"^Row weights \(fisher\) are of linears that are modules"):
+        rarefy.prune(
+            make_model("mixtral"),
+            torch.zeros(1, 8, dtype=torch.int64),
+            pattern=Unstructured(0.5),
+            method=rarefy.Wanda(),
+            include=["*.experts.*"],
+            row_weights="fisher",
+        )

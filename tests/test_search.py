@@ -175,6 +175,30 @@ def test_experts_and_excluded_blocks(tried: list[tuple[Any, float]], architectur
     assert min(distances) > 0
 
 
+def test_a_search_goes_on_in_the_dtype_that_it_began_to_compute_in(
+    rarefy_: Rarefy, shelf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = save_folder(_four_blocks().to(torch.bfloat16), tmp_path / "four")
+    options = ("--method", "wanda", "--sparsity", 0.6, "--allocation", "search", "--no-texts")
+    arguments = [folder if each == shelf / "model" else each for each in prune_arguments(shelf, *options)]
+    original, calls = searching._Distances.of, []
+    kept: list[dict[str, float]] = []
+
+    def of(self: Any, pattern_of: Any) -> float:
+        calls.append(self._entering().compute_dtype)
+        if len(calls) in (2, 4):
+            raise KeyboardInterrupt
+        return original(self, pattern_of)
+
+    monkeypatch.setattr(searching._Distances, "of", of)
+    for gain in (8.0, 0.5):  # the machine is busy with other things when the run goes on
+        monkeypatch.setattr("rarefy.pruning.precision.bfloat16_gain", lambda gain=gain: gain)
+        assert rarefy_(*arguments, "-o", tmp_path / "out").status == 130
+        kept.append(json.loads((tmp_path / "out" / "unfinished" / "search.json").read_text()))
+    assert [len(one) for one in kept] == [1, 2]
+    assert set(calls) == {torch.bfloat16}
+
+
 @pytest.mark.parametrize("more", [(), ("--dtype", "float32")], ids=["on disk", "in memory"])
 def test_a_search_that_was_killed_goes_on_with_what_it_knows(
     rarefy_: Rarefy, shelf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: tuple[str, ...]

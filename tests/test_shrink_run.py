@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 import yaml
+from safetensors.torch import load, save
 
 import rarefy
 from cli_for_tests import Rarefy, is_one_sentence
@@ -201,15 +202,46 @@ def test_a_run_that_had_been_finished(rarefy_: Rarefy, shelf: Path, llama: Path)
     assert not Path("out/unfinished").exists()
 
 
-def test_a_damaged_journal(rarefy_: Rarefy, shelf: Path, llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("content", [b"no tensors", save({"neurons.weight": torch.zeros(2, 2)})], ids=["", "foreign"])
+def test_a_damaged_block(
+    rarefy_: Rarefy, shelf: Path, llama: Path, monkeypatch: pytest.MonkeyPatch, content: bytes
+) -> None:
     asked = arguments(shelf, llama, "--neurons", 0.5, "--multiple", 8, "-o", "out", "--quiet")
     with monkeypatch.context() as patched:
         patched.setattr(ShrinkJournal, "recall", raise_after(2, ShrinkJournal.recall))
         assert rarefy_(*asked).status == 130
-    Path("out/unfinished/block-00000.safetensors").write_bytes(b"no tensors")
+    Path("out/unfinished/block-00000.safetensors").write_bytes(content)
     done = rarefy_(*asked)
     assert (done.status, is_one_sentence(done.err)) == (2, True), done.err
     assert "block-00000.safetensors is missing or damaged" in done.err
+
+
+def test_windows_that_are_not_its_own_are_written_anew(
+    rarefy_: Rarefy, llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = ["shrink", llama, "--blocks", 1, "--by", "kl", "--neurons", 0.5, "--multiple", 8, "--no-texts"]
+    asked += ["--num-samples", 2, "--sequence-length", 16]
+    assert rarefy_(*asked, "-o", "whole").status == 0
+    with monkeypatch.context() as patched:
+        patched.setattr(ShrinkJournal, "recall", raise_after(2, ShrinkJournal.recall))
+        assert rarefy_(*asked, "-o", "out").status == 130
+    file = Path("out/unfinished/windows.safetensors")
+    file.write_bytes(save({"windows": torch.full_like(load(file.read_bytes())["windows"], 7)}))
+    assert rarefy_(*asked, "-o", "out").status == 0
+    models = [Path(name, "model/model.safetensors").read_bytes() for name in ("whole", "out")]
+    assert models[0] == models[1]
+
+
+def test_an_unfinished_run_of_another_command_is_not_called_damaged(
+    rarefy_: Rarefy, shelf: Path, llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = arguments(shelf, llama, "--neurons", 0.5, "--multiple", 8, "-o", "out", "--quiet")
+    with monkeypatch.context() as patched:
+        patched.setattr(ShrinkJournal, "recall", raise_after(2, ShrinkJournal.recall))
+        assert rarefy_(*asked).status == 130
+    done = rarefy_("prune", *arguments(shelf, llama, "-o", "out")[1:])
+    assert (done.status, is_one_sentence(done.err)) == (2, True), done.err
+    assert "out holds an unfinished run of another command or release of Rarefy" in done.err
 
 
 def raise_after(times: int, original: Any) -> Any:
@@ -232,6 +264,10 @@ MISTAKES: dict[str, tuple[list[object], str]] = {
     "among alone": (["--among", "blocks", "--blocks", 1], "--among goes with --search"),
     "search and blocks": (["--search", "--size", 0.8, "--blocks", 1], "so --blocks cannot be said, too"),
     "size of all": (["--search", "--size", 1], "--size is 1, but must be a share between 0 and 1"),
+    "huge": (
+        ["--blocks", 1, "--steps", 2**31],
+        "--steps is 2147483648, but must be a whole number of at least 1, below",
+    ),
     "size of nothing": (["--search", "--size", 0.01], "--size is 0.01, but must be a share of at least 0."),
     "among others": (["--search", "--size", 0.8, "--among", "rows"], "must be some of blocks, heads and neurons"),
     "no candidates": (["--search", "--size", 0.8, "--candidates", 0], "--candidates is 0"),

@@ -469,12 +469,18 @@ def test_sparse_and_smaller_models_in_one_table(options: Options, text: Path, tm
         ({"sizes": []}, "--size is missing: the shares of the parameters"),
         ({"sizes": ["1.5"]}, "--size is 1.5, but must be a share between 0 and 1"),
         ({"sizes": ["0.9", "0.9"]}, "--size names 0.9 twice"),
+        ({"sizes": ["0.9", "0.8", "0.90"]}, "--size names 0.9 twice"),
+        ({"settings": {"shrink.num_samples": "2"}}, "--set names shrink.num_samples, which the options of the sweep"),
+        ({"settings": {"shrink.seed": "2"}}, "--set names shrink.seed, which the options of the sweep say"),
         ({"methods": ["wanda"]}, "--size goes with methods that make the model smaller"),
         ({"sparsities": ["0.5"]}, "--sparsity goes with methods that prune"),
         ({"patterns": ["2:4"]}, "--pattern goes with methods that prune"),
         ({"include": ["*"]}, "--include goes with methods that prune"),
         ({"settings": {"shrink.luck": "1"}}, "luck"),
-        ({"settings": {"shrink.multiple": "0"}}, "--multiple is 0, but must be a whole number of at least 1"),
+        (
+            {"settings": {"shrink.multiple": "0"}},
+            "--set shrink.multiple is 0, but must be a whole number of at least",
+        ),
     ],
 )
 def test_mistakes_in_sweeps_of_smaller_models(

@@ -30,10 +30,12 @@ def read_listed(path: Path) -> dict[str, float]:
         raise InputError.sentence(f"--allocation {path} cannot be read: {error.strerror or error}.") from error
     except UnicodeDecodeError:
         raise InputError.sentence(f"--allocation {path} is no text.") from None
+    except ValueError:  # of a name that no file can have
+        raise InputError("--allocation", str(path), "the path of a file") from None
     try:
         entries = list(json.loads(text).items()) if path.suffix == ".json" else _rows(text)
         found = {str(glob): float(value) for glob, value in entries}
-    except (csv.Error, ValueError, TypeError, AttributeError, RecursionError):
+    except (csv.Error, ValueError, TypeError, AttributeError, OverflowError, RecursionError):
         raise InputError.sentence(
             f"--allocation {path} is no list of sparsities: it must be a JSON object or CSV rows of glob and number."
         ) from None

@@ -32,6 +32,7 @@ from rarefy.errors import InputError, PatternError
 from rarefy.layer.pattern import Pattern
 from rarefy.methods.base import Method
 from rarefy.models.blocks import Block, find_blocks, select_sites
+from rarefy.models.sites import LinearSite
 from rarefy.models.wrappers import unwrapped
 from rarefy.parallel.world import World
 from rarefy.pruning.advance import advance
@@ -41,10 +42,11 @@ from rarefy.pruning.collect import STARVED
 from rarefy.pruning.drift import advance_dense
 from rarefy.pruning.fisher import fisher_weights, num_fisher_parts
 from rarefy.pruning.matching import Matching
+from rarefy.pruning.outputs import has_known_norms
 from rarefy.pruning.precision import full_float32
 from rarefy.pruning.records import LayerRecord, Report
 from rarefy.pruning.reparametrise import Reparametrisation
-from rarefy.pruning.settings import NONE, PatternOf, PruneSettings, allocated, as_pattern_of
+from rarefy.pruning.settings import FISHER, MLP, NONE, PatternOf, PruneSettings, allocated, as_pattern_of
 from rarefy.pruning.steps import PrunedBlock
 from rarefy.pruning.stores import BlockStore
 from rarefy.pruning.survey import num_survey_parts, surveyed
@@ -253,7 +255,10 @@ def _num_parts(blocks: Sequence[Block], num_batches: int, of_all: int, settings:
 
 
 def check_patterns(blocks: Sequence[Block], settings: PruneSettings) -> None:
-    """Raise PatternError, naming the first layer, where its pattern does not fit its shape, or not the settings."""
+    """Raise PatternError, naming the first layer, where its pattern does not fit its shape, or not the settings.
+
+    Raises InputError where no layer has the row weights that the settings ask for.
+    """
     patterns = []
     for block in blocks:
         for site in block.sites:
@@ -267,6 +272,15 @@ def check_patterns(blocks: Sequence[Block], settings: PruneSettings) -> None:
         raise PatternError.sentence(
             f"Row weights ({settings.row_weights}) change nothing with the pattern {settings.pattern_name}, which "
             "says how many weights each row keeps: they need a sparsity of the whole matrix (scope layer)."
+        )
+    if settings.row_weights == MLP and not any(map(has_known_norms, blocks)):
+        raise InputError.sentence(
+            "Row weights (mlp) are of layers that make the neurons of an MLP, and known where the layer that reads "
+            "these is pruned, too: no layer to prune is such a one."
+        )
+    if settings.row_weights == FISHER and not any(isinstance(site, LinearSite) for b in blocks for site in b.sites):
+        raise InputError.sentence(
+            "Row weights (fisher) are of linears that are modules: the layers to prune are experts in one stack."
         )
 
 

@@ -42,6 +42,13 @@ def neuron_makers(block: Block) -> list[str]:
     return [name for linears in _siblings(block) for name in neurons_of(linears)[1]]
 
 
+def has_known_norms(block: Block) -> bool:
+    """Whether a site of the block makes the neurons of an MLP of which another site reads them."""
+    names = {site.name for site in block.sites}
+    found = (neurons_of(linears) for linears in _siblings(block))
+    return any(reader in names and not names.isdisjoint(makers) for reader, makers in found)
+
+
 def neurons_of(linears: Shapes) -> tuple[str, list[str]]:
     """Of the linears of one module, by name with their (out, in): the one that reads its neurons, and its makers.
 

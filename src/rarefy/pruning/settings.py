@@ -148,9 +148,11 @@ class PruneSettings:
                 "Row weights (fisher) do not go with permute or rotate: they are of the outputs as they were before."
             )
         if self.row_weights != NONE and self.method.comes_last:
+            why = "move weights off the grid they are rounded to"
+            if self.method.gives_dense:
+                why = "count errors of a product whose factors have rows of their own"
             raise InputError.sentence(
-                f"Row weights ({self.row_weights}) do not go with {self.method}: they would move weights off the "
-                "grid they are rounded to."
+                f"Row weights ({self.row_weights}) do not go with {self.method}: they would {why}."
             )
 
     @property

@@ -59,7 +59,8 @@ _ERRORS: dict[str, type[InputError]] = {
 
 Number = Annotated[float, BeforeValidator(_no_bool)]
 #: What torch counts with, and more than any machine can do.
-Whole = Annotated[int, BeforeValidator(_no_bool), Field(lt=2**31)]
+_COUNTABLE = 2**31
+Whole = Annotated[int, BeforeValidator(_no_bool), Field(lt=_COUNTABLE)]
 
 
 class Recipe(BaseModel):
@@ -153,9 +154,9 @@ class Recipe(BaseModel):
         try:
             recipe = cls.model_validate(merged)
         except ValidationError as error:
-            key = str(error.errors()[0]["loc"][0])
+            key, given, allowed = what_is_wrong(error, cls, merged)
             kind = _ERRORS.get(key, RecipeError if from_file(key) else InputError)
-            raise kind(written(key), as_number(merged[key]), cls._allowed(key)) from None
+            raise kind(written(key), given, allowed) from None
         if recipe.pattern is not None:
             parse_pattern(recipe.pattern, written("pattern"))
         if recipe.permute and recipe.pattern is None:
@@ -197,10 +198,6 @@ class Recipe(BaseModel):
                 "which are not what layers aim at then."
             )
         return recipe
-
-    @classmethod
-    def _allowed(cls, key: str) -> str:
-        return cls.model_fields[key].description or "something else"
 
     @classmethod
     def from_yaml(cls, file: Path) -> Self:
@@ -291,6 +288,19 @@ class Recipe(BaseModel):
             filled["sparsity"] = DEFAULT_SPARSITY if self.sparsity is None else self.sparsity
             filled["scope"] = self.scope or self.build_method().default_scope
         return self.model_copy(update=filled)
+
+
+def what_is_wrong(
+    error: ValidationError, recipe: type[BaseModel], values: Mapping[str, Any]
+) -> tuple[str, object, str]:
+    """The first key of ``values`` that a recipe does not take, what was given for it, and what is allowed."""
+    first = error.errors()[0]
+    key = str(first["loc"][0])
+    allowed = recipe.model_fields[key].description or "something else"
+    limit = first.get("ctx", {}).get("lt")
+    if first["type"] == "less_than" and isinstance(limit, int) and limit >= _COUNTABLE:
+        allowed += f", below {limit:,}"
+    return key, as_number(values[key]), allowed
 
 
 def parse_pattern(text: str, argument: str = "--pattern") -> tuple[int, int, bool]:

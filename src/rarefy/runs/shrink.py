@@ -14,7 +14,6 @@ import torch
 
 from rarefy.errors import ModelError, OutputError, RarefyError, VerificationError
 from rarefy.models.memory import give_back, peak_bytes
-from rarefy.pruning.stores import keep_windows, kept_windows
 from rarefy.runs.card import base_model, model_card
 from rarefy.runs.events import Events, Silent
 from rarefy.runs.fingerprint import versions
@@ -127,10 +126,10 @@ class _Run:
         dtype = model.dtype
         self._lap("load")
         dense_texts = self._texts_of(model, tokenizer)
-        windows = self._windows(model)
-        self._lap("text")
         if self.journal.has_something:
             self.events.note("the run goes on with what has been measured before")
+        windows = self._windows(model)
+        self._lap("text")
         smaller = make_smaller(
             model, windows, plan, self.events.watch, memo=self.journal.memo, finished=self.journal, lap=self._lap
         )
@@ -164,8 +163,7 @@ class _Run:
     def _windows(self, model: PreTrainedModel) -> Tensor:
         if self.plan.windows is not None:
             return self.plan.windows
-        found = kept_windows(self.folder.path)
-        if found is not None:
+        if (found := self.journal.windows()) is not None:
             return found
         from rarefy.calibration.self_text import write_text
 
@@ -174,7 +172,7 @@ class _Run:
         assert recipe.sequence_length is not None
         with self.events.watch("writing tokens") as watch:
             found = write_text(model, recipe.num_samples, recipe.sequence_length, recipe.seed, progress=watch)
-        keep_windows(self.folder.path, found)
+        self.journal.keep_windows(found)
         return found
 
     def _write(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> None:

@@ -5,12 +5,13 @@
     OUT/unfinished/windows.safetensors   the windows, where the dense model wrote them
     OUT/unfinished/lock            held while a process works here
 
-Files are whole before journal.json speaks of them.
+Files are whole before journal.json speaks of them, with their checksums.
 """
 
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -21,6 +22,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from rarefy.models.atomic import adding_folder, refusals, remove_partial, replace_file
+from rarefy.pruning.stores import keep_windows, kept_windows
 from rarefy.runs.fingerprint import Fingerprint
 from rarefy.runs.folder import JOURNAL, is_unfinished_run
 from rarefy.runs.unfinished import UnfinishedFolder, checksum_of
@@ -34,7 +36,7 @@ class ShrinkJournal(UnfinishedFolder):
     is this run's: until then, what is in it may be another's.
     """
 
-    format = "shrinking 1"
+    format = "shrinking 2"
 
     def __init__(self, output: Path) -> None:
         super().__init__(output)
@@ -73,20 +75,35 @@ class ShrinkJournal(UnfinishedFolder):
 
     def recall(self, block: int) -> tuple[dict[str, Tensor], list[dict[str, Any]]] | None:
         """What ``keep`` kept of a block; None where nothing is. Raises OutputError where it is damaged."""
-        records = self.memo.get(_block_key(block))
-        if records is None:
+        known = self.memo.get(_block_key(block))
+        if known is None:
             return None
         file = self._file(block)
         try:
-            return load(file.read_bytes()), records
+            content = file.read_bytes()
+            if zlib.crc32(content) != known["checksum"]:
+                raise self.damaged(file)
+            return load(content), known["records"]
         except (OSError, SafetensorError) as error:
             raise self.damaged(file) from error
 
     def keep(self, block: int, tensors: Mapping[str, Tensor], records: Sequence[Mapping[str, Any]]) -> None:
         """Keep the repaired linears of a block, and its records. Raises OutputError where the disk refuses."""
+        content = save({name: one.contiguous().cpu() for name, one in tensors.items()})
         with refusals(self.folder):
-            replace_file(self._file(block), save({name: one.contiguous().cpu() for name, one in tensors.items()}))
-        self.memo.keep({_block_key(block): [dict(record) for record in records]})
+            replace_file(self._file(block), content)
+        known = {"checksum": zlib.crc32(content), "records": [dict(record) for record in records]}
+        self.memo.keep({_block_key(block): known})
+
+    def windows(self) -> Tensor | None:
+        """What ``keep_windows`` kept; None where nothing is, or something else is there now."""
+        found = kept_windows(self.folder.parent)
+        return None if found is None or self.memo.get(_WINDOWS) != _checksum(found) else found
+
+    def keep_windows(self, windows: Tensor) -> None:
+        """Keep the windows that the dense model wrote. Raises OutputError where the disk refuses."""
+        keep_windows(self.folder.parent, windows)
+        self.memo.keep({_WINDOWS: _checksum(windows)})
 
     @property
     def has_something(self) -> bool:
@@ -117,5 +134,13 @@ class _Written(Memo):
         self._writes()
 
 
+#: In a memo, the checksum of the windows.
+_WINDOWS = "windows"
+
+
 def _block_key(block: int) -> str:
-    return f"records of block {block}"
+    return f"block {block}"
+
+
+def _checksum(windows: Tensor) -> int:
+    return zlib.crc32(windows.cpu().numpy().tobytes())

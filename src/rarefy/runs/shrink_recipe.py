@@ -17,7 +17,7 @@ from rarefy.runs.recipe import (
     QUICK_WINDOWS,
     Number,
     Whole,
-    as_number,
+    what_is_wrong,
 )
 from rarefy.runs.recipe_file import Told, refuse_unknown
 
@@ -91,10 +91,9 @@ class ShrinkRecipe(BaseModel):
         try:
             recipe = cls.model_validate(merged)
         except ValidationError as error:
-            key = str(error.errors()[0]["loc"][0])
+            key, given, allowed = what_is_wrong(error, cls, merged)
             kind = RecipeError if from_file(key) else InputError
-            allowed = cls.model_fields[key].description or "something else"
-            raise kind(written(key), as_number(merged[key]), allowed) from None
+            raise kind(written(key), given, allowed) from None
         recipe._check(written)
         return recipe
 

@@ -12,7 +12,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from rarefy.errors import InputError, RecipeError
 from rarefy.runs.arguments import DEVICE_WORDS, DEVICES
-from rarefy.runs.recipe import Number, Whole, _no_bool, as_number
+from rarefy.runs.recipe import Number, Whole, _no_bool, what_is_wrong
 from rarefy.runs.recipe_file import Told, refuse_unknown
 from rarefy.tuning.settings import TuneSettings
 
@@ -83,10 +83,9 @@ class TuneRecipe(BaseModel):
         try:
             recipe = cls.model_validate(merged)
         except ValidationError as error:
-            key = str(error.errors()[0]["loc"][0])
+            key, given, allowed = what_is_wrong(error, cls, merged)
             kind = RecipeError if from_file(key) else InputError
-            allowed = cls.model_fields[key].description or "something else"
-            raise kind(written(key), as_number(merged[key]), allowed) from None
+            raise kind(written(key), given, allowed) from None
         recipe._check(written)
         if from_file("optimizer") and not allow_code and recipe.needs_code:
             raise RecipeError.sentence(

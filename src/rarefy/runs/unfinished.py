@@ -45,8 +45,15 @@ class UnfinishedFolder:
         """What journal.json says. Raises OutputError where it is damaged, or of another run."""
         with self._undamaged(self._journal):
             content: dict[str, Any] = json.loads(self._journal.read_bytes())
-            if content.pop("checksum") != checksum_of(content) or content["format"] != self.format:
-                raise ValueError("another checksum or format")
+            if content.pop("checksum") != checksum_of(content):
+                raise ValueError("another checksum")
+            known = content["format"] == self.format
+        if not known:
+            raise OutputError.sentence(
+                f"{self.folder.parent} holds an unfinished run of another command or release of Rarefy: go on with "
+                "that one, or choose another folder."
+            )
+        with self._undamaged(self._journal):
             difference = validated(Fingerprint, content["fingerprint"]).difference(fingerprint)
         if difference:
             raise OutputError.sentence(

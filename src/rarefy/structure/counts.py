@@ -6,9 +6,12 @@ block, head or unit of neurons more the model would be too large.
 
 from __future__ import annotations
 
+import math
 import random
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal, get_args
 
 import torch
@@ -22,6 +25,8 @@ from rarefy.structure.size import size_of
 
 Removable = Literal["blocks", "heads", "neurons"]
 REMOVABLE: tuple[Removable, ...] = get_args(Removable)
+
+_ROUNDING = 1e-12  # 0.29 of 100 parameters are 29, which the product of the two numbers is a little below
 
 
 @dataclass(frozen=True, order=True)
@@ -91,11 +96,14 @@ def find_space(model: PreTrainedModel, size: float, among: Sequence[Removable] =
                 raise
             refused[kind] = str(error)
     weights.count(parts)
-    limit = int(size * weights.total)
+    limit = math.floor(size * weights.total * (1 + _ROUNDING))
     candidates = _candidates(weights, numbers, limit, multiple)
     if not candidates:
         least = weights.left(_most(numbers, multiple)) / weights.total
-        raise InputError("--size", size, f"a share of at least {least:.3f}, as {' and '.join(numbers)} go no further")
+        allowed = (
+            f"a share of at least {math.ceil(1000 * least) / 1000:.3f}, as {' and '.join(numbers)} go no further"
+        )
+        raise InputError("--size", size, allowed)
     return Space(limit, numbers, multiple, tuple(candidates), refused)
 
 
@@ -140,20 +148,29 @@ class _Weights:
 
 
 def _candidates(weights: _Weights, numbers: Mapping[Removable, int], limit: int, multiple: int) -> list[Counts]:
-    """Of each number of blocks and heads the fewest neurons that are enough; none that removes more than another."""
+    """Of each number of blocks and heads the fewest neurons that are enough; none that removes more than another.
+
+    More blocks or heads never need more neurons, so that one that removes more than another has the same number of
+    neurons as a neighbour with a block or a head less.
+    """
     neurons = _steps(numbers.get("neurons", 1), multiple)
     found: list[Counts] = []
+    fewest: dict[tuple[int, int], int] = {}
     for blocks in range(numbers.get("blocks", 1)):
         for heads in range(numbers.get("heads", 1)):
-            counts = next((one for num in neurons if weights.left(one := Counts(blocks, heads, num)) <= limit), None)
-            if counts and not any(_within(other, counts) for other in found):
-                found.append(counts)
+            enough = partial(_is_enough, weights, limit, blocks, heads)
+            place = bisect_left(neurons, True, key=enough)
+            if place == len(neurons):
+                continue
+            fewest[blocks, heads] = neurons[place]
+            neighbours = fewest.get((blocks - 1, heads)), fewest.get((blocks, heads - 1))
+            if neurons[place] not in neighbours:
+                found.append(Counts(blocks, heads, neurons[place]))
     return found
 
 
-def _within(one: Counts, other: Counts) -> bool:
-    """Whether ``one`` removes nothing that ``other`` does not remove, too."""
-    return all(one.of(kind) <= other.of(kind) for kind in REMOVABLE)
+def _is_enough(weights: _Weights, limit: int, blocks: int, heads: int, neurons: int) -> bool:
+    return weights.left(Counts(blocks, heads, neurons)) <= limit
 
 
 def _steps(number: int, multiple: int) -> list[int]:

@@ -170,6 +170,8 @@ class BlockSets:
                 expected = self.model(input_ids=ids, use_cache=False).logits.float()
             try:
                 found = smaller(input_ids=ids, use_cache=False).logits.float()
+            except torch.OutOfMemoryError:
+                raise
             except (RuntimeError, LookupError):  # what one block shares with others may be gone
                 found = torch.full_like(expected, torch.nan)
         if not float((found - expected).norm()) <= _SAME * float(expected.norm()):

@@ -12,7 +12,7 @@ from rarefy.errors import InputError
 from rarefy.evaluation.texts import parse_texts
 from rarefy.models.locate import locate
 from rarefy.runs.arguments import check_goes_with_tasks
-from rarefy.runs.recipe import DEFAULT_CALIBRATION
+from rarefy.runs.recipe import DEFAULT_CALIBRATION, as_number
 from rarefy.runs.shrink_recipe import ShrinkRecipe
 from rarefy.sweeps.options import Options
 from rarefy.sweeps.shrinking import is_shrinking
@@ -96,7 +96,8 @@ def _check_axes(options: Options, systems: Sequence[System]) -> None:
         ("--methods", options.methods), ("--sparsity", options.sparsities), ("--pattern", options.patterns),
         ("--size", options.sizes),
     ):  # fmt: skip
-        if repeated := next((value for value in values if list(values).count(value) > 1), None):
+        read = [as_number(value) for value in values]  # 0.5 and 0.50 are one
+        if repeated := next((value for value, one in zip(values, read) if read.count(one) > 1), None):
             raise InputError.sentence(f"{argument} names {repeated} twice.")
     check_names(systems, options.methods)
     shrinks = [is_shrinking(method) for method in options.methods]

@@ -31,17 +31,19 @@ def is_shrinking(method: str) -> bool:
     return method == PREFIX or method.startswith(f"{PREFIX}:")
 
 
-def shrink_recipe(method: str, said: Mapping[str, Any]) -> ShrinkRecipe:
-    """The recipe of a method, which searches for its size, be it among one kind; ``said`` are its other keys.
+def shrink_recipe(method: str, said: Mapping[str, Any], settings: Mapping[str, Any] | None = None) -> ShrinkRecipe:
+    """The recipe of a method, which searches for its size, be it among one kind.
 
-    Raises InputError where the method is none, or a key is wrong.
+    ``said`` are its other keys, and ``settings`` those that the user gave with the method's name before them. Raises
+    InputError where the method is none, or a key is wrong.
     """
+    settings = settings or {}
     _, _, rest = method.partition(":")
     kind, _, rule = rest.partition(":")
     if kind not in _KINDS:
         allowed = ", ".join(f"{PREFIX}:{one}" for one in _KINDS)
         raise InputError("--methods", method, f"{allowed}, or with a rule, such as {PREFIX}:blocks:kl")
-    keys: dict[str, Any] = {"search": True, **said}
+    keys: dict[str, Any] = {"search": True, **said, **settings}
     if kind != "search":
         keys["among"] = [kind]
     if rule:
@@ -53,6 +55,10 @@ def shrink_recipe(method: str, said: Mapping[str, Any]) -> ShrinkRecipe:
             if str(error).startswith(f"{option} ") and rule:
                 words = str(error).partition(", but must be ")[2]
                 raise InputError.sentence(f"--methods names {method}, of which the rule must be {words}") from None
+        for key in settings:
+            if str(error).startswith(f"--{key} "):
+                words = str(error).removeprefix(f"--{key} ")
+                raise InputError.sentence(f"--set {PREFIX}.{key} {words}") from None
         raise
 
 

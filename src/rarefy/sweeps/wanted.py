@@ -16,7 +16,7 @@ from rarefy.runs.recipe import DEFAULT_SPARSITY, Recipe
 from rarefy.runs.shrink_recipe import ShrinkRecipe
 from rarefy.sweeps.options import Options
 from rarefy.sweeps.shrinking import PREFIX, is_shrinking, shrink_recipe
-from rarefy.sweeps.systems import System
+from rarefy.sweeps.systems import SHARED, System
 
 #: What a system is tried with, to tell one that no pattern goes with from one that does not go with those asked for.
 _TRIED: tuple[dict[str, Any], ...] = ({"sparsity": DEFAULT_SPARSITY}, {"pattern": "2:4"})
@@ -75,8 +75,10 @@ def shrinking_cells(options: Options, common: Mapping[str, Any]) -> list[tuple[s
         for method in filter(is_shrinking, options.methods):
             mine = settings_of(method, options.settings)
             keys = {key.removeprefix(f"{PREFIX}."): value for key, value in mine.items()}
-            said = {**common, **keys, "seed": seed}
-            found += [(method, shrink_recipe(method, {**said, "size": size})) for size in options.sizes]
+            if taken := next((key for key in keys if key in (*SHARED, "size")), None):
+                raise InputError.sentence(f"--set names {PREFIX}.{taken}, which the options of the sweep say.")
+            said = {**common, "seed": seed}
+            found += [(method, shrink_recipe(method, {**said, "size": size}, keys)) for size in options.sizes]
     return found
 
 
