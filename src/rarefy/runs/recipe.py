@@ -63,6 +63,10 @@ _COUNTABLE = 2**31
 Whole = Annotated[int, BeforeValidator(_no_bool), Field(lt=_COUNTABLE)]
 
 
+#: Settings of a step, and the key without which there is no such step.
+_SETS = {"match_lr": "match", "match_batch": "match", "barber_share": "barber", "barber_refit": "barber"}
+
+
 class Recipe(BaseModel):
     """One pruning run. A field's description is what its error messages say is allowed.
 
@@ -181,6 +185,12 @@ class Recipe(BaseModel):
             parts = check(recipe.method, recipe.settings)
         except MethodError as error:
             raise MethodError.sentence(_named(str(error), written)) from None
+        for key, switch in _SETS.items():
+            fields = cls.model_fields
+            if getattr(recipe, key) != fields[key].default and getattr(recipe, switch) == fields[switch].default:
+                raise InputError.sentence(
+                    f"{written(key)} goes with {written(switch)}, and changes nothing without it."
+                )
         if recipe.drift and recipe.refresh:
             raise InputError.sentence(
                 f"{written('drift')} does not go with {written('refresh')}: the drift is that of a block's inputs "
