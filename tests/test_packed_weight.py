@@ -12,6 +12,7 @@ from torch import Tensor
 from rarefy.errors import ModelError
 from rarefy.packing import kernel
 from rarefy.packing.codes import GROUPS, decode, encode, integers, pair, unpair
+from rarefy.packing.operator import _shared, packed_linear
 from rarefy.packing.weight import CHECK, PackedWeight, mask_bytes
 
 #: Widths around whole bytes, words of 32 and chunks of 64 columns.
@@ -261,3 +262,19 @@ def test_numpy_counts_bits_as_the_documentation_of_the_format_says() -> None:
     mask = PackedWeight.pack(sparse(6, 77)).mask
     by_hand = [sum(int(byte).bit_count() for byte in row) for row in mask.tolist()]
     assert np.bitwise_count(mask.numpy()).sum(axis=1).tolist() == by_hand
+
+
+def test_memory_that_inference_mode_made_is_used_outside_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rarefy.packing.kernel.path", lambda: None)
+    weight = sparse(37, 211)  # larger than what other tests of this thread have left there
+    packed, x = PackedWeight.pack(weight), torch.randn(40, 211).to(weight.dtype)
+
+    def product() -> Tensor:
+        return packed_linear(x, packed.values, packed.mask, packed.offsets, None, None, 211, 0)
+
+    vars(_shared).clear()
+    with torch.inference_mode():
+        found = product()
+    with torch.no_grad():
+        assert torch.equal(product(), found)
+    assert torch.equal(found, torch.nn.functional.linear(x, weight))

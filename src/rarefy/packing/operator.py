@@ -82,7 +82,8 @@ def _dense(
     memory: dict[torch.dtype, Tensor] = vars(_shared).setdefault("memory", {})
     if first not in memory or memory[first].numel() < rows * width:
         memory.pop(first, None)
-        memory[first] = torch.empty(rows * width, dtype=first)
+        with torch.inference_mode(False):  # else it could not be written to outside of inference mode
+            memory[first] = torch.empty(rows * width, dtype=first)
     out = memory[first][: rows * width].view(rows, width)
     return unpack(values, mask, offsets, scale, width, group, dtype, out)
 
