@@ -64,7 +64,7 @@ Whole = Annotated[int, BeforeValidator(_no_bool), Field(lt=_COUNTABLE)]
 
 
 #: Settings of a step, and the key without which there is no such step.
-_SETS = {"match_lr": "match", "match_batch": "match", "barber_share": "barber", "barber_refit": "barber"}
+STEP_SETTINGS = {"match_lr": "match", "match_batch": "match", "barber_share": "barber", "barber_refit": "barber"}
 
 
 class Recipe(BaseModel):
@@ -185,7 +185,7 @@ class Recipe(BaseModel):
             parts = check(recipe.method, recipe.settings)
         except MethodError as error:
             raise MethodError.sentence(_named(str(error), written)) from None
-        for key, switch in _SETS.items():
+        for key, switch in STEP_SETTINGS.items():
             fields = cls.model_fields
             if getattr(recipe, key) != fields[key].default and getattr(recipe, switch) == fields[switch].default:
                 raise InputError.sentence(

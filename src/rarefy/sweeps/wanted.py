@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rarefy.errors import InputError
-from rarefy.runs.recipe import DEFAULT_SPARSITY, Recipe
+from rarefy.runs.recipe import DEFAULT_SPARSITY, STEP_SETTINGS, Recipe
 from rarefy.runs.shrink_recipe import ShrinkRecipe
 from rarefy.sweeps.options import Options
 from rarefy.sweeps.shrinking import PREFIX, is_shrinking, shrink_recipe
@@ -132,9 +132,15 @@ def _of_system(
     """What becomes of each place. Raises the first error where the system goes with no pattern at all."""
     own = system.told.values
 
+    def takes(key: str, loop: Mapping[str, Any]) -> bool:
+        """Whether a setting of the command line is of a step that the system takes, or of none."""
+        switch = STEP_SETTINGS.get(key)
+        return switch is None or str(own.get(switch, loop.get(switch))) not in ("None", "none", "0")
+
     def recipe(place: Mapping[str, Any]) -> Recipe:
         said = {**_loop(options), **place}
-        said = {key: value for key, value in said.items() if key not in own}  # what a system says itself, stays
+        # What a system says itself, stays.
+        said = {key: value for key, value in said.items() if key not in own and takes(key, said)}
         return Recipe.read({**common, **said}, system.told, allow_code=options.allow_code)
 
     found: list[Wanted | LeftOut] = []
