@@ -21,6 +21,7 @@ import transformers
 from cli_for_tests import Rarefy
 from models_for_tests import build, make_model, save_folder
 from rarefy.cli import main
+from rarefy.sweeps.options import Options
 
 transformers.utils.logging.disable_progress_bar()
 
@@ -96,3 +97,27 @@ def shelf(tmp_path_factory: pytest.TempPathFactory, model_folder: Callable[[str]
     (folder / "unknown_key.yaml").write_text("sparsity: 0.5\nshots: 3\n")
     (folder / "wrong.yaml").write_text("sparsity: 1.5\n")
     return folder
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    """A text file, for calibration and perplexity."""
+    file = tmp_path / "words.txt"
+    file.write_text("The rain in the north is another thing than the rain at sea. " * 12)
+    return file
+
+
+@pytest.fixture
+def sweep_options(model_folder: Callable[[str], Path], text: Path) -> Options:
+    """A comparison of which methods or systems are to be said."""
+    return Options(
+        model=str(model_folder("llama")),
+        sparsities=["0.5"],
+        patterns=["2:4"],
+        calibration=str(text),
+        num_samples=4,
+        sequence_length=16,
+        texts=[str(text)],
+        eval_length=32,
+        max_windows=3,
+    )

@@ -28,25 +28,8 @@ Folders = Callable[[str], Path]
 
 
 @pytest.fixture
-def text(tmp_path: Path) -> Path:
-    file = tmp_path / "words.txt"
-    file.write_text("The rain in the north is another thing than the rain at sea. " * 12)
-    return file
-
-
-@pytest.fixture
-def options(model_folder: Folders, text: Path) -> Options:
-    return Options(
-        model=str(model_folder("llama")),
-        sparsities=["0.5"],
-        patterns=["2:4"],
-        calibration=str(text),
-        num_samples=4,
-        sequence_length=16,
-        texts=[str(text)],
-        eval_length=32,
-        max_windows=3,
-    )
+def options(sweep_options: Options) -> Options:
+    return sweep_options
 
 
 def write(folder: Path, content: str, name: str = "systems.toml") -> Path:

@@ -172,9 +172,9 @@ class JournaledStore(BlockStore):
 
     def remember(self, name: str, content: bytes) -> None:
         """Keep it beside the journal. Raises OutputError."""
+        if self.computing is not None:  # what is remembered was computed in it
+            self.keep_compute_dtype()
         with self.world.together():
-            if self.world.leads and self.computing is not None:  # what is remembered was computed in it
-                self.journal.keep(_COMPUTING, str(self.computing).encode())
             self.journal.remember(name, content)
 
     def hidden_states(

@@ -102,7 +102,7 @@ class Journal(UnfinishedFolder):
             states = validated(list[StatesPart], content["states"])
             if any(Path(name).name != name for name in (*files, *(part.file for part in states))):
                 raise ValueError("a file in another folder")
-        self._fingerprint = validated(Fingerprint, content["fingerprint"])
+        self._fingerprint = fingerprint
         self._finished, self._files, self.states = finished, files, states
 
     def open(self, fingerprint: Fingerprint) -> Self:

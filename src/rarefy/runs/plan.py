@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rarefy.allocation.names import UNIFORM
 from rarefy.runs.fingerprint import versions
@@ -89,3 +89,13 @@ def calibration_words(recipe: Recipe) -> str:
     """How many windows of how many tokens from where."""
     num, length = recipe.window_shape
     return f"calibration: {num:,} windows of {length:,} tokens from {recipe.calibration}"
+
+
+def pattern_facts(recipe: Recipe, pattern_of: Uniform | PerLayer) -> dict[str, Any]:
+    """What run.json says of the pattern: its spec, if it promises zeros along the inputs, and a clause for people."""
+    method, pattern = recipe.build_method(), recipe.build_pattern()
+    words = pattern_of.describe()
+    if method.gives_dense:
+        words = f"none: each weight is the dense product of two sparse factors, with the stored bits of {pattern}"
+    plain = recipe.along == "inputs" and not method.gives_dense
+    return {"pattern_spec": pattern.spec() if plain else {}, "pattern_words": words}

@@ -30,14 +30,19 @@ class Told:
         return cls(read_yaml(file), str(file)) if isinstance(file, Path) else file
 
 
+def read_bounded(file: Path, what: str) -> str:
+    """The text of a small file, ``what`` it should be. Raises RecipeError where it is larger, OSError, ValueError."""
+    with file.open("rb") as opened:
+        content = opened.read(_MOST_BYTES + 1)
+    if len(content) > _MOST_BYTES:
+        raise RecipeError.sentence(f"{file} is no {what}: it has more than {_MOST_BYTES:,} bytes.")
+    return content.decode()
+
+
 def read_yaml(file: Path) -> dict[str, Any]:
     """The keys and values in ``file``. Raises RecipeError, which names the line where there is one to name."""
     try:
-        with file.open("rb") as opened:
-            content = opened.read(_MOST_BYTES + 1)
-        if len(content) > _MOST_BYTES:
-            raise RecipeError.sentence(f"{file} is no recipe: it has more than {_MOST_BYTES:,} bytes.")
-        found = yaml.load(content.decode(), Loader=_Loader)
+        found = yaml.load(read_bounded(file, "recipe"), Loader=_Loader)
     except OSError as error:
         raise RecipeError.sentence(f"The recipe {file} cannot be read: {error.strerror or error}.") from error
     except _Refused as error:

@@ -33,7 +33,7 @@ from rarefy.runs.journal import Journal, finished_blocks
 from rarefy.runs.make_plan import make_plan
 from rarefy.runs.memory import estimated_bytes
 from rarefy.runs.model import RunModel, open_model
-from rarefy.runs.plan import Plan, calibration_words
+from rarefy.runs.plan import Plan, calibration_words, pattern_facts
 from rarefy.runs.recipe import Recipe
 from rarefy.runs.verify import count_tensors, inspect_folder
 
@@ -295,8 +295,7 @@ def _facts(plan: Plan, report: Report, command: Sequence[str], began: datetime, 
         "method": report.method,
         "paper": plan.method.paper,
         "pattern": report.pattern,
-        "pattern_spec": plan.pattern.spec() if plan.recipe.along == "inputs" and not plan.method.gives_dense else {},
-        "pattern_words": _pattern_words(plan),
+        **pattern_facts(plan.recipe, plan.pattern_of),
         "allocation": recipe.allocation,
         "layers": len(report.layers),
         "failed": [layer.name for layer in report.failed],
@@ -317,13 +316,6 @@ def _facts(plan: Plan, report: Report, command: Sequence[str], began: datetime, 
         },
         "perplexity": [],
     }
-
-
-def _pattern_words(plan: Plan) -> str:
-    """The pattern as a clause for people; that there is none in the weights, where they only stand for something."""
-    if plan.method.gives_dense:
-        return f"none: each weight is the dense product of two sparse factors, with the stored bits of {plan.pattern}"
-    return plan.pattern_of.describe()
 
 
 class _Clock:

@@ -17,6 +17,7 @@ from rarefy.calibration.documents import Source
 from rarefy.calibration.sources import SELF
 from rarefy.errors import InputError, ModelError, PatternError
 from rarefy.runs.fingerprint import file_digests
+from rarefy.runs.plan import pattern_facts
 from rarefy.runs.recipe import Recipe, as_number
 from rarefy.runs.shrink_recipe import ShrinkRecipe
 from rarefy.runs.tune_recipe import TuneRecipe
@@ -95,16 +96,13 @@ class Cell:
     def facts(self) -> dict[str, Any]:
         """What is known of the cell before it runs."""
         recipe = self.recipe
-        method, pattern = recipe.build_method(), recipe.build_pattern()
-        plain = recipe.along == "inputs" and not method.gives_dense
         system = {"system": self.system.definition()} if self.system else {}
         return {
             "method": self.method,
             **system,
-            "paper": method.paper,
+            "paper": recipe.build_method().paper,
             "pattern": self.pattern,
-            "pattern_spec": pattern.spec() if plain else {},
-            "pattern_words": self.pattern_of.describe(),
+            **pattern_facts(recipe, self.pattern_of),
             "asked": self.asked,
             "asked_sparsity": self.sparsity,
             "seed": recipe.seed,

@@ -27,7 +27,7 @@ from typing import Any
 from rarefy.allocation.names import FILES
 from rarefy.errors import InputError, RecipeError
 from rarefy.runs.recipe import Recipe, parse_pattern
-from rarefy.runs.recipe_file import Told, refuse_unknown
+from rarefy.runs.recipe_file import Told, read_bounded, refuse_unknown
 from rarefy.runs.tune_recipe import TuneRecipe
 
 #: Keys of a recipe that all cells have in common, and that only the command line says.
@@ -42,8 +42,8 @@ _TUNE_KEYS = (
     "gradient_checkpointing", "precision",
 )  # fmt: skip
 _OWN = ("tune", "sparsities", "patterns")
-#: A file has a few kilobytes; a name is a heading in a table.
-_MOST_BYTES, _LONGEST_NAME = 2**18, 60
+#: A name is a heading in a table.
+_LONGEST_NAME = 60
 
 
 @dataclass(frozen=True)
@@ -83,11 +83,7 @@ def read_systems(file: Path) -> list[System]:
 
 def _read(file: Path) -> dict[str, Any]:
     try:
-        with file.open("rb") as opened:
-            content = opened.read(_MOST_BYTES + 1)
-        if len(content) > _MOST_BYTES:
-            raise RecipeError.sentence(f"{file} is no file of systems: it has more than {_MOST_BYTES:,} bytes.")
-        return tomllib.loads(content.decode())
+        return tomllib.loads(read_bounded(file, "file of systems"))
     except OSError as error:
         raise RecipeError.sentence(f"--systems: {file} cannot be read: {error.strerror or error}.") from error
     except tomllib.TOMLDecodeError as error:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rarefy.errors import InputError
-from rarefy.runs.recipe import DEFAULT_SPARSITY, STEP_SETTINGS, Recipe
+from rarefy.runs.recipe import DEFAULT_SPARSITY, STEP_SETTINGS, Recipe, as_number
 from rarefy.runs.shrink_recipe import ShrinkRecipe
 from rarefy.sweeps.options import Options
 from rarefy.sweeps.shrinking import PREFIX, is_shrinking, shrink_recipe
@@ -135,7 +135,10 @@ def _of_system(
     def takes(key: str, loop: Mapping[str, Any]) -> bool:
         """Whether a setting of the command line is of a step that the system takes, or of none."""
         switch = STEP_SETTINGS.get(key)
-        return switch is None or str(own.get(switch, loop.get(switch))) not in ("None", "none", "0")
+        if switch is None:
+            return True
+        off = Recipe.model_fields[switch].default
+        return bool(as_number(own.get(switch, loop.get(switch, off))) != off)
 
     def recipe(place: Mapping[str, Any]) -> Recipe:
         said = {**_loop(options), **place}
