@@ -22,7 +22,8 @@ from rarefy.layer.pattern import Pattern
 from rarefy.models.memory import peak_bytes
 from rows import Ground, Rows, parser
 
-_MATCH = rarefy.Matching()
+_MATCH, _BY_ONE = rarefy.Matching(), rarefy.Matching(batch_size=1)
+_ALL: dict[str, Any] = {"matching": _MATCH, "drift": 0.25, "rotate": True}
 ROWS: dict[str, dict[str, Any]] = {
     "layers": {},
     "drift": {"drift": 0.25},
@@ -31,20 +32,31 @@ ROWS: dict[str, dict[str, Any]] = {
     **{f"row weights, {rule}": {"row_weights": rule} for rule in ("mlp", "fisher")},
     "profile, row weights, fisher": {"allocation": "profile", "row_weights": "fisher"},
     "rotate": {"rotate": True},
+    **{f"rotate, {rule}": {"rotate": True, "row_weights": rule} for rule in ("mlp", "fisher")},
     "permute": {"permute": True},
     "rotate, permute": {"rotate": True, "permute": True},
     "matching": {"matching": _MATCH},
-    "matching, 1 window a step": {"matching": rarefy.Matching(batch_size=1), "batch_size": 1},
+    "matching, 1 window a step": {"matching": _BY_ONE, "batch_size": 1},
+    "matching, drift, rotate, 1 window a step": {**_ALL, "matching": _BY_ONE, "batch_size": 1},
     "matching, 4e-4": {"matching": rarefy.Matching(learning_rate=4e-4)},
     "matching, drift": {"matching": _MATCH, "drift": 0.25},
     "matching, refresh": {"matching": _MATCH, "refresh": True},
     "matching, profile": {"matching": _MATCH, "allocation": "profile"},
     "matching, row weights, fisher": {"matching": _MATCH, "row_weights": "fisher"},
     "matching, drift, profile": {"matching": _MATCH, "drift": 0.25, "allocation": "profile"},
-    "matching, drift, rotate, permute": {"matching": _MATCH, "drift": 0.25, "rotate": True, "permute": True},
-    "matching, drift, rotate": {"matching": _MATCH, "drift": 0.25, "rotate": True},
-    "matching, drift, rotate, profile": {"matching": _MATCH, "drift": 0.25, "rotate": True, "allocation": "profile"},
-    "matching, drift, rotate, lsa": {"matching": _MATCH, "drift": 0.25, "rotate": True, "allocation": "lsa"},
+    "matching, drift, rotate": _ALL,
+    "matching, drift, rotate, permute": {**_ALL, "permute": True},
+    **{f"matching, drift, rotate, {rule}": {**_ALL, "allocation": rule} for rule in ("profile", "lsa")},
+    **{f"matching, drift, rotate, {rule}": {**_ALL, "row_weights": rule} for rule in ("mlp", "fisher")},
+    "matching, drift, rotate, profile, fisher": {**_ALL, "allocation": "profile", "row_weights": "fisher"},
+    "matching, drift, rotate, fisher, 1 window a step": {
+        **_ALL,
+        **{"matching": _BY_ONE, "batch_size": 1, "row_weights": "fisher"},
+    },
+    "matching, drift, rotate, permute, 1 window a step": {
+        **_ALL,
+        **{"matching": _BY_ONE, "batch_size": 1, "permute": True},
+    },
 }
 
 

@@ -175,7 +175,7 @@ def prune_blocks(
         with ExitStack() as scope:
             with world.together():
                 scope.enter_context(store.loaded(block, following))
-            notes = reparametrise(world, block, entering, counter.count) if reparametrise else {}
+            notes = reparametrise(world, block, entering, row_weights, counter.count) if reparametrise else {}
             drifts = None
             drifting = any(other.sites for other in blocks[: block.index])  # before it, both paths are the same
             if dense is not None and settings.drift > 0 and block.sites and drifting:

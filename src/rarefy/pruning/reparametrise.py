@@ -83,9 +83,17 @@ class Reparametrisation:
                 )
         return made
 
-    def __call__(self, world: World, block: Block, entering: HiddenStates, on_batch: Callable[[], None]) -> Notes:
+    def __call__(
+        self,
+        world: World,
+        block: Block,
+        entering: HiddenStates,
+        row_weights: dict[str, Float[Tensor, " out"]],
+        on_batch: Callable[[], None],
+    ) -> Notes:
         """Change one block, which is in memory; what the records of its layers should say, by name.
 
+        ``row_weights`` are those of the block's outputs before; they become those of its outputs afterwards.
         ``on_batch`` is called once for each batch of a block with layers to prune. All processes do the same.
         """
         notes: Notes = {}
@@ -110,7 +118,7 @@ class Reparametrisation:
         for inner in found:
             try:
                 with torch.no_grad():
-                    self._change(world, inner, grams, notes)
+                    self._change(world, inner, grams, row_weights, notes)
             except NumericalError as error:  # which the solver of the layer will meet as well, and answer
                 notes.setdefault(inner.exit.name, {})["order"] = f"left as it was: {error}"
         return {name: note for name, note in notes.items() if name in self.pruned}
@@ -158,7 +166,9 @@ class Reparametrisation:
 
     # --- the change
 
-    def _change(self, world: World, inner: Inner, grams: dict[str, Gram], notes: Notes) -> None:
+    def _change(
+        self, world: World, inner: Inner, grams: dict[str, Gram], row_weights: dict[str, Tensor], notes: Notes
+    ) -> None:
         """Rotate and reorder inner dimensions, as far as that is asked for."""
         exit = inner.exit
         inverse = _inverse(exit, grams[exit.name])
@@ -167,6 +177,7 @@ class Reparametrisation:
             heads = self._heads(inner, grams[source.name], inverse)
             R, before, after = world.from_first(lambda: _rotation(heads))
             inner.rotate(R.to(inverse))
+            _average(row_weights, inner)
             inverse = _rotated(inverse, inner, R.to(inverse))
             for name in (exit.name, source.name):
                 notes.setdefault(name, {})["rotation"] = f"pruned share {before:.4f} -> {after:.4f}"
@@ -176,6 +187,7 @@ class Reparametrisation:
             E = exit.read().to(inverse).square_().div_(inverse.diagonal())
             order, before, after = world.from_first(lambda: _orders(E, inner, keep, pattern.group))
             inner.reorder(order)
+            _reorder(row_weights, inner, order)
             notes.setdefault(exit.name, {})["order"] = f"pruned share {before:.4f} -> {after:.4f}"
 
     def _heads(self, inner: Inner, gram: Gram, inverse: Float[Tensor, "in in"]) -> Heads:
@@ -254,6 +266,22 @@ def _rotated(inverse: Float[Tensor, "in in"], inner: Inner, R: Tensor) -> Float[
     columns = inner.columns.to(inverse.device)
     whole[columns.unsqueeze(3), columns.unsqueeze(2)] = R.unsqueeze(1).expand(groups, copies, width, width)
     return whole.T @ inverse @ whole
+
+
+def _average(row_weights: dict[str, Tensor], inner: Inner) -> None:
+    """Row weights of rotated outputs: the mean over a head is what a squared gradient is over all rotations of it."""
+    for site, rows in inner.sources:
+        if site.name in row_weights:
+            v = row_weights[site.name]
+            v[rows.flatten()] = v[rows].mean(dim=1, keepdim=True).expand(rows.shape).flatten()
+
+
+def _reorder(row_weights: dict[str, Tensor], inner: Inner, order: Int[Tensor, "groups width"]) -> None:
+    """Row weights in the order that the outputs have now."""
+    for site, rows in inner.sources:
+        if site.name in row_weights:
+            v = row_weights[site.name]
+            v[rows.flatten()] = v[rows.gather(1, order)].flatten()
 
 
 def _orders(

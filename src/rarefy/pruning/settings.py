@@ -143,10 +143,6 @@ class PruneSettings:
                 "Row weights of the MLP (mlp) do not go with refresh: what its last linear reads is then known only "
                 "after its first ones were solved."
             )
-        if self.row_weights == FISHER and (self.permute or self.rotate):
-            raise InputError.sentence(
-                "Row weights (fisher) do not go with permute or rotate: they are of the outputs as they were before."
-            )
         if self.row_weights != NONE and self.method.comes_last:
             why = "move weights off the grid they are rounded to"
             if self.method.gives_dense:
