@@ -51,11 +51,15 @@ ROWS: dict[str, dict[str, Any]] = {
     "matching, drift, rotate, profile, fisher": {**_ALL, "allocation": "profile", "row_weights": "fisher"},
     "matching, drift, rotate, fisher, 1 window a step": {
         **_ALL,
-        **{"matching": _BY_ONE, "batch_size": 1, "row_weights": "fisher"},
+        "matching": _BY_ONE,
+        "batch_size": 1,
+        "row_weights": "fisher",
     },
     "matching, drift, rotate, permute, 1 window a step": {
         **_ALL,
-        **{"matching": _BY_ONE, "batch_size": 1, "permute": True},
+        "matching": _BY_ONE,
+        "batch_size": 1,
+        "permute": True,
     },
 }
 

@@ -14,11 +14,11 @@ import rarefy
 from cli_for_tests import Rarefy, is_one_sentence, prune_arguments
 from models_for_tests import VOCABULARY, make_model
 from rarefy.layer.gram import Gram
-from rarefy.layer.pattern import Unstructured
+from rarefy.layer.pattern import Pattern, Unstructured
 from rarefy.layer.problem import LayerProblem
 from rarefy.layer.row_weights import LEAST, row_factors, weighted
 from rarefy.models.blocks import find_blocks
-from rarefy.models.sites import LinearSite
+from rarefy.models.sites import LinearSite, Site
 from rarefy.pruning import block as pruned_block
 from rarefy.pruning import fisher
 from rarefy.pruning.stores import JournaledStore
@@ -175,6 +175,45 @@ def test_fisher_weights_are_those_of_a_plain_backward_pass(
     assert report.pruned == plain.pruned
     assert any(one.relative_error != other.relative_error for one, other in zip(report.layers, plain.layers))
     assert not any(parameter.grad is not None for parameter in model.parameters())
+
+
+@pytest.fixture
+def solved(monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[Tensor, Tensor]]:
+    """The weight and the row weights with which each layer of a run was solved."""
+    seen: dict[str, tuple[Tensor, Tensor]] = {}
+    original = pruned_block.solve_piece
+
+    def solve_piece(site: Any, *arguments: Any) -> Any:
+        seen[site.name] = site.read().clone(), arguments[-1].clone()
+        return original(site, *arguments)
+
+    monkeypatch.setattr(pruned_block, "solve_piece", solve_piece)
+    return seen
+
+
+def test_rotated_outputs_have_the_mean_of_their_head(solved: dict[str, tuple[Tensor, Tensor]]) -> None:
+    _pruned(row_weights="fisher", rotate=True)
+    plain = _plain_fisher("llama")
+    assert solved.keys() == plain.keys()
+    width = make_model("llama").config.head_dim
+    for name, v in plain.items():
+        expected = v.view(-1, width).mean(1).repeat_interleave(width) if name.endswith("v_proj") else v
+        torch.testing.assert_close(solved[name][1].float(), expected, rtol=1e-3, atol=1e-4 * float(v.max()))
+
+
+def test_reordered_outputs_keep_their_row_weights(solved: dict[str, tuple[Tensor, Tensor]]) -> None:
+    def pattern_of(site: Site) -> Pattern:
+        return rarefy.NM(2, 4) if site.name.endswith(("down_proj", "o_proj")) else rarefy.Unstructured(0.6)
+
+    _pruned(row_weights="fisher", permute=True, pattern=pattern_of)
+    plain, dense = _plain_fisher("llama"), dict(make_model("llama").named_parameters())
+    moved = 0
+    for name, (weight, found) in solved.items():
+        rows = torch.cdist(weight.float(), dense[f"{name}.weight"].detach().float()).argmin(1)  # where each was
+        if not name.endswith(("down_proj", "o_proj")):
+            torch.testing.assert_close(found.float(), plain[name][rows], rtol=1e-3, atol=1e-4 * float(found.max()))
+            moved += int((rows != torch.arange(len(rows))).sum())
+    assert moved > 0
 
 
 def test_weights_of_the_mlp_are_norms_of_its_neurons(given: dict[str, Tensor | None]) -> None:
