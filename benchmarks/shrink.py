@@ -3,27 +3,36 @@
     python benchmarks/shrink.py --calibration FILE --text FILE --held-out FILE [--removed 0.1,0.2,0.3,0.4]
         [--rows "kl;greedy;neurons;search"] [--windows 32x1024] [--candidates 32] [--seeds 0] [-o shrink.jsonl]
 
-One row after the other is added to the file, and rows that are there are not computed again; a row that was killed
-goes on from its journal under ``FILE.runs``. Each run prints the table of all. Rows of one size remove the fewest
-blocks, heads or neurons that leave at most this share of the parameters. Text is 20 windows of 2,048 tokens, the
-held-out text 8. Prefill (512 tokens) and decode (64) are ratios to the dense model, measured in turn in one process.
+One row after the other is added to the file, and rows that are there are not computed again. Sets of blocks that one
+row has measured are not measured again for another: they are in ``FILE.memo``, with which a row that was killed goes
+on, too. So the seconds of a row are those of what was new in it; what a rule costs alone, benchmarks/blocks.py says.
+Each run prints the table of all. Rows of one size remove the fewest blocks, heads or neurons that leave at most this
+share of the parameters. Text is 20 windows of 2,048 tokens, the held-out text 8. Prefill (512 tokens) and decode (64)
+are ratios to the dense model, measured in turn in one process.
 """
 
 from __future__ import annotations
 
-import shutil
+import json
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-import rarefy
 from rarefy.errors import InputError
-from rarefy.models.checkpoint import load_model, resolve_model
+from rarefy.models.atomic import replace_file
+from rarefy.models.checkpoint import load_model
+from rarefy.models.memory import peak_bytes
 from rarefy.packing.bench import Variant, measure_speed, warm_up
+from rarefy.runs.events import Silent
+from rarefy.runs.shrink_model import make_smaller
+from rarefy.runs.shrink_plan import make_shrink_plan
+from rarefy.runs.shrink_recipe import ShrinkRecipe
 from rarefy.structure.counts import REMOVABLE, Counts, find_space
+from rarefy.structure.memo import Memo
 from rows import Ground, Rows, parser
 
 _BLOCKS = ("kl", "perplexity", "taylor", "greedy", "search", "policy-gradient")
@@ -75,44 +84,59 @@ def ratios(dense: PreTrainedModel, small: PreTrainedModel, rounds: int) -> dict[
     return {"prefill": after.prefill / before.prefill, "decode": after.decode / before.decode}
 
 
-def measured(ground: Ground, recipe: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """One row: the smaller model is made as ``rarefy shrink`` makes it, loaded as anybody would, and evaluated."""
+class KeptMemo(Memo):
+    """A memo in a file, which all rows on the same windows share."""
+
+    def __init__(self, file: Path, key: str) -> None:
+        self.file, self.key = file, key
+        super().__init__(self._all().get(key, {}))
+
+    def keep(self, found: Mapping[str, Any]) -> None:
+        super().keep(found)
+        replace_file(self.file, json.dumps(self._all() | {self.key: self}))
+
+    def _all(self) -> dict[str, Any]:
+        return dict(json.loads(self.file.read_text())) if self.file.exists() else {}
+
+
+def measured(ground: Ground, recipe: dict[str, Any], memo: Memo) -> dict[str, Any]:
+    """One row: the smaller model is made as ``rarefy shrink`` makes it, and evaluated."""
+    plan = make_shrink_plan(ShrinkRecipe.read(recipe))
+    assert plan.windows is not None
+    model, _ = load_model(ground.source, torch.device("cpu"), "auto")
     began = time.perf_counter(), time.process_time()
-    facts = rarefy.shrink(recipe, folder).facts
+    made = make_smaller(model, plan.windows, plan, Silent().watch, memo=memo)
     found = {"seconds": time.perf_counter() - began[0], "cpu_seconds": time.process_time() - began[1]}
-    small, _ = load_model(resolve_model(str(folder / "model")), torch.device("cpu"), "auto")
     if rounds := ground.said.rounds:
-        found |= ratios(ground.dense, small, rounds)
-    shrunk = facts["shrink"]
+        found |= ratios(ground.dense, made.model, rounds)
+    shrunk = made.facts
     errors = [(part["masked_error"], part["error"]) for part in shrunk["parts"]]
     means = [sum(column) / len(errors) for column in zip(*errors)] or [None, None]
     return {
         **found,
         "left": shrunk["after"]["parameters"] / shrunk["before"]["parameters"],
         "multiplications": shrunk["after"]["multiplications"] / shrunk["before"]["multiplications"],
-        "what": facts["pattern"],
+        "what": made.removed,
         "removed": shrunk["blocks"]["removed"] if shrunk["blocks"] else [],
         "kl_of_blocks": shrunk["blocks"]["kl"] if shrunk["blocks"] else None,
         "kl_of_search": shrunk["search"]["best"]["kl"] if shrunk["search"] else None,
         "tried": shrunk["search"]["candidates"] if shrunk["search"] else [],
-        "block_tokens": (shrunk["search"] or shrunk["blocks"] or {}).get("block_tokens"),
         "masked_error": means[0],
         "error": means[1],
-        "peak_bytes": facts["peak_bytes"],
-        **ground.perplexities(small),
+        "peak_bytes": peak_bytes(torch.device("cpu")),
+        **ground.perplexities(made.model),
     }
 
 
 def print_table(lines: list[dict[str, Any]]) -> None:
     """All rows as Markdown, those of one size together, the best on the text first."""
-    print("| removed | rule | what | text | held out | prefill | decode | left | CPU seconds | 1e9 block tokens |")
-    print("|---|---|---|---|---|---|---|---|---|---|")
+    print("| removed | rule | what | text | held out | prefill | decode | left | CPU seconds |")
+    print("|---|---|---|---|---|---|---|---|---|")
     for line in sorted(lines, key=lambda line: (line["asked"], line["text"])):
         speed = [f"{line[key]:.2f}" if key in line else "" for key in ("prefill", "decode")]
-        cost = f"{line['block_tokens'] / 1e9:.3f}" if line["block_tokens"] else ""
         print(
             f"| {line['asked']:.0%} | {line['row']} | {line['what']} | {line['text']:.2f} | {line['held_out']:.2f} | "
-            f"{' | '.join(speed)} | {line['left']:.1%} | {line['cpu_seconds']:.0f} | {cost} |"
+            f"{' | '.join(speed)} | {line['left']:.1%} | {line['cpu_seconds']:.0f} |"
         )
 
 
@@ -137,7 +161,7 @@ def main() -> None:
     rows = Rows(said.output, {**common, "eval_dtype": said.eval_dtype})
     if not rows.all(row="dense"):
         model, _ = load_model(ground.source, torch.device("cpu"), "auto")
-        empty = {"what": "", "left": 1.0, "cpu_seconds": 0.0, "block_tokens": None}
+        empty = {"what": "", "left": 1.0, "cpu_seconds": 0.0}
         rows.add(row="dense", asked=0.0, seed=0, **ground.perplexities(model), **empty)
     for seed in map(int, said.seeds.split(",")):
         for removed in map(float, said.removed.split(",")):
@@ -149,11 +173,9 @@ def main() -> None:
                 if settings is None:
                     print(f"{row}: no model of {1 - removed:.0%} of the parameters")
                     continue
-                place = f"{row.replace(' ', '-').replace(',', '')}-{removed}-{seed}-{said.windows}"
-                folder = said.output.with_name(said.output.name + ".runs") / place
-                line = measured(ground, {**common, **settings, "seed": seed}, folder)
+                memo = KeptMemo(said.output.with_name(said.output.name + ".memo"), f"{said.windows}, seed {seed}")
+                line = measured(ground, {**common, **settings, "seed": seed}, memo)
                 rows.add(**cell, **line)
-                shutil.rmtree(folder)
                 print(f"{row}, {removed:.0%}: {line['text']:.2f}, {line['held_out']:.2f}", flush=True)
     print_table(rows.all())
 
