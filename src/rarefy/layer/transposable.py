@@ -159,7 +159,7 @@ def _finite(S: Blocks) -> Blocks:
         return S
     never = torch.isneginf(S)
     least = S.masked_fill(never, 0).abs().amax(dim=(0, 1)).clamp_min(torch.finfo(S.dtype).tiny)
-    return torch.where(never, -float(S.shape[0] ** 2) * least, S)
+    return torch.where(never, -float(S.shape[0] ** 2) * least, S)  # no mutant: less would do
 
 
 # --- small blocks
