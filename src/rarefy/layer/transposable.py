@@ -112,7 +112,6 @@ class TransposableNM(NM):
         return self
 
     def check(self, mask: Mask) -> None:
-        self.validate((int(mask.shape[0]), int(mask.shape[1])))
         super().check(mask)
         try:
             NM(self.keep, self.of).check(mask.T)
