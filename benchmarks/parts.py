@@ -1,7 +1,7 @@
 """What each part that looks beyond the layer gains: perplexity of two texts, seconds of the CPU and peak memory.
 
     python benchmarks/parts.py --calibration FILE --text FILE --held-out FILE [--patterns 0.6,0.7,2:4]
-        [--rows "layers;matching, drift"] [--blocks 8] [--seeds 0] [--windows 32x1024] [--eval-dtype float32]
+        [--rows "layers;matching + drift"] [--blocks 8] [--seeds 0] [--windows 32x1024] [--eval-dtype float32]
         [-o parts.jsonl]
 
 One row after the other is added to the file, and rows that are there are not computed again; each run prints the
@@ -22,46 +22,20 @@ from rarefy.layer.pattern import Pattern
 from rarefy.models.memory import peak_bytes
 from rows import Ground, Rows, parser
 
-_MATCH, _BY_ONE = rarefy.Matching(), rarefy.Matching(batch_size=1)
-_ALL: dict[str, Any] = {"matching": _MATCH, "drift": 0.25, "rotate": True}
-ROWS: dict[str, dict[str, Any]] = {
-    "layers": {},
+_RULES = ("profile", "fisher", "owl", "alphapruning", "lsa", "search")
+#: What a row may have beside the layer problem, as options of rarefy.prune.
+PARTS: dict[str, dict[str, Any]] = {
     "drift": {"drift": 0.25},
     "refresh": {"refresh": True},
-    **{rule: {"allocation": rule} for rule in ("profile", "owl", "alphapruning", "lsa", "search")},
-    **{f"row weights, {rule}": {"row_weights": rule} for rule in ("mlp", "fisher")},
-    "profile, row weights, fisher": {"allocation": "profile", "row_weights": "fisher"},
+    **{rule: {"allocation": rule} for rule in _RULES},
+    **{f"{rule} row weights": {"row_weights": rule} for rule in ("mlp", "fisher")},
     "rotate": {"rotate": True},
-    **{f"rotate, {rule}": {"rotate": True, "row_weights": rule} for rule in ("mlp", "fisher")},
     "permute": {"permute": True},
-    "rotate, permute": {"rotate": True, "permute": True},
-    "matching": {"matching": _MATCH},
-    "matching, 1 window a step": {"matching": _BY_ONE, "batch_size": 1},
-    "matching, drift, rotate, 1 window a step": {**_ALL, "matching": _BY_ONE, "batch_size": 1},
-    "matching, 4e-4": {"matching": rarefy.Matching(learning_rate=4e-4)},
-    "matching, drift": {"matching": _MATCH, "drift": 0.25},
-    "matching, refresh": {"matching": _MATCH, "refresh": True},
-    "matching, profile": {"matching": _MATCH, "allocation": "profile"},
-    "matching, row weights, fisher": {"matching": _MATCH, "row_weights": "fisher"},
-    "matching, drift, profile": {"matching": _MATCH, "drift": 0.25, "allocation": "profile"},
-    "matching, drift, rotate": _ALL,
-    "matching, drift, rotate, permute": {**_ALL, "permute": True},
-    **{f"matching, drift, rotate, {rule}": {**_ALL, "allocation": rule} for rule in ("profile", "lsa")},
-    **{f"matching, drift, rotate, {rule}": {**_ALL, "row_weights": rule} for rule in ("mlp", "fisher")},
-    "matching, drift, rotate, profile, fisher": {**_ALL, "allocation": "profile", "row_weights": "fisher"},
-    "matching, drift, rotate, fisher, 1 window a step": {
-        **_ALL,
-        "matching": _BY_ONE,
-        "batch_size": 1,
-        "row_weights": "fisher",
-    },
-    "matching, drift, rotate, permute, 1 window a step": {
-        **_ALL,
-        "matching": _BY_ONE,
-        "batch_size": 1,
-        "permute": True,
-    },
+    "matching": {"matching": rarefy.Matching()},
+    "matching by one": {"matching": rarefy.Matching(batch_size=1), "batch_size": 1},
 }
+_FISHER = "fisher + fisher row weights"
+ROWS = ("layers", *PARTS, _FISHER, f"matching + {_FISHER}", f"matching + drift + rotate + permute + {_FISHER}")
 
 
 def pattern_of(text: str) -> Pattern:
@@ -69,17 +43,24 @@ def pattern_of(text: str) -> Pattern:
     return rarefy.NM(*map(int, text.split(":"))) if ":" in text else rarefy.Unstructured(float(text))
 
 
+def parts_of(row: str) -> list[str]:
+    """The names of a row's parts; none for the layers alone."""
+    return [] if row == "layers" else row.split(" + ")
+
+
 def measured(ground: Ground, windows: Tensor, row: str, pattern: str) -> dict[str, Any]:
     """One row: prune a copy of the dense model, and evaluate it."""
-    model, options = copy.deepcopy(ground.dense), dict(ROWS[row])
-    if ":" in pattern:
-        options.pop("allocation", None)  # 2:4 has no steps
-        options.pop("row_weights", None)  # and every row the same count
+    model, wanted = copy.deepcopy(ground.dense), pattern_of(pattern)
+    options = {key: value for part in parts_of(row) for key, value in PARTS[part].items()}
+    if isinstance(wanted, rarefy.NM):
+        options.pop("row_weights", None)  # every row has the same count
+        if wanted.of < 8:
+            options.pop("allocation", None)  # too few steps
     else:
         options.pop("permute", None)  # an order is found for groups only
     include = [f"*.layers.{block}.*" for block in range(ground.said.blocks)]
     began = time.perf_counter(), time.process_time()
-    rarefy.prune(model, windows, pattern=pattern_of(pattern), method=rarefy.ALPS(), include=include, **options)
+    rarefy.prune(model, windows, pattern=wanted, method=rarefy.ALPS(), include=include, **options)
     facts = {"seconds": time.perf_counter() - began[0], "cpu_seconds": time.process_time() - began[1]}
     facts["peak_bytes"] = peak_bytes(torch.device("cpu"))
     return {**facts, **ground.perplexities(model)}
@@ -100,10 +81,15 @@ def print_table(lines: list[dict[str, Any]]) -> None:
 def main() -> None:
     arguments = parser(__doc__, "parts.jsonl")
     arguments.add_argument("--patterns", default="0.6,0.7,2:4")
-    arguments.add_argument("--rows", default=";".join(ROWS), help="separated by semicolons")
+    arguments.add_argument(
+        "--rows", default=";".join(ROWS), help="parts with + between them, rows with ; between them"
+    )
     arguments.add_argument("--blocks", type=int, default=0)
     arguments.add_argument("--seeds", default="0")
     said = arguments.parse_args()
+    for row in said.rows.split(";"):
+        if unknown := set(parts_of(row)) - PARTS.keys():
+            arguments.error(f"--rows names {min(unknown)!r}, which is none of layers, {', '.join(PARTS)}")
     ground = Ground.of(said)
     rows = Rows(said.output, {name: getattr(said, name) for name in ("blocks", "windows", "eval_dtype", "model")})
     for seed in map(int, said.seeds.split(",")):

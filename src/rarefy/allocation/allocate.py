@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from rarefy.allocation.alphapruning import AlphaPruning
 from rarefy.allocation.budget import Layer, patterns
+from rarefy.allocation.fisher import Fisher
 from rarefy.allocation.listed import listed, read_listed
 from rarefy.allocation.lsa import Lsa
-from rarefy.allocation.names import ALLOWED, ALPHAPRUNING, LSA, MEASURED, OWL, PROFILE, UNIFORM, is_allocation
+from rarefy.allocation.names import ALLOWED, ALPHAPRUNING, FISHER, LSA, MEASURED, OWL, PROFILE, UNIFORM, is_allocation
 from rarefy.allocation.owl import Owl
 from rarefy.allocation.profile import profile
 from rarefy.allocation.rule import MeasuredRule
@@ -18,7 +20,12 @@ from rarefy.layer.pattern import Pattern
 from rarefy.models.blocks import Block
 
 RULES: Mapping[str, Callable[[Sequence[Layer], float], dict[str, float]]] = {PROFILE: profile}
-MEASURED_RULES: Mapping[str, MeasuredRule] = {OWL: Owl(), ALPHAPRUNING: AlphaPruning(), LSA: Lsa()}
+MEASURED_RULES: Mapping[str, MeasuredRule] = {
+    FISHER: Fisher(),
+    OWL: Owl(),
+    ALPHAPRUNING: AlphaPruning(),
+    LSA: Lsa(),
+}
 
 
 def layers_of(blocks: Sequence[Block]) -> list[Layer]:
@@ -49,7 +56,7 @@ def allocate(allocation: str, pattern: Pattern, blocks: Sequence[Block]) -> dict
 
 
 def allocate_measured(
-    allocation: str, pattern: Pattern, layers: Sequence[Layer], facts: Mapping[str, float]
+    allocation: str, pattern: Pattern, layers: Sequence[Layer], facts: Mapping[str, Any]
 ) -> dict[str, Pattern]:
     """The pattern of each layer by name, from what a rule has measured of each."""
     wanted = MEASURED_RULES[allocation].spread(layers, facts, pattern.nominal_sparsity())

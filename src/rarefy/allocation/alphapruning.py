@@ -22,14 +22,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from rarefy.allocation.budget import Layer
-from rarefy.allocation.rule import MeasuredRule, by_block, stretched
+from rarefy.allocation.rule import MeasuredRule, Sensitivity, by_block, stretched
 from rarefy.layer.gram import Gram
 
 _BINS = 100
@@ -42,9 +41,9 @@ class AlphaPruning(MeasuredRule):
 
     spread_by: float = 0.3
 
-    needs_grams: ClassVar[bool] = False
-
-    def of_layer(self, W: Float[Tensor, "out inputs"], gram: Gram | None) -> float:
+    def of_layer(
+        self, W: Float[Tensor, "out inputs"], gram: Gram | None = None, sensitivity: Sensitivity | None = None
+    ) -> float:
         """(3)"""
         W = W.double()
         square = W @ W.T if W.shape[0] <= W.shape[1] else W.T @ W

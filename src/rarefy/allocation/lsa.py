@@ -28,7 +28,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rarefy.allocation.budget import Layer
-from rarefy.allocation.rule import MeasuredRule, by_block, stretched
+from rarefy.allocation.rule import MeasuredRule, Sensitivity, by_block, stretched
 from rarefy.layer.gram import Gram
 
 #: The bound at sparsities of 10 % to 80 %. From 60 % on the published ones are 0.10, 0.15 and 0.12; at 70 % that of
@@ -44,7 +44,9 @@ class Lsa(MeasuredRule):
 
     needs_grams: ClassVar[bool] = True
 
-    def of_layer(self, W: Float[Tensor, "out inputs"], gram: Gram | None) -> float:
+    def of_layer(
+        self, W: Float[Tensor, "out inputs"], gram: Gram | None = None, sensitivity: Sensitivity | None = None
+    ) -> float:
         """(2), divided by the number of tokens."""
         assert gram is not None
         return removal_error(W.float(), gram.H.float(), self.group) / max(1, gram.num_tokens)

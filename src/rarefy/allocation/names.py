@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-UNIFORM, PROFILE, OWL, ALPHAPRUNING, LSA = "uniform", "profile", "owl", "alphapruning", "lsa"
+UNIFORM, PROFILE, FISHER, OWL, ALPHAPRUNING, LSA = "uniform", "profile", "fisher", "owl", "alphapruning", "lsa"
 SEARCH = "search"
 #: Those that look at the dense model first, which takes time before the first block is pruned.
-MEASURED = (OWL, ALPHAPRUNING, LSA, SEARCH)
+MEASURED = (FISHER, OWL, ALPHAPRUNING, LSA, SEARCH)
 NAMES = (UNIFORM, PROFILE, *MEASURED)
 FILES = (".json", ".csv")
 ALLOWED = f"{', '.join(NAMES)}, or a .json or .csv file of globs and sparsities"

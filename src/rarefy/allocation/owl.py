@@ -22,7 +22,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rarefy.allocation.budget import Layer
-from rarefy.allocation.rule import MeasuredRule, by_block, stretched
+from rarefy.allocation.rule import MeasuredRule, Sensitivity, by_block, stretched
 from rarefy.layer.gram import Gram
 
 
@@ -35,7 +35,9 @@ class Owl(MeasuredRule):
 
     needs_grams: ClassVar[bool] = True
 
-    def of_layer(self, W: Float[Tensor, "out inputs"], gram: Gram | None) -> Float[Tensor, "in"]:
+    def of_layer(
+        self, W: Float[Tensor, "out inputs"], gram: Gram | None = None, sensitivity: Sensitivity | None = None
+    ) -> Float[Tensor, "in"]:
         """||X_j|| of each input, for one token on average: experts see fewer tokens than their block."""
         assert gram is not None
         return (gram.H.diagonal().clamp_min(0) / max(1, gram.num_tokens)).sqrt().cpu()

@@ -14,6 +14,18 @@ from rarefy.layer.gram import Gram
 
 
 @dataclass(frozen=True)
+class Sensitivity:
+    """How much the loss of the dense model depends on a linear.
+
+    ``outputs`` (out,) are squares of the loss's gradient at each output, summed over tokens, and ``inputs`` (in,)
+    mean squares of what the linear reads.
+    """
+
+    outputs: Float[Tensor, " out"]
+    inputs: Float[Tensor, " in"]
+
+
+@dataclass(frozen=True)
 class MeasuredRule:
     """An allocation from facts about the dense model; a frozen dataclass of its hyperparameters.
 
@@ -22,17 +34,21 @@ class MeasuredRule:
     """
 
     #: Whether ``of_layer`` gets Grams of the dense model, for which the windows pass through all blocks once.
-    needs_grams: ClassVar[bool]
+    needs_grams: ClassVar[bool] = False
+    #: Whether it gets sensitivities, of linears that are modules (pruning/fisher.py).
+    needs_sensitivities: ClassVar[bool] = False
 
-    def of_layer(self, W: Float[Tensor, "out inputs"], gram: Gram | None) -> Any:
+    def of_layer(
+        self, W: Float[Tensor, "out inputs"], gram: Gram | None = None, sensitivity: Sensitivity | None = None
+    ) -> Any:
         """What is kept of one layer: small, and it can be pickled."""
         raise NotImplementedError
 
-    def of_block(self, facts: Mapping[str, Any], read: Callable[[str], Tensor]) -> dict[str, float]:
-        """A number for each layer of a block, from what was kept of them; ``read`` gives a weight by name."""
+    def of_block(self, facts: Mapping[str, Any], read: Callable[[str], Tensor]) -> dict[str, Any]:
+        """What ``spread`` gets of each layer of a block, from what was kept; ``read`` gives a weight by name."""
         return dict(facts)
 
-    def spread(self, layers: Sequence[Layer], facts: Mapping[str, float], sparsity: float) -> dict[str, float]:
+    def spread(self, layers: Sequence[Layer], facts: Mapping[str, Any], sparsity: float) -> dict[str, float]:
         """The sparsity that the rule wishes for each layer, by name; budget.py makes the total exact."""
         raise NotImplementedError
 

@@ -149,8 +149,8 @@ Allocation = Annotated[
     Text,
     typer.Option(
         metavar="RULE",
-        help="Sparsity of each layer at the same total: uniform, profile, owl, alphapruning, lsa, search, or a "
-        ".json or .csv file of globs and sparsities (default: uniform).",
+        help="Sparsity of each layer at the same total: uniform, profile, fisher, owl, alphapruning, lsa, search, or "
+        "a .json or .csv file of globs and sparsities (default: uniform).",
     ),
 ]
 

@@ -1,13 +1,16 @@
-"""Fisher row weights: how much the loss of the dense model on the next token changes with each output of a linear.
+"""Fisher information: how much the loss of the dense model on the next token changes with each output of a linear.
 
     v_i = sum over tokens of (d loss / d y_i)^2,      y = x W^T,   loss = sum over tokens of -log p(next token)
+
+These are the row weights of the layer problem (layer/row_weights.py). With the mean squares of the inputs x_j, the
+allocation ``fisher`` compares weights of all layers by them.
 
 A part of the windows goes forward through the dense blocks, and what enters each is kept; the model's own norm and
 head give the gradient behind the last block; then it goes back through one block after the other, each of which runs
 once more with the graph of one batch. Weights have no gradients. Memory: one block with the activations of a batch,
 and the states that enter each block, which go to the offload folder where there is one.
 
-Weights of experts that are kept in stacks have no outputs of their own that could be watched, and no row weights.
+Weights of experts that are kept in stacks have no outputs of their own that could be watched, and no such numbers.
 Source: the diagonal of the empirical Fisher matrix, as MOONSHOT (arXiv 2604.13287) and others use it per weight.
 """
 
@@ -15,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
+from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
 
@@ -24,31 +27,34 @@ from jaxtyping import Float, Int64
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
+from rarefy.allocation.rule import Sensitivity
 from rarefy.calibration.finish import Ending, output_form
 from rarefy.calibration.stream import HiddenStates, convert_calls
+from rarefy.errors import NumericalError
 from rarefy.models.blocks import Block
 from rarefy.models.sites import LinearSite
 from rarefy.pruning.advance import advance
-from rarefy.pruning.block import PartCounter, RowWeights
+from rarefy.pruning.block import PartCounter
 from rarefy.pruning.precision import computing_in
 from rarefy.pruning.search import own_windows
-from rarefy.pruning.settings import FISHER, PruneSettings
+from rarefy.pruning.settings import PruneSettings
 from rarefy.pruning.stores import BlockStore
 
-_FILE = "row-weights.safetensors"
+_FILE = "fisher.safetensors"
+_OUTPUTS, _INPUTS = ".outputs", ".inputs"  # behind the name of a site
 
 
 def num_fisher_parts(
     store: BlockStore, blocks: Sequence[Block], windows: Tensor, first: int, num: int, settings: PruneSettings
 ) -> int:
     """What progress counts: each batch forward and back through each block, and through the head."""
-    if settings.row_weights != FISHER or store.recall(_FILE) is not None:
+    if not settings.needs_sensitivities or store.recall(_FILE) is not None:
         return 0
     few = own_windows(num, range(first, first + len(windows)), store.world.size)
     return (2 * len(blocks) + 1) * -(-len(few) // settings.batch_size)
 
 
-def fisher_weights(
+def sensitivities(
     store: BlockStore,
     blocks: Sequence[Block],
     windows: Int64[Tensor, "num length"],
@@ -56,21 +62,43 @@ def fisher_weights(
     num: int,
     settings: PruneSettings,
     counter: PartCounter,
-) -> RowWeights:
-    """V of each linear by name, the same on all processes; {} where the settings ask for none.
+) -> dict[str, Sensitivity]:
+    """The sensitivity of each linear by name, the same on all processes; {} where the settings ask for none.
 
-    ``windows`` are this process's, of which the first is number ``first`` of ``num``.
+    ``windows`` are this process's, of which the first is number ``first`` of ``num``. Raises NumericalError for a
+    gradient that is not finite.
     """
-    if settings.row_weights != FISHER:
+    if not settings.needs_sensitivities:
         return {}
     if (content := store.recall(_FILE)) is None:
         few = own_windows(num, range(first, first + len(windows)), store.world.size)
         some = windows[[window - first for window in few]]
-        found = _Backward(store, blocks, some, settings.batch_size, counter).weights()
-        store.world.sum_(found.values())
-        content = save({name: v.cpu() for name, v in found.items()})
+        found = _Backward(store, blocks, some, settings.batch_size, counter).sums()
+        store.world.sum_([tensor for sums in found.values() for tensor in (sums.outputs, sums.inputs, sums.tokens)])
+        found = {name: sums for name, sums in found.items() if sums.tokens}  # no token reaches some experts
+        for name, sums in found.items():
+            if not bool(sums.outputs.isfinite().all()):
+                raise NumericalError(f"The gradient of the loss at what {name} puts out is not finite.")
+        means = {name + _INPUTS: (sums.inputs / sums.tokens).cpu() for name, sums in found.items()}
+        content = save({name + _OUTPUTS: sums.outputs.cpu() for name, sums in found.items()} | means)
         store.remember(_FILE, content)
-    return load(content)
+    tensors = load(content)
+    names = [name.removesuffix(_OUTPUTS) for name in tensors if name.endswith(_OUTPUTS)]
+    return {name: Sensitivity(tensors[name + _OUTPUTS], tensors[name + _INPUTS]) for name in names}
+
+
+@dataclass
+class _Sums:
+    """Of one linear, in float64: squares of gradients at its outputs and of its inputs, over so many tokens."""
+
+    outputs: Float[Tensor, " out"]
+    inputs: Float[Tensor, " in"]
+    tokens: Float[Tensor, "1"]
+
+    @classmethod
+    def of(cls, shape: tuple[int, int], device: torch.device) -> _Sums:
+        """Zeros for a linear of this shape (out, in)."""
+        return cls(*(torch.zeros(n, dtype=torch.float64, device=device) for n in (*shape, 1)))
 
 
 class _Backward:
@@ -83,11 +111,11 @@ class _Backward:
         self.batch_size = batch_size
         self.entering: list[HiddenStates] = []
 
-    def weights(self) -> dict[str, Tensor]:
-        """V of this process's windows, by name."""
+    def sums(self) -> dict[str, _Sums]:
+        """Those of this process's windows, by name."""
         states, ending = self._forward()
         gradients = self._behind_blocks(states, ending)
-        found: dict[str, Tensor] = {}
+        found: dict[str, _Sums] = {}
         for block, before in zip_longest(self.blocks[::-1], self.blocks[-2::-1]):
             with self._loaded(block, before), self.store.world.together():
                 self._through(block, gradients, found)
@@ -122,8 +150,8 @@ class _Backward:
                 self.counter.count()
         return gradients
 
-    def _through(self, block: Block, gradients: Tensor, found: dict[str, Tensor]) -> None:
-        """Bring the gradients from behind a block to before it, in place, and add up v on the way."""
+    def _through(self, block: Block, gradients: Tensor, found: dict[str, _Sums]) -> None:
+        """Bring the gradients from behind a block to before it, in place, and add up squares on the way."""
         entering = self.entering[-1]
         sites = [site for site in block.sites if isinstance(site, LinearSite)]
         with computing_in(block.module, entering.compute_dtype), _watching(sites, found):
@@ -144,24 +172,32 @@ class _Backward:
 
 
 @contextmanager
-def _watching(sites: Sequence[LinearSite], found: dict[str, Tensor]) -> Iterator[None]:
-    """Within the scope, squares of the gradient at each site's outputs are added to ``found``, in float64."""
+def _watching(sites: Sequence[LinearSite], found: dict[str, _Sums]) -> Iterator[None]:
+    """Within the scope, squares of each site's inputs, and of the gradient at its outputs, are added to ``found``."""
 
-    def add(name: str, gradient: Tensor) -> None:
-        squares = gradient.reshape(-1, gradient.shape[-1]).float().square().sum(0, dtype=torch.float64)
-        found[name] = found[name] + squares if name in found else squares
+    def watch(sums: _Sums) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        def add(gradient: Tensor) -> None:
+            sums.outputs += _squares(gradient)
 
-    def watch(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
-        def hook(_module: nn.Module, _args: Any, output: Tensor) -> None:
+        def hook(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             if output.requires_grad:
-                output.register_hook(partial(add, name))
+                X = inputs[0].detach()
+                sums.inputs += _squares(X)
+                sums.tokens += X.numel() // X.shape[-1]
+                output.register_hook(add)
 
         return hook
 
     with ExitStack() as hooks:
         for site in sites:
-            hooks.callback(site.module.register_forward_hook(watch(site.name)).remove)
+            sums = found.setdefault(site.name, _Sums.of(site.shape, site.parameter.device))
+            hooks.callback(site.module.register_forward_hook(watch(sums)).remove)
         yield
+
+
+def _squares(rows: Tensor) -> Tensor:
+    """The sum of squares over all tokens, of each feature."""
+    return rows.reshape(-1, rows.shape[-1]).float().square().sum(0, dtype=torch.float64)
 
 
 @contextmanager

@@ -40,7 +40,7 @@ from rarefy.pruning.barber import Barber
 from rarefy.pruning.block import Masks, OnProgress, PartCounter, prune_layers
 from rarefy.pruning.collect import STARVED
 from rarefy.pruning.drift import advance_dense
-from rarefy.pruning.fisher import fisher_weights, num_fisher_parts
+from rarefy.pruning.fisher import num_fisher_parts, sensitivities
 from rarefy.pruning.matching import Matching
 from rarefy.pruning.outputs import has_known_norms
 from rarefy.pruning.precision import full_float32
@@ -87,9 +87,9 @@ def prune(
     inside attention heads, for N:M patterns, and ``rotate`` rotates the latter: both are merged into the weights
     before a block is pruned, and change nothing that it computes.
     ``allocation`` spreads the zeros of a pattern over the layers: "uniform", "profile", a .json or .csv file, or
-    "owl", "alphapruning", "lsa" or "search", which measure the dense model first. ``row_weights`` says which
-    outputs count more where the rows of a matrix compete for weights: "none", "mlp" (by the norm of the neuron that
-    an output makes) or "fisher" (by the squared gradient of the loss).
+    "fisher", "owl", "alphapruning", "lsa" or "search", which measure the dense model first. ``row_weights`` says
+    which outputs count more where the rows of a matrix compete for weights: "none", "mlp" (by the norm of the neuron
+    that an output makes) or "fisher" (by the squared gradient of the loss).
     ``on_progress(done, total, note)`` and ``on_layer(record)`` are called as the run goes on. What torch.compile or
     data parallelism wraps around a model is taken off. Raises ModelError for a model that cannot be pruned, such as
     one with adapters or quantised weights, PatternError before anything changes where the pattern does not fit a
@@ -160,8 +160,9 @@ def prune_blocks(
     measuring += num_fisher_parts(store, blocks, own, first, len(windows), settings)
     of_all = sum(world.gather(num_batches))
     counter = PartCounter(on_progress, measuring + _num_parts(todo, num_batches, of_all, settings))
-    settings = surveyed(store, blocks, own, first, len(windows), settings, counter)
-    row_weights = fisher_weights(store, blocks, own, first, len(windows), settings, counter)
+    known = sensitivities(store, blocks, own, first, len(windows), settings, counter)
+    settings = surveyed(store, blocks, own, first, len(windows), settings, known, counter)
+    row_weights = {name: one.outputs for name, one in known.items()} if settings.row_weights == FISHER else {}
     if todo:
         with world.together():
             entering, dense = store.hidden_states(
@@ -278,9 +279,10 @@ def check_patterns(blocks: Sequence[Block], settings: PruneSettings) -> None:
             "Row weights (mlp) are of layers that make the neurons of an MLP, and known where the layer that reads "
             "these is pruned, too: no layer to prune is such a one."
         )
-    if settings.row_weights == FISHER and not any(isinstance(site, LinearSite) for b in blocks for site in b.sites):
+    if settings.needs_sensitivities and not any(isinstance(site, LinearSite) for b in blocks for site in b.sites):
+        what = "Row weights" if settings.row_weights == FISHER else "Allocation"
         raise InputError.sentence(
-            "Row weights (fisher) are of linears that are modules: the layers to prune are experts in one stack."
+            f"{what} (fisher) are of linears that are modules: the layers to prune are experts in one stack."
         )
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rarefy.allocation.allocate import allocate
+from rarefy.allocation.names import FISHER as BY_FISHER
 from rarefy.allocation.names import MEASURED
 from rarefy.errors import InputError
 from rarefy.layer.across import AcrossNM
@@ -155,6 +156,13 @@ class PruneSettings:
     def needs_output_norms(self) -> bool:
         """Whether the norms of what outputs become are needed (outputs.py)."""
         return self.method.needs_output_norms or self.row_weights == MLP
+
+    @property
+    def needs_sensitivities(self) -> bool:
+        """Whether the loss of the dense model is followed back to the outputs of its linears (fisher.py)."""
+        if isinstance(self.pattern_of, Unmeasured) and self.pattern_of.allocation == BY_FISHER:
+            return True
+        return self.row_weights == FISHER
 
     @property
     def needs_dense_path(self) -> bool:

@@ -9,7 +9,7 @@ dense no more.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from itertools import zip_longest
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from rarefy.allocation.allocate import MEASURED_RULES, allocate_measured, layers_of
 from rarefy.allocation.names import SEARCH
-from rarefy.allocation.rule import MeasuredRule
+from rarefy.allocation.rule import MeasuredRule, Sensitivity
 from rarefy.calibration.collect import gram_groups
 from rarefy.calibration.experts import Grams
 from rarefy.calibration.stream import HiddenStates, convert_calls
@@ -63,11 +63,13 @@ def surveyed(
     first: int,
     num: int,
     settings: PruneSettings,
+    known: Mapping[str, Sensitivity],
     counter: PartCounter,
 ) -> PruneSettings:
     """The settings with the pattern of each layer, where that is to be measured; else as they are.
 
-    ``windows`` are this process's, of which the first is number ``first`` of ``num``. Raises OutputError where what
+    ``windows`` are this process's, of which the first is number ``first`` of ``num``; ``known`` are the sensitivities
+    of linears, by name. Raises OutputError where what
     was remembered is lost, or cannot be kept.
     """
     if not isinstance(settings.pattern_of, Unmeasured):
@@ -80,7 +82,8 @@ def surveyed(
             some = windows[[window - first for window in few]]
             found = searched(store, blocks, some, settings, pattern, counter)
         else:
-            facts = _facts(store, up_to_last(blocks), windows, first, settings, MEASURED_RULES[allocation], counter)
+            rule = MEASURED_RULES[allocation]
+            facts = _facts(store, up_to_last(blocks), windows, first, settings, rule, known, counter)
             found = store.world.from_first(lambda: allocate_measured(allocation, pattern, layers_of(blocks), facts))
         content = json.dumps({name: each.spec() for name, each in found.items()}).encode()
         store.remember(_FILE, content)
@@ -100,8 +103,9 @@ def _facts(
     first: int,
     settings: PruneSettings,
     rule: MeasuredRule,
+    known: Mapping[str, Sensitivity],
     counter: PartCounter,
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """What ``rule`` measures of each layer, by name."""
     world = store.world
     states: HiddenStates | None = None
@@ -109,20 +113,25 @@ def _facts(
         with world.together():
             states, _ = store.hidden_states(blocks, windows, settings.batch_size, first)
         convert_calls(states, store.compute_dtype(states))
-    facts: dict[str, float] = {}
+    facts: dict[str, Any] = {}
     for block, following in zip_longest(blocks, blocks[1:]):
         with ExitStack() as scope:
             with world.together():
                 scope.enter_context(store.loaded(block, following))
-            facts |= _of_block(world, block, states, rule, counter)
+            facts |= _of_block(world, block, states, rule, known, counter)
             if states is not None and following is not None:
                 advance(world, block, states, counter.count)
     return facts
 
 
 def _of_block(
-    world: World, block: Block, states: HiddenStates | None, rule: MeasuredRule, counter: PartCounter
-) -> dict[str, float]:
+    world: World,
+    block: Block,
+    states: HiddenStates | None,
+    rule: MeasuredRule,
+    known: Mapping[str, Sensitivity],
+    counter: PartCounter,
+) -> dict[str, Any]:
     """What is measured of the layers of one block, which all processes have in memory."""
     sites = {site.name: site for site in block.sites}
     kept: dict[str, Any] = {}
@@ -132,7 +141,7 @@ def _of_block(
             for number, site in enumerate(some):
                 gram = grams.pop(site.name, None)
                 if number % world.size == world.rank:
-                    own[site.name] = rule.of_layer(site.read(), gram)
+                    own[site.name] = rule.of_layer(site.read(), gram, known.get(site.name))
                 counter.count()
         for others in world.gather(own):
             kept |= others

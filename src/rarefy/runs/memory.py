@@ -63,7 +63,7 @@ def estimated_bytes(plan: Plan, texts: bool) -> int:
     stages = [_pruning_bytes(plan)]
     if plan.recipe.allocation == SEARCH:
         stages.append(_search_bytes(plan))
-    if plan.recipe.row_weights == "fisher":
+    if "fisher" in (plan.recipe.row_weights, plan.recipe.allocation):
         stages.append(_fisher_bytes(plan))
     if plan.windows is None:
         stages.append(_own_text_bytes(plan))
@@ -160,7 +160,7 @@ def _search_bytes(plan: Plan) -> int:
 
 
 def _fisher_bytes(plan: Plan) -> int:
-    """What Fisher row weights take: states that enter each block, and the graph of a batch, or a window's logits.
+    """What following the loss back takes: states that enter blocks, and the graph of a batch or a window's logits.
 
     In float32 the logits, their logarithms and their gradient come on top of those that the head gives.
     """
