@@ -81,9 +81,7 @@ def print_table(lines: list[dict[str, Any]]) -> None:
 def main() -> None:
     arguments = parser(__doc__, "parts.jsonl")
     arguments.add_argument("--patterns", default="0.6,0.7,2:4")
-    arguments.add_argument(
-        "--rows", default=";".join(ROWS), help="parts with + between them, rows with ; between them"
-    )
+    arguments.add_argument("--rows", default=";".join(ROWS), help="rows with ; between them, parts with +")
     arguments.add_argument("--blocks", type=int, default=0)
     arguments.add_argument("--seeds", default="0")
     said = arguments.parse_args()

@@ -239,7 +239,7 @@ def test_two_processes_look_beyond_the_layer_as_one_does(
     _assert_alike(tmp_path / "two", tmp_path / "one")
 
 
-@pytest.mark.parametrize("allocation", ["owl", "lsa", "alphapruning", "search"])
+@pytest.mark.parametrize("allocation", ["fisher", "owl", "lsa", "alphapruning", "search"])
 def test_two_processes_measure_what_one_does(ranks: Ranks, shelf: Path, tmp_path: Path, allocation: str) -> None:
     more = ("--allocation", allocation, "--sparsity", 0.6, "--method", "wanda", "--scope", "layer")
     assert ranks.run(2, *_arguments(shelf, tmp_path / "two", *more)) == [0, 0], ranks.err()

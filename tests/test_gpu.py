@@ -76,7 +76,7 @@ def test_a_model_is_pruned_alike_wherever_its_states_are(share: float, monkeypat
     assert errors[1] == pytest.approx(errors[0], rel=0.02)
 
 
-@pytest.mark.parametrize("allocation", ["owl", "alphapruning", "lsa", "search"])
+@pytest.mark.parametrize("allocation", ["fisher", "owl", "alphapruning", "lsa", "search"])
 def test_what_is_measured_of_the_dense_model_is_as_on_the_cpu(allocation: str) -> None:
     windows = torch.randint(3, 160, (5, 24), generator=torch.Generator().manual_seed(0))
     kept = []

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 import rarefy
 from cli_for_tests import Rarefy, is_one_sentence, prune_arguments
+from fisher_for_tests import plain_fisher
 from models_for_tests import VOCABULARY, make_model
 from rarefy.layer.gram import Gram
 from rarefy.layer.pattern import Pattern, Unstructured
 from rarefy.layer.problem import LayerProblem
 from rarefy.layer.row_weights import LEAST, row_factors, weighted
-from rarefy.models.blocks import find_blocks
-from rarefy.models.sites import LinearSite, Site
+from rarefy.models.sites import Site
 from rarefy.pruning import block as pruned_block
 from rarefy.pruning import fisher
 from rarefy.pruning.stores import JournaledStore
@@ -132,30 +132,6 @@ def _pruned(architecture: str = "llama", **options: Any) -> tuple[nn.Module, rar
     return model, rarefy.prune(model, WINDOWS, **options)
 
 
-def _plain_fisher(architecture: str) -> dict[str, Tensor]:
-    """Squared gradients at outputs, from one backward pass through the whole dense model."""
-    model = make_model(architecture).requires_grad_(True)
-    outputs: dict[str, Tensor] = {}
-
-    def keep(name: str) -> Any:
-        def hook(_module: Any, _args: Any, output: Tensor) -> None:
-            output.retain_grad()
-            outputs[name] = output
-
-        return hook
-
-    for site in (site for block in find_blocks(model) for site in block.sites):
-        if isinstance(site, LinearSite):
-            site.module.register_forward_hook(keep(site.name))
-    logits = model(WINDOWS).logits[:, :-1].flatten(0, 1)
-    nn.functional.cross_entropy(logits, WINDOWS[:, 1:].flatten(), reduction="sum").backward()
-    return {
-        name: output.grad.reshape(-1, output.shape[-1]).square().sum(0)
-        for name, output in outputs.items()
-        if output.grad is not None
-    }
-
-
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma3", "qwen3_moe", "gpt_neox"])
 @pytest.mark.filterwarnings("ignore:.*weights of experts were solved with all tokens")
 def test_fisher_weights_are_those_of_a_plain_backward_pass(
@@ -164,7 +140,7 @@ def test_fisher_weights_are_those_of_a_plain_backward_pass(
     progress: list[tuple[int, int]] = []
     options: dict[str, Any] = {"on_progress": lambda done, total, _: progress.append((done, total))}
     model, report = _pruned(architecture, row_weights="fisher", **options)
-    expected = _plain_fisher(architecture)
+    expected = plain_fisher(make_model(architecture), WINDOWS)[0]
     assert {name for name, v in given.items() if v is not None} == expected.keys()
     for name, v in expected.items():
         found = given[name]
@@ -193,7 +169,7 @@ def solved(monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[Tensor, Tensor]]:
 
 def test_rotated_outputs_have_the_mean_of_their_head(solved: dict[str, tuple[Tensor, Tensor]]) -> None:
     _pruned(row_weights="fisher", rotate=True)
-    plain = _plain_fisher("llama")
+    plain = plain_fisher(make_model("llama"), WINDOWS)[0]
     assert solved.keys() == plain.keys()
     width = make_model("llama").config.head_dim
     for name, v in plain.items():
@@ -206,7 +182,7 @@ def test_reordered_outputs_keep_their_row_weights(solved: dict[str, tuple[Tensor
         return rarefy.NM(2, 4) if site.name.endswith(("down_proj", "o_proj")) else rarefy.Unstructured(0.6)
 
     _pruned(row_weights="fisher", permute=True, pattern=pattern_of)
-    plain, dense = _plain_fisher("llama"), dict(make_model("llama").named_parameters())
+    plain, dense = plain_fisher(make_model("llama"), WINDOWS)[0], dict(make_model("llama").named_parameters())
     moved = 0
     for name, (weight, found) in solved.items():
         rows = torch.cdist(weight.float(), dense[f"{name}.weight"].detach().float()).argmin(1)  # where each was

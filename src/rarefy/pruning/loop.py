@@ -280,9 +280,9 @@ def check_patterns(blocks: Sequence[Block], settings: PruneSettings) -> None:
             "these is pruned, too: no layer to prune is such a one."
         )
     if settings.needs_sensitivities and not any(isinstance(site, LinearSite) for b in blocks for site in b.sites):
-        what = "Row weights" if settings.row_weights == FISHER else "Allocation"
+        what = "Row weights (fisher) are" if settings.row_weights == FISHER else "Allocation (fisher) is"
         raise InputError.sentence(
-            f"{what} (fisher) are of linears that are modules: the layers to prune are experts in one stack."
+            f"{what} of linears that are modules: the layers to prune are experts in one stack."
         )
 
 
