@@ -132,11 +132,15 @@ def _pruned(architecture: str = "llama", **options: Any) -> tuple[nn.Module, rar
     return model, rarefy.prune(model, WINDOWS, **options)
 
 
+@pytest.mark.parametrize("at_once", [1, 7, 100])
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma3", "qwen3_moe", "gpt_neox"])
 @pytest.mark.filterwarnings("ignore:.*weights of experts were solved with all tokens")
 def test_fisher_weights_are_those_of_a_plain_backward_pass(
-    given: dict[str, Tensor | None], architecture: str
+    given: dict[str, Tensor | None], monkeypatch: pytest.MonkeyPatch, architecture: str, at_once: int
 ) -> None:
+    monkeypatch.setattr(
+        "rarefy.calibration.finish.LOGIT_BYTES", 4 * VOCABULARY * at_once
+    )  # tokens whose logits exist
     progress: list[tuple[int, int]] = []
     options: dict[str, Any] = {"on_progress": lambda done, total, _: progress.append((done, total))}
     model, report = _pruned(architecture, row_weights="fisher", **options)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from jaxtyping import Float, Int64
@@ -13,6 +13,10 @@ from torch import Tensor, nn
 from rarefy.calibration.stream import HiddenStates, hidden_place
 from rarefy.calibration.trees import mapped
 from rarefy.errors import ModelError
+from rarefy.models.head import LOGIT_BYTES, vocabulary_size
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def output_form(stream: HiddenStates, module: nn.Module, block: int) -> Any:
@@ -63,12 +67,27 @@ class Ending:
     def gradient(
         self, windows: Int64[Tensor, "b length"], states: Float[Tensor, "b length hidden"]
     ) -> Float[Tensor, "b length hidden"]:
-        """The gradient, at the states that leave the last block, of the sum of -log p over all next tokens."""
+        """The gradient, at the states that leave the last block, of the sum of -log p over all next tokens.
+
+        What comes behind the blocks takes each token by itself, so that only the logits of some tokens exist at once.
+        """
+        if states.shape[:2] != windows.shape:  # states of a layout of its own
+            return self._gradient(windows, states, windows[:, 1:])
+        size = max(1, LOGIT_BYTES // (4 * len(windows) * vocabulary_size(cast("PreTrainedModel", self._model))))
+        parts = [
+            self._gradient(windows[:, a : a + size], states[:, a : a + size], windows[:, a + 1 :])
+            for a in range(0, windows.shape[1], size)
+        ]
+        return torch.cat(parts, dim=1)
+
+    def _gradient(self, windows: Tensor, states: Tensor, following: Tensor) -> Tensor:
+        """The same of some tokens, with those that are ``following`` each of them, as far as there are any."""
+        following = following[:, : windows.shape[1]]
         with torch.enable_grad():
             leaf = states.detach().to(self._parameter()).requires_grad_(True)
-            logits = self._logits(windows, leaf)[:, :-1]
+            logits = self._logits(windows, leaf)[:, : following.shape[1]]
             loss = nn.functional.cross_entropy(
-                logits.flatten(0, 1).float(), windows[:, 1:].flatten().to(logits.device), reduction="sum"
+                logits.flatten(0, 1).float(), following.flatten().to(logits.device), reduction="sum"
             )
         (gradient,) = torch.autograd.grad(loss, leaf)
         return gradient

@@ -19,14 +19,10 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from rarefy.errors import CalibrationError, InputError
-from rarefy.models.head import base_output, predicting, vocabulary_size
+from rarefy.models.head import LOGIT_BYTES, base_output, predicting, vocabulary_size
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-#: Logits of this many bytes exist at once in float32: beyond that nothing gets faster, and the whole window
-#: would take 2 GB at 2,048 positions and a vocabulary of 256,000.
-LOGIT_BYTES = 64 * 2**20
 
 
 def cut_windows(

@@ -11,6 +11,10 @@ from torch import Tensor
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+#: Logits of this many bytes exist at once in float32: beyond that nothing gets faster, and the whole window
+#: would take 2 GB at 2,048 positions and a vocabulary of 256,000.
+LOGIT_BYTES = 64 * 2**20
+
 #: Positions of the first window on which the shortcut to the logits is compared with the model itself.
 PROBE = 8
 

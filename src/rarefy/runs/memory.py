@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from rarefy.allocation.names import ALPHAPRUNING, SEARCH
 from rarefy.errors import CalibrationError
+from rarefy.models.head import LOGIT_BYTES
 from rarefy.models.memory import free_bytes, resident_bytes
 from rarefy.runs.words import memory_words
 
@@ -160,7 +161,7 @@ def _search_bytes(plan: Plan) -> int:
 
 
 def _fisher_bytes(plan: Plan) -> int:
-    """What following the loss back takes: states that enter blocks, and the graph of a batch or a window's logits.
+    """What following the loss back takes: states that enter blocks, and the graph of a batch or some tokens' logits.
 
     In float32 the logits, their logarithms and their gradient come on top of those that the head gives.
     """
@@ -174,7 +175,8 @@ def _fisher_bytes(plan: Plan) -> int:
     on_host = plan.offload is not None or plan.device.type == "cuda"
     states = 0 if on_host else few * length * int(text.hidden_size) * (stored * (1 + len(plan.blocks)) + 4)
     tokens = min(plan.recipe.batch_size, few) * length
-    graphs = [_ending_bytes(plan) + int(text.vocab_size) * length * (stored + 3 * 4)]
+    logits = min(LOGIT_BYTES, 4 * int(text.vocab_size) * length)
+    graphs = [_ending_bytes(plan) + logits * (stored + 3 * 4) // 4]
     for block in plan.blocks:
         inner = max((max(site.shape) for site in block.sites), default=0)
         running = _nbytes(block.module.parameters(), item) + (0 if plan.streams else weights_bytes(plan))

@@ -81,8 +81,7 @@ def _activation_bytes(plan: TunePlan) -> int:
 
 def _logits_bytes(plan: TunePlan) -> int:
     """Bytes of a slice of logits with all that is computed from it."""
-    from rarefy.models.head import vocabulary_size
-    from rarefy.tuning.logits import LOGIT_BYTES
+    from rarefy.models.head import LOGIT_BYTES, vocabulary_size
 
     assert plan.recipe.sequence_length is not None
     positions = (plan.recipe.micro_batch or 1) * plan.recipe.sequence_length

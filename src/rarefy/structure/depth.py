@@ -21,11 +21,8 @@ from rarefy.calibration.trees import mapped
 from rarefy.errors import ModelError
 from rarefy.layer.passes import row_dots
 from rarefy.models.blocks import find_blocks
-from rarefy.models.head import base_output, head_alone, predicting, vocabulary_size
+from rarefy.models.head import LOGIT_BYTES, base_output, head_alone, predicting, vocabulary_size
 from rarefy.structure.memo import Memo
-
-#: Logits of this many bytes exist at once in float32.
-LOGIT_BYTES = 64 * 2**20
 
 #: Tokens on which a smaller model is compared with the dense one, and how far they may be apart: both do the same
 #: products in the same order, but for what a model derives from the number of its blocks.

@@ -11,13 +11,10 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from rarefy.models.head import base_output, head_alone, predicting, vocabulary_size
+from rarefy.models.head import LOGIT_BYTES, base_output, head_alone, predicting, vocabulary_size
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-#: Logits of this many bytes exist at once in float32; larger slices get nothing faster.
-LOGIT_BYTES = 64 * 2**20
 
 #: Tokens on which the model's logits are compared with the output of its head alone.
 _PROBE = 8
