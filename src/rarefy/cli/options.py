@@ -142,7 +142,7 @@ RowWeights = Annotated[
     typer.Option(
         metavar="RULE",
         help="Which outputs count more where rows compete for weights (--scope layer): none, mlp (those that "
-        "make large neurons), or fisher (those that the loss depends on) (default: none).",
+        "make large neurons), or fisher (those that the loss depends on; default with alps).",
     ),
 ]
 Allocation = Annotated[
@@ -150,7 +150,7 @@ Allocation = Annotated[
     typer.Option(
         metavar="RULE",
         help="Sparsity of each layer at the same total: uniform, profile, fisher, owl, alphapruning, lsa, search, or "
-        "a .json or .csv file of globs and sparsities (default: uniform).",
+        "a .json or .csv file of globs and sparsities (default: fisher with alps and --scope layer, else uniform).",
     ),
 ]
 

@@ -65,11 +65,11 @@ def _between(values: Float[Tensor, " n"], k: int) -> Float[Tensor, " one"] | Non
         between = compare(ge, chunk, low) ^ larger
         above += count(larger)
         most -= count(between)
-        if most < 0:  # many equals: as well all values
+        if most < 0:  # many equals; no mutant: all values can be searched as well
             return None
         candidates.append(chunk[indices(between)])
     found = torch.cat(candidates)
-    if not 1 <= k - above <= len(found):
+    if not 1 <= k - above <= len(found):  # no mutant: all values can be searched as well
         return None
     return kth_largest(found, k - above).view(1)
 
@@ -177,7 +177,8 @@ def _keep_largest_in_few_(kept: Any, groups: Any, keep: int, xp: Any) -> None:
             largest.append(x)
     threshold = largest[-1]
     reach = [column >= threshold for column in columns]
-    if int(sum(mask.view(xp.uint8) for mask in reach).max()) > keep:  # of equals the first
+    most = int(sum(mask.view(xp.uint8) for mask in reach).max())
+    if most > keep:  # of equals the first; no mutant: where as many reach it as fit, nothing changes
         room = keep - sum((column > threshold).view(xp.uint8) for column in columns).view(xp.int8)
         for j, column in enumerate(columns):
             equal = column == threshold

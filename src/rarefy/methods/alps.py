@@ -125,6 +125,7 @@ class ALPS(IterativeMethod[_State]):
     name: ClassVar[str] = "alps"
     summary: ClassVar[str] = "ADMM with a growing penalty, then conjugate gradients on the support it finds"
     paper: ClassVar[str] = "arXiv 2406.07831"
+    follows_loss: ClassVar[bool] = True
 
     steps: int = hyper(24, "ADMM steps", low=1)
     levels: int = hyper(6, "distinct values of the penalty", low=1)

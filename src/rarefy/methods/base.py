@@ -75,6 +75,8 @@ class Method(ABC):
     paper: ClassVar[str] = ""
     #: Which ``--scope`` the method compares weights in by default: the whole "layer" or each "row".
     default_scope: ClassVar[str] = "layer"
+    #: Whether runs follow the loss of the model unless told otherwise: row weights and allocation "fisher".
+    follows_loss: ClassVar[bool] = False
     #: Whether the Gram must carry the mean of the inputs.
     needs_means: ClassVar[bool] = False
     #: Whether it reads ``LayerProblem.output_norms``, which are then collected.

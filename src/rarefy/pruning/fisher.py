@@ -180,8 +180,9 @@ def _watching(sites: Sequence[LinearSite], found: dict[str, _Sums]) -> Iterator[
             sums.outputs += _squares(gradient)
 
         def hook(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            if output.requires_grad:
-                X = inputs[0].detach()
+            X = inputs[0].detach()
+            # Some modules use parts of their weight one by one; what they put out has other rows.
+            if output.requires_grad and (output.shape[-1], X.shape[-1]) == (len(sums.outputs), len(sums.inputs)):
                 sums.inputs += _squares(X)
                 sums.tokens += X.numel() // X.shape[-1]
                 output.register_hook(add)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rarefy.allocation.names import UNIFORM
 from rarefy.calibration.sources import SELF, parse_source
 from rarefy.errors import InputError, ModelError, OutputError
 from rarefy.models.locate import locate
@@ -38,6 +39,7 @@ def make_plan(recipe: Recipe, output: Path | None = None, offload: Path | None =
     from rarefy.calibration.windows import DRAW_FROM, draw_windows
     from rarefy.models.blocks import find_blocks, select_sites
     from rarefy.models.checkpoint import resolve_device
+    from rarefy.models.sites import LinearSite
     from rarefy.models.source import resolve_model
     from rarefy.pruning.stores import kept_windows
     from rarefy.runs.journal import Journal
@@ -47,11 +49,14 @@ def make_plan(recipe: Recipe, output: Path | None = None, offload: Path | None =
     world = World.current()
     device = world.place(resolve_device(recipe.device))
     source = resolve_model(recipe.model)
-    recipe = recipe.resolved(source.context)
-    if recipe.window_shape[0] < world.size:
-        raise InputError("--num-samples", recipe.window_shape[0], f"at least {world.size}, a window for each process")
     skeleton = source.skeleton()
     blocks = select_sites(find_blocks(skeleton), recipe.include, recipe.exclude)
+    linears = any(isinstance(site, LinearSite) for block in blocks for site in block.sites)
+    recipe = recipe.resolved(
+        source.context, follow_loss=linears
+    )  # gradients at what experts in a stack put out: none
+    if recipe.window_shape[0] < world.size:
+        raise InputError("--num-samples", recipe.window_shape[0], f"at least {world.size}, a window for each process")
     check_blocks(skeleton, blocks)
     pattern_of = checked_patterns(recipe, skeleton, blocks)
     windows = None
@@ -89,7 +94,7 @@ def checked_patterns(recipe: Recipe, skeleton: PreTrainedModel, blocks: Sequence
     if recipe.along == "neurons" and isinstance(pattern, NM):
         pattern_of = across_neurons(pattern, blocks)
     else:
-        pattern_of = allocated(recipe.allocation, pattern, blocks)
+        pattern_of = allocated(recipe.allocation or UNIFORM, pattern, blocks)
     settings = recipe.prune_settings(pattern_of)  # says what does not go together
     check_patterns(blocks, settings)
     Reparametrisation.of(skeleton, blocks, settings)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from rarefy.allocation.names import ALLOWED, is_allocation
+from rarefy.allocation.names import ALLOWED, FISHER, UNIFORM, is_allocation
 from rarefy.errors import InputError, MethodError, PatternError, RecipeError
 from rarefy.methods.settings import check
 from rarefy.runs.arguments import DEVICE_WORDS, DEVICES
@@ -110,8 +110,8 @@ class Recipe(BaseModel):
     refresh: bool = Field(False, description="true or false")
     permute: bool = Field(False, description="true or false")
     rotate: bool = Field(False, description="true or false")
-    row_weights: Literal["none", "mlp", "fisher"] = Field("none", description="none, mlp or fisher")
-    allocation: str = Field("uniform", min_length=1, description=ALLOWED)
+    row_weights: Literal["none", "mlp", "fisher"] | None = Field(None, description="none, mlp or fisher")
+    allocation: str | None = Field(None, min_length=1, description=ALLOWED)
 
     @classmethod
     def read(cls, options: Mapping[str, Any], file: Path | Told | None = None, *, allow_code: bool = False) -> Self:
@@ -167,11 +167,11 @@ class Recipe(BaseModel):
             raise PatternError.sentence(
                 f"{written('permute')} goes with an N:M pattern only: for a sparsity, all orders of inputs are alike."
             )
-        if not is_allocation(recipe.allocation):
+        if recipe.allocation is not None and not is_allocation(recipe.allocation):
             kind = RecipeError if from_file("allocation") else InputError
             raise kind(written("allocation"), recipe.allocation, ALLOWED)
         plain = recipe.pattern is not None and not parse_pattern(recipe.pattern)[2]
-        if recipe.along == "neurons" and not (plain and recipe.allocation == "uniform"):
+        if recipe.along == "neurons" and not (plain and recipe.allocation in (None, UNIFORM)):
             raise PatternError.sentence(
                 f"{written('along')} is 'neurons', which goes with an N:M {written('pattern')} that is the same for "
                 "all layers."
@@ -265,15 +265,17 @@ class Recipe(BaseModel):
             self.refresh,
             self.permute,
             self.rotate,
-            self.row_weights,
+            self.row_weights or "none",
         )
 
-    def resolved(self, context: int | None) -> Self:
+    def resolved(self, context: int | None, *, follow_loss: bool = True) -> Self:
         """The same recipe with every default filled in, so that it says all that the run will do.
 
-        ``context`` is the model's longest context in tokens, None where it has no limit. Raises
-        InputError where the sequence length exceeds it.
+        ``context`` is the model's longest context in tokens, None where it has no limit. ``follow_loss`` allows row
+        weights and an allocation by the loss, for the methods that have them by default, where a sparsity of the
+        whole matrix leaves both a choice. Raises InputError where the sequence length exceeds the context.
         """
+        from rarefy.allocation.budget import MOST
         from rarefy.methods import all_settings
 
         num_samples, length = QUICK_WINDOWS if self.calibration is None else FULL_WINDOWS
@@ -297,6 +299,10 @@ class Recipe(BaseModel):
         if self.pattern is None:
             filled["sparsity"] = DEFAULT_SPARSITY if self.sparsity is None else self.sparsity
             filled["scope"] = self.scope or self.build_method().default_scope
+        follow_loss &= filled.get("scope") == "layer" and self.build_method().follows_loss
+        filled["row_weights"] = self.row_weights or ("fisher" if follow_loss else "none")
+        spread = follow_loss and filled["sparsity"] <= MOST
+        filled["allocation"] = self.allocation or (FISHER if spread else UNIFORM)
         return self.model_copy(update=filled)
 
 

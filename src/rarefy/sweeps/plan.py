@@ -221,7 +221,8 @@ def _cell(wanted: Wanted, source: ModelSource, skeleton: PreTrainedModel) -> Cel
     from rarefy.runs.make_plan import checked_patterns
     from rarefy.tuning.parametrise import check_parametrisation
 
-    recipe = wanted.recipe.resolved(source.context)
+    # Methods are compared with nothing else beside them than what is said.
+    recipe = wanted.recipe.resolved(source.context, follow_loss=False)
     blocks = select_sites(find_blocks(skeleton), recipe.include, recipe.exclude)
     if wanted.system and wanted.system.tune:
         check_parametrisation(wanted.system.tune.parametrisation, find_blocks(skeleton))
