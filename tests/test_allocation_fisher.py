@@ -21,6 +21,7 @@ from rarefy.allocation.rule import Sensitivity
 from rarefy.models.blocks import find_blocks
 from rarefy.pruning import fisher
 from rarefy.pruning.stores import JournaledStore
+from small_architectures import make
 
 WINDOWS = torch.randint(3, VOCABULARY, (5, 24), generator=torch.Generator().manual_seed(0))
 
@@ -128,6 +129,20 @@ def test_experts_rows_and_groups_have_it_too(pattern: rarefy.NM | rarefy.PerRow)
 def test_experts_in_one_stack_alone_have_none() -> None:
     with pytest.raises(rarefy.InputError, match=r"^Allocation \(fisher\) is of linears that are modules"):
         _pruned("mixtral", include=["*.experts.*"])
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_model_whose_loss_cannot_be_followed_back_is_refused() -> None:
+    with pytest.raises(rarefy.ModelError, match="cannot be followed back .*: ask for --row-weights none") as error:
+        rarefy.prune(
+            make("reformer"),
+            WINDOWS,
+            pattern=rarefy.Unstructured(0.5),
+            method=rarefy.Wanda(),
+            batch_size=2,
+            allocation="fisher",
+        )
+    assert is_one_sentence(f"error: {error.value}\n")
 
 
 @pytest.mark.parametrize("weights", ["none", "fisher"])

@@ -183,6 +183,9 @@ def test_counts_and_projection() -> None:
     locked = torch.zeros(2, 4, dtype=torch.bool)
     locked[1, 0] = True
     assert Columns(2).project(scores, locked).tolist() == [[True, True, False, False]] * 2
+    # One weight of a group locks the group; one non-zero weight breaks the promise that it is gone.
+    assert Columns(2, 2).project(scores, locked).tolist() == [[True, True, False, False]] * 2
+    assert list(Columns(2, 2).excess(torch.tensor([[True, False, False, True]]))) != []
 
 
 @pytest.mark.parametrize(("keep", "group"), [(3, 1), (4, 2)])

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from rarefy.allocation.rule import Sensitivity
 from rarefy.calibration.finish import Ending, output_form
 from rarefy.calibration.stream import HiddenStates, convert_calls
-from rarefy.errors import NumericalError
+from rarefy.errors import ModelError, NumericalError
 from rarefy.models.blocks import Block
 from rarefy.models.sites import LinearSite
 from rarefy.pruning.advance import advance
@@ -66,14 +66,14 @@ def sensitivities(
     """The sensitivity of each linear by name, the same on all processes; {} where the settings ask for none.
 
     ``windows`` are this process's, of which the first is number ``first`` of ``num``. Raises NumericalError for a
-    gradient that is not finite.
+    gradient that is not finite, ModelError where the model has none.
     """
     if not settings.needs_sensitivities:
         return {}
     if (content := store.recall(_FILE)) is None:
         few = own_windows(num, range(first, first + len(windows)), store.world.size)
         some = windows[[window - first for window in few]]
-        found = _Backward(store, blocks, some, settings.batch_size, counter).sums()
+        found = _followed_back(_Backward(store, blocks, some, settings.batch_size, counter))
         store.world.sum_([tensor for sums in found.values() for tensor in (sums.outputs, sums.inputs, sums.tokens)])
         found = {name: sums for name, sums in found.items() if sums.tokens}  # no token reaches some experts
         for name, sums in found.items():
@@ -85,6 +85,20 @@ def sensitivities(
     tensors = load(content)
     names = [name.removesuffix(_OUTPUTS) for name in tensors if name.endswith(_OUTPUTS)]
     return {name: Sensitivity(tensors[name + _OUTPUTS], tensors[name + _INPUTS]) for name in names}
+
+
+def _followed_back(backward: _Backward) -> dict[str, _Sums]:
+    """What it sums up. Raises ModelError for a model whose blocks or head autograd cannot go back through."""
+    try:
+        return backward.sums()
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise ModelError.sentence(
+            f"The loss of {type(backward.store.model).__name__} cannot be followed back through its blocks, as row "
+            f"weights and allocation by fisher need it ({reason}): ask for --row-weights none --allocation uniform."
+        ) from error
 
 
 @dataclass

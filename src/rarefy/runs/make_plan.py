@@ -52,9 +52,7 @@ def make_plan(recipe: Recipe, output: Path | None = None, offload: Path | None =
     skeleton = source.skeleton()
     blocks = select_sites(find_blocks(skeleton), recipe.include, recipe.exclude)
     linears = any(isinstance(site, LinearSite) for block in blocks for site in block.sites)
-    recipe = recipe.resolved(
-        source.context, follow_loss=linears
-    )  # gradients at what experts in a stack put out: none
+    recipe = recipe.resolved(source.context, follow_loss=linears)  # of experts in a stack no gradient is known
     if recipe.window_shape[0] < world.size:
         raise InputError("--num-samples", recipe.window_shape[0], f"at least {world.size}, a window for each process")
     check_blocks(skeleton, blocks)
