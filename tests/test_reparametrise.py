@@ -256,6 +256,7 @@ def test_inputs_that_need_the_same_group_are_parted() -> None:
 def test_an_order_of_nothing_is_the_one_that_is_there() -> None:
     assert choose_order(torch.zeros(3, 8), 2, 4).tolist() == list(range(8))
     assert choose_order(torch.rand(3, 4), 2, 4).tolist() == list(range(4))
+    assert choose_order(torch.ones(3, 8), 2, 4).tolist() == list(range(8))  # which is as good as any
     assert kept_share(torch.zeros(3, 8), torch.arange(8), 2, 4) == 1.0
 
 

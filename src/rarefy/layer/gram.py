@@ -151,7 +151,7 @@ class Gram:
         self._writable()
         self._sum += addend
         self.num_tokens += other.num_tokens
-        if self._sum_x is not None and other._sum_x is not None:
+        if self._sum_x is not None and other._sum_x is not None:  # no mutant: both have means, or none has
             self._sum_x += other._sum_x.to(self._sum_x)
         if self._sum_squares is not None and other._sum_squares is not None:
             self._sum_squares += other._sum_squares.to(self._sum_squares)
