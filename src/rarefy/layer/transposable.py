@@ -90,7 +90,7 @@ class TransposableNM(NM):
         S = _in_blocks(scores, self.of)
         fixed = _in_blocks(locked, self.of) if locked is not None else None
         choose = _best_of_all if self.of <= _ENUMERATED else _transported
-        size = max(1, _TOGETHER // self.of**2)
+        size = max(1, _TOGETHER // self.of**2)  # no mutant: a piece's size
         parts = []
         for start in range(0, S.shape[2], size):
             some = slice(start, start + size)
@@ -190,7 +190,8 @@ def _transported(S: Blocks, keep: int, locked: BlockMasks | None) -> BlockMasks:
     if locked is None:
         locked = torch.zeros_like(S, dtype=torch.bool)
     S = S.masked_fill(locked, 1.0)
-    parts = [_plan(some.contiguous(), keep) for some in S.split(max(1, _CACHED // len(S) ** 2), dim=2)]
+    size = max(1, _CACHED // len(S) ** 2)  # no mutant: a piece's size
+    parts = [_plan(some.contiguous(), keep) for some in S.split(size, dim=2)]
     kept, rows, columns = _rounded(torch.cat(parts, dim=2).masked_fill_(locked, torch.inf), keep)
     _complete_(S, kept, rows, columns, locked, keep)
     for _ in range(_ROUNDS):
