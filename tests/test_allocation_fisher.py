@@ -171,6 +171,32 @@ def test_a_run_goes_on_with_what_it_measured(
     assert rarefy_("inspect", tmp_path / "out").status == 0
 
 
+def test_a_run_of_alps_has_both_unless_it_is_told_otherwise(rarefy_: Rarefy, shelf: Path, tmp_path: Path) -> None:
+    options: dict[str, tuple[object, ...]] = {
+        "fisher": (),
+        "uniform": ("--allocation", "uniform", "--row-weights", "none"),
+    }
+    for allocation, more in options.items():
+        done = rarefy_(*prune_arguments(shelf, "-o", tmp_path / allocation, "--no-texts", *more))
+        assert done.status == 0, done.err
+        facts = json.loads((tmp_path / allocation / "run.json").read_text())
+        weights = "fisher" if allocation == "fisher" else "none"
+        assert (facts["allocation"], facts["row_weights"]) == (allocation, weights)
+        assert facts["sparsity"] == pytest.approx(0.5, abs=1e-4)
+        assert f"allocation: {allocation}" in (tmp_path / allocation / "recipe.yaml").read_text()
+
+
+def test_a_run_that_prunes_stacks_of_experts_alone_has_neither(tmp_path: Path, shelf: Path) -> None:
+    make_model("mixtral").save_pretrained(tmp_path / "experts")
+    recipe = {"model": str(tmp_path / "experts"), "calibration": str(shelf / "text.txt"), "include": ["*.experts.*"]}
+    recipe |= {"num_samples": 8, "sequence_length": 32}
+    tokenizer = (shelf / "model").glob("tokenizer*")
+    for file in tokenizer:
+        (tmp_path / "experts" / file.name).write_bytes(file.read_bytes())
+    resolved = rarefy.forecast(recipe).plan.recipe
+    assert (resolved.row_weights, resolved.allocation) == ("none", "uniform")
+
+
 def test_two_four_is_refused(rarefy_: Rarefy, shelf: Path, tmp_path: Path) -> None:
     done = rarefy_(*prune_arguments(shelf, "-o", tmp_path / "out", "--pattern", "2:4", "--allocation", "fisher"))
     assert done.status == 2

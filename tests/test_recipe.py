@@ -278,6 +278,32 @@ def test_windows_are_few_without_a_calibration_and_many_with_one() -> None:
     assert (own.num_samples, own.sequence_length) == (3, 5)
 
 
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, ("fisher", "fisher")),
+        ({"sparsity": 0.7}, ("fisher", "fisher")),
+        ({"row_weights": "none"}, ("none", "fisher")),
+        ({"allocation": "uniform"}, ("fisher", "uniform")),
+        ({"sparsity": 0.995}, ("fisher", "uniform")),  # no layer is pruned beyond 99 %
+        ({"scope": "row"}, ("none", "uniform")),
+        ({"pattern": "4:8"}, ("none", "uniform")),
+        ({"method": "sparsegpt"}, ("none", "uniform")),
+        ({"method": "alps-paper"}, ("none", "uniform")),
+        ({"method": "alps+quantize"}, ("none", "uniform")),
+        ({"method": "sparsegpt", "scope": "layer", "allocation": "fisher"}, ("none", "fisher")),
+    ],
+)
+def test_alps_follows_the_loss_where_there_is_a_choice(options: dict[str, object], expected: tuple[str, str]) -> None:
+    resolved = read(**options).resolved(None)
+    assert (resolved.row_weights, resolved.allocation) == expected
+    plain = read(**options).resolved(None, follow_loss=False)
+    assert (plain.row_weights, plain.allocation) == (
+        options.get("row_weights", "none"),
+        options.get("allocation", "uniform"),
+    )
+
+
 def test_windows_fit_the_models_context() -> None:
     assert read(calibration="c4").resolved(512).sequence_length == 512
     with pytest.raises(InputError, match="^--sequence-length is 1024, but must be at most 512"):
