@@ -31,8 +31,8 @@ PARTS: dict[str, dict[str, Any]] = {
     **{f"{rule} row weights": {"row_weights": rule} for rule in ("mlp", "fisher")},
     "rotate": {"rotate": True},
     "permute": {"permute": True},
-    "matching": {"matching": rarefy.Matching()},
-    "matching by one": {"matching": rarefy.Matching(batch_size=1), "batch_size": 1},
+    "matching": {"matching": rarefy.Matching(), "batch_size": 1},
+    "matching by four": {"matching": rarefy.Matching(batch_size=4)},
 }
 _FISHER = "fisher + fisher row weights"
 ROWS = ("layers", *PARTS, _FISHER, f"matching + {_FISHER}", f"matching + drift + rotate + permute + {_FISHER}")

@@ -304,6 +304,21 @@ def test_alps_follows_the_loss_where_there_is_a_choice(options: dict[str, object
     )
 
 
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, 4),
+        ({"match": 2}, 1),
+        ({"match": 2, "match_batch": 3}, 3),
+        ({"match": 2, "batch_size": 5}, 5),
+    ],
+)
+def test_with_matching_so_many_windows_run_at_once_as_a_step_has(options: dict[str, int], expected: int) -> None:
+    recipe = read(**options)
+    assert recipe.resolved(None).batch_size == expected
+    assert recipe.prune_settings().batch_size == expected
+
+
 def test_windows_fit_the_models_context() -> None:
     assert read(calibration="c4").resolved(512).sequence_length == 512
     with pytest.raises(InputError, match="^--sequence-length is 1024, but must be at most 512"):

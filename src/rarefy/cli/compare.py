@@ -89,7 +89,7 @@ def compare(
     num_samples: Annotated[Text, typer.Option(metavar="N", help="Calibration windows.")] = None,
     sequence_length: Annotated[Text, typer.Option(metavar="L", help="Tokens per calibration window.")] = None,
     batch_size: Annotated[
-        Text, typer.Option(metavar="N", help="Calibration windows that run at once (default: 4).")
+        Text, typer.Option(metavar="N", help="Calibration windows that run at once (default: 4, or --match-batch).")
     ] = None,
     bos: Annotated[bool, typer.Option("--bos", help="Start every window with the model's start token.")] = False,
     device: Annotated[str, typer.Option(metavar="DEVICE", help="auto, cpu, cuda, cuda:N.")] = "auto",

@@ -118,7 +118,7 @@ Match = Annotated[
 MatchLr = Annotated[
     Text, typer.Option(metavar="RATE", help="Learning rate of --match, falling linearly (default: 2e-4).")
 ]
-MatchBatch = Annotated[Text, typer.Option(metavar="N", help="Windows per step of --match (default: 4).")]
+MatchBatch = Annotated[Text, typer.Option(metavar="N", help="Windows per step of --match (default: 1).")]
 Drift = Annotated[
     Text,
     typer.Option(

@@ -111,7 +111,8 @@ def prune(
         typer.Option(metavar="L", help="Tokens per window (default: 2048, or 1024 without --calibration)."),
     ] = None,
     batch_size: Annotated[
-        Text, typer.Option(metavar="N", help="Windows that run through the model at once (default: 4).")
+        Text,
+        typer.Option(metavar="N", help="Windows that run through the model at once (default: 4, or --match-batch)."),
     ] = None,
     seed: Annotated[
         Text, typer.Option(metavar="N", help="Draws the windows, or the model's own text (default: 0).")

@@ -60,7 +60,7 @@ class Matching:
 
     passes: int = 3
     learning_rate: float = 2e-4
-    batch_size: int = 4
+    batch_size: int = 1
     held_out: float = 0.1
     seed: int = 0
 

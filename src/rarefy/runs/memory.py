@@ -108,7 +108,7 @@ def _pruning_bytes(plan: Plan) -> int:
     paths = 1 + (matching or plan.recipe.drift > 0)
     on_host = plan.offload is not None or plan.device.type == "cuda"
     states = 0 if on_host else paths * num * length * hidden * stored
-    tokens = min(plan.recipe.batch_size, num) * length
+    tokens = min(plan.recipe.windows_at_once, num) * length
     sizes = {block.index: _nbytes(block.module.parameters(), 1) for block in plan.blocks}
     last = max(block.index for block in plan.blocks if block.sites)
     entry = 0
@@ -174,7 +174,7 @@ def _fisher_bytes(plan: Plan) -> int:
     stored, item = _dtype(plan).itemsize, compute_dtype(_dtype(plan), plan.device).itemsize
     on_host = plan.offload is not None or plan.device.type == "cuda"
     states = 0 if on_host else few * length * int(text.hidden_size) * (stored * (1 + len(plan.blocks)) + 4)
-    tokens = min(plan.recipe.batch_size, few) * length
+    tokens = min(plan.recipe.windows_at_once, few) * length
     logits = min(LOGIT_BYTES, 4 * int(text.vocab_size) * length)
     graphs = [_ending_bytes(plan) + logits * (stored + 3 * 4) // 4]
     for block in plan.blocks:

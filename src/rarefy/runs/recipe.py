@@ -33,6 +33,8 @@ DEFAULT_CALIBRATION = "self"
 #: Windows x tokens per window: without ``--calibration`` what a laptop does in minutes, with it the papers'.
 QUICK_WINDOWS = (32, 1024)
 FULL_WINDOWS = (128, 2048)
+#: Windows that run at once without matching; with it they are those of one step.
+BATCH_SIZE = 4
 #: Keys of a recipe that say what the loop over blocks does beside the method.
 LOOP = (
     "along", "barber", "barber_share", "barber_refit", "match", "match_lr", "match_batch", "drift", "refresh",
@@ -88,7 +90,7 @@ class Recipe(BaseModel):
     text_column: str | None = Field(None, min_length=1, description="the name of a column of the calibration's rows")
     num_samples: Whole | None = Field(None, ge=1, description="a whole number of at least 1 (windows)")
     sequence_length: Whole | None = Field(None, ge=2, description="a whole number of at least 2 (tokens)")
-    batch_size: Whole = Field(4, ge=1, description="a whole number of at least 1 (windows)")
+    batch_size: Whole | None = Field(None, ge=1, description="a whole number of at least 1 (windows)")
     seed: Annotated[int, BeforeValidator(_no_bool)] = Field(
         0, ge=0, lt=2**63, description="a whole number of at least 0"
     )
@@ -105,7 +107,7 @@ class Recipe(BaseModel):
     barber_refit: bool = Field(True, description="true or false")
     match: Whole = Field(0, ge=0, description="a whole number of at least 0 (passes over the windows; 0 = off)")
     match_lr: Number = Field(2e-4, gt=0, lt=1, description="a number between 0 and 1, the learning rate")
-    match_batch: Whole = Field(4, ge=1, description="a whole number of at least 1 (windows)")
+    match_batch: Whole = Field(1, ge=1, description="a whole number of at least 1 (windows)")
     drift: Number = Field(0.0, ge=0, le=1, description="a number from 0 to 1, the share of the drift (0 = off)")
     refresh: bool = Field(False, description="true or false")
     permute: bool = Field(False, description="true or false")
@@ -226,6 +228,11 @@ class Recipe(BaseModel):
         assert self.sequence_length is not None
         return self.num_samples, self.sequence_length
 
+    @property
+    def windows_at_once(self) -> int:
+        """How many windows run through the model together."""
+        return self.batch_size or (self.match_batch if self.match else BATCH_SIZE)
+
     def build_method(self) -> Method:
         """The method with its hyperparameters. Raises MethodError."""
         from rarefy.methods import build
@@ -256,7 +263,7 @@ class Recipe(BaseModel):
         return PruneSettings(
             pattern_of or Uniform(self.build_pattern()),
             self.build_method(),
-            self.batch_size,
+            self.windows_at_once,
             self.include,
             self.exclude,
             self.strict,
@@ -282,6 +289,7 @@ class Recipe(BaseModel):
         filled: dict[str, Any] = {
             "settings": all_settings(self.method, self.build_method()),
             "calibration": self.calibration or DEFAULT_CALIBRATION,
+            "batch_size": self.windows_at_once,
             "num_samples": self.num_samples or num_samples,
             "sequence_length": self.sequence_length or min(length, context or length),
         }
