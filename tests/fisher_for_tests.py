@@ -19,6 +19,8 @@ def plain_fisher(model: PreTrainedModel, windows: Tensor) -> tuple[dict[str, Ten
 
     def keep(name: str) -> Any:
         def hook(_module: Any, args: Any, output: Tensor) -> None:
+            if not output.requires_grad:  # as that of an indexer, which chooses positions
+                return
             output.retain_grad()
             outputs[name], inputs[name] = output, args[0].detach().reshape(-1, args[0].shape[-1])
 
@@ -27,7 +29,7 @@ def plain_fisher(model: PreTrainedModel, windows: Tensor) -> tuple[dict[str, Ten
     for site in (site for block in find_blocks(model) for site in block.sites):
         if isinstance(site, LinearSite):
             site.module.register_forward_hook(keep(site.name))
-    logits = model(windows).logits[:, :-1].flatten(0, 1)
+    logits = model(windows, use_cache=False).logits[:, :-1].flatten(0, 1)
     nn.functional.cross_entropy(logits, windows[:, 1:].flatten(), reduction="sum").backward()
     squares = {
         name: output.grad.reshape(-1, output.shape[-1]).square().sum(0)

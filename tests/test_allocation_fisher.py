@@ -19,9 +19,10 @@ from rarefy.allocation.budget import Layer, shifted
 from rarefy.allocation.fisher import Fisher
 from rarefy.allocation.rule import Sensitivity
 from rarefy.models.blocks import find_blocks
-from rarefy.pruning import fisher
+from rarefy.pruning import fisher, loop
 from rarefy.pruning.stores import JournaledStore
-from small_architectures import make
+from small_architectures import ALL, make
+from test_architectures import EXCLUDE, REFUSED
 
 WINDOWS = torch.randint(3, VOCABULARY, (5, 24), generator=torch.Generator().manual_seed(0))
 
@@ -143,6 +144,39 @@ def test_a_model_whose_loss_cannot_be_followed_back_is_refused() -> None:
             allocation="fisher",
         )
     assert is_one_sentence(f"error: {error.value}\n")
+
+
+#: Blocks that read keys and values of others, or whose head reads more than one state, of which each block's own
+#: path counts alone.
+CROSSED = {"gemma3n_text", "gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text", "prophetnet", "zaya"}
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", sorted(set(ALL) - set(REFUSED) - {"reformer"}))
+def test_the_loss_of_every_decoder_is_followed_back(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    seen: dict[str, Sensitivity] = {}
+    original = loop.sensitivities
+
+    def sensitivities(*arguments: Any) -> dict[str, Sensitivity]:
+        seen.update(original(*arguments))
+        return seen
+
+    monkeypatch.setattr(loop, "sensitivities", sensitivities)
+    try:
+        model = make(name)
+    except Exception as error:  # noqa: BLE001 (of any kind, as in test_architectures.py)
+        pytest.skip(f"not built: {error}")
+    options: dict[str, Any] = {"pattern": rarefy.Unstructured(0.5), "method": rarefy.Wanda(), "batch_size": 2}
+    rarefy.prune(model, WINDOWS, exclude=EXCLUDE.get(name, ()), **options, allocation="fisher")
+    squares, means = plain_fisher(make(name), WINDOWS)
+    assert seen
+    for site, one in seen.items():
+        if site in squares and name not in CROSSED:
+            largest = float(squares[site].max())
+            torch.testing.assert_close(one.outputs.float(), squares[site], rtol=1e-3, atol=1e-3 * largest)
+        if site in means and name not in CROSSED:
+            torch.testing.assert_close(one.inputs.float(), means[site], rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("weights", ["none", "fisher"])
