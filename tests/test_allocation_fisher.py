@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import rarefy
-from cli_for_tests import Rarefy, is_one_sentence, prune_arguments
+from cli_for_tests import Rarefy, is_one_sentence, prune_arguments, stopped_after_one_block
 from fisher_for_tests import plain_fisher
 from models_for_tests import VOCABULARY, make_model
 from rarefy.allocation.budget import Layer, shifted
@@ -20,7 +20,6 @@ from rarefy.allocation.fisher import Fisher
 from rarefy.allocation.rule import Sensitivity
 from rarefy.models.blocks import find_blocks
 from rarefy.pruning import fisher, loop
-from rarefy.pruning.stores import JournaledStore
 from small_architectures import ALL, make
 from test_architectures import EXCLUDE, REFUSED
 
@@ -185,14 +184,7 @@ def test_a_run_goes_on_with_what_it_measured(
 ) -> None:
     options = ("--method", "wanda", "--sparsity", 0.7, "--scope", "layer", "--allocation", "fisher", "--no-texts")
     options += ("--row-weights", weights)
-    finish = JournaledStore.finish
-
-    def stop(self: JournaledStore, *arguments: Any) -> None:
-        finish(self, *arguments)
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(JournaledStore, "finish", stop)
+    with stopped_after_one_block():
         assert rarefy_(*prune_arguments(shelf, "-o", tmp_path / "out", *options)).status == 130
     with monkeypatch.context() as patch:
         patch.setattr(fisher, "_Backward", lambda *_: pytest.fail("it went back again"))

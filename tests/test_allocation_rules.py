@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import rarefy
-from cli_for_tests import Rarefy, prune_arguments
+from cli_for_tests import Rarefy, prune_arguments, stopped_after_one_block
 from models_for_tests import VOCABULARY, make_model
 from rarefy.allocation.alphapruning import AlphaPruning, exponent
 from rarefy.allocation.budget import Layer, shifted
@@ -21,7 +21,6 @@ from rarefy.allocation.owl import Owl
 from rarefy.layer.gram import Gram
 from rarefy.models.blocks import find_blocks
 from rarefy.pruning import survey
-from rarefy.pruning.stores import JournaledStore
 
 WINDOWS = torch.randint(3, VOCABULARY, (5, 24), generator=torch.Generator().manual_seed(0))
 MEASURED = ("owl", "alphapruning", "lsa")
@@ -243,14 +242,7 @@ def test_a_run_goes_on_with_the_allocation_that_it_began_with(
     options = ("--method", "wanda", "--sparsity", 0.7, "--scope", "layer", "--allocation", "lsa", "--no-texts", *more)
     dry = rarefy_(*prune_arguments(shelf, "--dry-run", *options))
     assert "lsa measures the dense model first" in dry.out
-    finish = JournaledStore.finish
-
-    def stop(self: JournaledStore, *arguments: Any) -> None:
-        finish(self, *arguments)
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(JournaledStore, "finish", stop)
+    with stopped_after_one_block():
         assert rarefy_(*prune_arguments(shelf, "-o", tmp_path / "out", *options)).status == 130
     with monkeypatch.context() as patch:
         patch.setattr(survey, "_facts", lambda *_: pytest.fail("it measured again"))

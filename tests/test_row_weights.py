@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import rarefy
-from cli_for_tests import Rarefy, is_one_sentence, prune_arguments
+from cli_for_tests import Rarefy, is_one_sentence, prune_arguments, stopped_after_one_block
 from fisher_for_tests import plain_fisher
 from models_for_tests import VOCABULARY, make_model
 from rarefy.layer.gram import Gram
@@ -21,7 +21,6 @@ from rarefy.layer.row_weights import LEAST, row_factors, weighted
 from rarefy.models.sites import Site
 from rarefy.pruning import block as pruned_block
 from rarefy.pruning import fisher
-from rarefy.pruning.stores import JournaledStore
 
 WINDOWS = torch.randint(3, VOCABULARY, (5, 24), generator=torch.Generator().manual_seed(0))
 #: Methods that compare weights of all rows, first parts or combinations.
@@ -216,14 +215,7 @@ def test_a_run_goes_on_with_the_weights_that_it_began_with(
     rarefy_: Rarefy, shelf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: tuple[str, ...]
 ) -> None:
     options = ("--method", "sparsegpt", "--scope", "layer", "--row-weights", "fisher", "--no-texts", *more)
-    finish = JournaledStore.finish
-
-    def stop(self: JournaledStore, *arguments: Any) -> None:
-        finish(self, *arguments)
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(JournaledStore, "finish", stop)
+    with stopped_after_one_block():
         assert rarefy_(*prune_arguments(shelf, "-o", tmp_path / "out", *options)).status == 130
     with monkeypatch.context() as patch:
         patch.setattr(fisher, "_Backward", lambda *_: pytest.fail("it went back again"))
