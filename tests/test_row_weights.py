@@ -195,6 +195,18 @@ def test_reordered_outputs_keep_their_row_weights(solved: dict[str, tuple[Tensor
     assert moved > 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_has_nearly_the_same(given: dict[str, Tensor | None], dtype: torch.dtype) -> None:
+    options: dict[str, Any] = {"pattern": rarefy.Unstructured(0.6), "method": rarefy.SparseGPT(), "batch_size": 2}
+    rarefy.prune(make_model("llama").to(dtype), WINDOWS, row_weights="fisher", **options)
+    expected = plain_fisher(make_model("llama"), WINDOWS)[0]
+    assert given.keys() == expected.keys()
+    for name, v in expected.items():
+        found = given[name]
+        assert found is not None
+        assert float((found.float() - v).norm()) < 0.05 * float(v.norm()), name
+
+
 def test_weights_of_the_mlp_are_norms_of_its_neurons(given: dict[str, Tensor | None]) -> None:
     _pruned(row_weights="mlp", include=["*.0.*"])
     model, found = make_model("llama"), []

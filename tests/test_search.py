@@ -149,6 +149,13 @@ def test_the_best_allocation_is_taken_by_distances_of_whole_models(tried: list[t
     assert report.pruned == sum(round(0.6 * layer.shape[0] * layer.shape[1]) for layer in report.layers)
 
 
+@pytest.mark.parametrize("options", [{"allocation": "search"}, {"allocation": "fisher", "row_weights": "fisher"}])
+def test_a_model_in_float16_has_them_as_well(options: dict[str, Any]) -> None:
+    model = make_model("llama").half()
+    report = rarefy.prune(model, WINDOWS, pattern=rarefy.Unstructured(0.5), method=rarefy.SparseGPT(), **options)
+    assert len({layer.sparsity for layer in report.layers}) > 1
+
+
 @pytest.mark.parametrize("options", [{"allocation": "search"}, {"row_weights": "fisher"}])
 def test_a_model_without_a_head_is_refused_in_one_sentence(options: dict[str, Any]) -> None:
     with pytest.raises(rarefy.ModelError, match="^LlamaModel gives no logits"):

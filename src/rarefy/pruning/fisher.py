@@ -149,7 +149,8 @@ class _Backward:
                 with world.together():
                     self.entering.append(states.fork(self.store.offload))
                     if following is None:
-                        form = output_form(states, block.module, block.index)
+                        with computing_in(block.module, states.compute_dtype):
+                            form = output_form(states, block.module, block.index)
                 advance(world, block, states, self.counter.count)
         return states, Ending(self.store.model, [block.module for block in self.blocks], form, states.window_dim)
 

@@ -31,6 +31,7 @@ from rarefy.methods.sparsegpt import SparseGPT
 from rarefy.models.blocks import Block
 from rarefy.pruning.advance import advance
 from rarefy.pruning.block import PartCounter, prune_layers
+from rarefy.pruning.precision import computing_in
 from rarefy.pruning.settings import NONE, PerLayer, PruneSettings
 from rarefy.pruning.stores import BlockStore
 
@@ -121,7 +122,7 @@ class _Distances:
         for block, following in zip_longest(blocks, blocks[1:]):
             with self._loaded(block, following):
                 if following is None:
-                    with store.world.together():
+                    with store.world.together(), computing_in(block.module, states.compute_dtype):
                         form = output_form(states, block.module, block.index)
                 advance(store.world, block, states, counter.count)
         self.dense = states.states
