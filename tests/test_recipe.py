@@ -304,6 +304,19 @@ def test_alps_follows_the_loss_where_there_is_a_choice(options: dict[str, object
     )
 
 
+@pytest.mark.parametrize("options", [{"pattern": "2:4"}, {"scope": "row"}])
+def test_what_follows_the_loss_in_a_written_recipe_gives_way_to_another_pattern(
+    tmp_path: Path, options: dict[str, str]
+) -> None:
+    file = in_file(tmp_path, read().resolved(None).to_yaml())
+    changed = Recipe.read(options, file)
+    assert (changed.row_weights, changed.allocation) == (None, None)
+    assert Recipe.read({"sparsity": "0.7"}, file).allocation == "fisher"
+    assert Recipe.read({**options, "allocation": "fisher"}, file).allocation == "fisher"
+    own = in_file(tmp_path, "model: m\nallocation: profile\n")
+    assert Recipe.read(options, own).allocation == "profile"
+
+
 @pytest.mark.parametrize(
     ("options", "expected"),
     [

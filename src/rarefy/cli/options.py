@@ -142,7 +142,8 @@ RowWeights = Annotated[
     typer.Option(
         metavar="RULE",
         help="Which outputs count more where rows compete for weights (--scope layer): none, mlp (those that "
-        "make large neurons), or fisher (those that the loss depends on; default with alps).",
+        "make large neurons), or fisher (those that the loss depends on). Default of `rarefy prune` with alps: fisher, "
+        "else none.",
     ),
 ]
 Allocation = Annotated[
@@ -150,7 +151,8 @@ Allocation = Annotated[
     typer.Option(
         metavar="RULE",
         help="Sparsity of each layer at the same total: uniform, profile, fisher, owl, alphapruning, lsa, search, or "
-        "a .json or .csv file of globs and sparsities (default: fisher with alps and --scope layer, else uniform).",
+        "a .json or .csv file of globs and sparsities. Default of `rarefy prune` with alps and --scope layer: fisher, "
+        "else uniform.",
     ),
 ]
 

@@ -132,6 +132,11 @@ class Recipe(BaseModel):
         if "pattern" in options:
             base.pop("sparsity", None)
             base.pop("scope", None)
+        if "pattern" in options or options.get("scope") == "row":
+            # What was the default of a sparsity of whole matrices is not meant for other patterns.
+            for key in ("row_weights", "allocation"):
+                if base.get(key) == FISHER:
+                    base.pop(key)
         if options.get("method", base.get("method")) != base.get("method"):
             base.pop("settings", None)
         settings = base.get("settings")
