@@ -142,8 +142,8 @@ RowWeights = Annotated[
     typer.Option(
         metavar="RULE",
         help="Which outputs count more where rows compete for weights (--scope layer): none, mlp (those that "
-        "make large neurons), or fisher (those that the loss depends on). Default of `rarefy prune` with alps: fisher, "
-        "else none.",
+        "make large neurons), or fisher (those that the loss depends on). Default of `rarefy prune` with alps: "
+        "fisher, else none.",
     ),
 ]
 Allocation = Annotated[
@@ -151,8 +151,8 @@ Allocation = Annotated[
     typer.Option(
         metavar="RULE",
         help="Sparsity of each layer at the same total: uniform, profile, fisher, owl, alphapruning, lsa, search, or "
-        "a .json or .csv file of globs and sparsities. Default of `rarefy prune` with alps and --scope layer: fisher, "
-        "else uniform.",
+        "a .json or .csv file of globs and sparsities. Default of `rarefy prune` with alps and --scope layer: "
+        "fisher, else uniform.",
     ),
 ]
 
