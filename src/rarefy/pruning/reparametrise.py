@@ -177,7 +177,8 @@ class Reparametrisation:
             heads = self._heads(inner, grams[source.name], inverse)
             R, before, after = world.from_first(lambda: _rotation(heads))
             inner.rotate(R.to(inverse))
-            _average(row_weights, inner)
+            # What a squared gradient is on average over all rotations of its head.
+            _change_row_weights(row_weights, inner, lambda v: v.mean(dim=1, keepdim=True).expand_as(v))
             inverse = _rotated(inverse, inner, R.to(inverse))
             for name in (exit.name, source.name):
                 notes.setdefault(name, {})["rotation"] = f"pruned share {before:.4f} -> {after:.4f}"
@@ -187,7 +188,7 @@ class Reparametrisation:
             E = exit.read().to(inverse).square_().div_(inverse.diagonal())
             order, before, after = world.from_first(lambda: _orders(E, inner, keep, pattern.group))
             inner.reorder(order)
-            _reorder(row_weights, inner, order)
+            _change_row_weights(row_weights, inner, lambda v: v.gather(1, order))
             notes.setdefault(exit.name, {})["order"] = f"pruned share {before:.4f} -> {after:.4f}"
 
     def _heads(self, inner: Inner, gram: Gram, inverse: Float[Tensor, "in in"]) -> Heads:
@@ -268,20 +269,11 @@ def _rotated(inverse: Float[Tensor, "in in"], inner: Inner, R: Tensor) -> Float[
     return whole.T @ inverse @ whole
 
 
-def _average(row_weights: dict[str, Tensor], inner: Inner) -> None:
-    """Row weights of rotated outputs: the mean over a head is what a squared gradient is over all rotations of it."""
+def _change_row_weights(row_weights: dict[str, Tensor], inner: Inner, changed: Callable[[Tensor], Tensor]) -> None:
+    """Replace the row weights v of what makes inner dimensions, (groups, width), by ``changed(v)``."""
     for site, rows in inner.sources:
-        if site.name in row_weights:
-            v = row_weights[site.name]
-            v[rows.flatten()] = v[rows].mean(dim=1, keepdim=True).expand(rows.shape).flatten()
-
-
-def _reorder(row_weights: dict[str, Tensor], inner: Inner, order: Int[Tensor, "groups width"]) -> None:
-    """Row weights in the order that the outputs have now."""
-    for site, rows in inner.sources:
-        if site.name in row_weights:
-            v = row_weights[site.name]
-            v[rows.flatten()] = v[rows.gather(1, order)].flatten()
+        if (v := row_weights.get(site.name)) is not None:
+            v[rows.flatten()] = changed(v[rows]).flatten()
 
 
 def _orders(
