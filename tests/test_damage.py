@@ -18,10 +18,9 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from cli_for_tests import Rarefy
+from cli_for_tests import Rarefy, stopped_after_one_block
 from models_for_tests import _GROUPED, build, save_folder
 from rarefy.cli import main
-from rarefy.pruning.stores import JournaledStore
 from rarefy.runs.unfinished import checksum_of
 
 _RUN = ["--num-samples", "4", "--sequence-length", "16", "--method", "sparsegpt", "--quiet", "--no-texts"]
@@ -41,14 +40,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Sources:
     run = ["prune", model, "--calibration", text, *_RUN]
     assert main([*run, "-o", str(base / "run"), "--pattern", "2:4"]) == 0
     assert main(["compare", model, "-o", str(base / "sweep"), "--text", text, "--calibration", text, *_SWEEP]) == 0
-    finish = JournaledStore.finish
-
-    def interrupt(self: JournaledStore, *arguments: Any) -> None:
-        finish(self, *arguments)
-        raise KeyboardInterrupt
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(JournaledStore, "finish", interrupt)
+    with stopped_after_one_block():
         for name, more in (("half", []), ("half in memory", ["--dtype", "float32"])):
             assert main([*run, "-o", str(base / name), *more]) == 130
     return {path.name: path for path in base.iterdir()}

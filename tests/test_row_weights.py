@@ -137,9 +137,8 @@ def _pruned(architecture: str = "llama", **options: Any) -> tuple[nn.Module, rar
 def test_fisher_weights_are_those_of_a_plain_backward_pass(
     given: dict[str, Tensor | None], monkeypatch: pytest.MonkeyPatch, architecture: str, at_once: int
 ) -> None:
-    monkeypatch.setattr(
-        "rarefy.calibration.finish.LOGIT_BYTES", 4 * VOCABULARY * at_once
-    )  # tokens whose logits exist
+    # So many tokens have logits at a time.
+    monkeypatch.setattr("rarefy.calibration.finish.LOGIT_BYTES", 4 * VOCABULARY * at_once)
     progress: list[tuple[int, int]] = []
     options: dict[str, Any] = {"on_progress": lambda done, total, _: progress.append((done, total))}
     model, report = _pruned(architecture, row_weights="fisher", **options)

@@ -6,8 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rarefy.allocation.allocate import allocate
-from rarefy.allocation.names import FISHER as BY_FISHER
+from rarefy.allocation.allocate import MEASURED_RULES, allocate
 from rarefy.allocation.names import MEASURED
 from rarefy.errors import InputError
 from rarefy.layer.across import AcrossNM
@@ -160,9 +159,8 @@ class PruneSettings:
     @property
     def needs_sensitivities(self) -> bool:
         """Whether the loss of the dense model is followed back to the outputs of its linears (fisher.py)."""
-        if isinstance(self.pattern_of, Unmeasured) and self.pattern_of.allocation == BY_FISHER:
-            return True
-        return self.row_weights == FISHER
+        rule = MEASURED_RULES.get(self.pattern_of.allocation) if isinstance(self.pattern_of, Unmeasured) else None
+        return self.row_weights == FISHER or (rule is not None and rule.needs_sensitivities)
 
     @property
     def needs_dense_path(self) -> bool:

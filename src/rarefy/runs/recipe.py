@@ -290,9 +290,10 @@ class Recipe(BaseModel):
         from rarefy.allocation.budget import MOST
         from rarefy.methods import all_settings
 
+        method = self.build_method()
         num_samples, length = QUICK_WINDOWS if self.calibration is None else FULL_WINDOWS
         filled: dict[str, Any] = {
-            "settings": all_settings(self.method, self.build_method()),
+            "settings": all_settings(self.method, method),
             "calibration": self.calibration or DEFAULT_CALIBRATION,
             "batch_size": self.windows_at_once,
             "num_samples": self.num_samples or num_samples,
@@ -311,8 +312,8 @@ class Recipe(BaseModel):
             )
         if self.pattern is None:
             filled["sparsity"] = DEFAULT_SPARSITY if self.sparsity is None else self.sparsity
-            filled["scope"] = self.scope or self.build_method().default_scope
-        follow_loss &= filled.get("scope") == "layer" and self.build_method().follows_loss
+            filled["scope"] = self.scope or method.default_scope
+        follow_loss &= filled.get("scope") == "layer" and method.follows_loss
         filled["row_weights"] = self.row_weights or ("fisher" if follow_loss else "none")
         spread = follow_loss and filled["sparsity"] <= MOST
         filled["allocation"] = self.allocation or (FISHER if spread else UNIFORM)
