@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from rarefy.errors import InputError
 from rarefy.evaluation.divergence import divergence
 from rarefy.models.blocks import find_blocks
+from rarefy.structure import rules
 from rarefy.structure.depth import BlockSets, lowest
 from rarefy.structure.parts import find_parts
 from rarefy.structure.rules import RULES, choose_blocks, taylor_scores
@@ -118,8 +119,14 @@ def test_a_long_search_finds_the_best_of_all_pairs(sets: BlockSets) -> None:
     assert found.distance.kl == pytest.approx(best)
 
 
-def test_taylor_scores_are_those_of_one_backward_pass(model: PreTrainedModel) -> None:
+@pytest.mark.parametrize("alone", [True, False])
+def test_taylor_scores_are_those_of_one_backward_pass(alone: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rules, "LOGIT_BYTES", 4 * 160 * 5)  # the logits of a few tokens at a time
+    if not alone:
+        monkeypatch.setattr(rules, "head_alone", lambda *_: False)
+    model = deep("llama", 3)
     scores = taylor_scores(model, WINDOWS, 3)
+    assert all(parameter.grad is None for parameter in model.parameters())
     model.requires_grad_(True)
     logits = model(input_ids=WINDOWS).logits
     torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), WINDOWS[:, 1:].flatten()).backward()
@@ -128,9 +135,6 @@ def test_taylor_scores_are_those_of_one_backward_pass(model: PreTrainedModel) ->
             float((p * p.grad).detach().abs().sum()) for p in block.module.parameters() if p.grad is not None
         )
         assert scores[block.index] == pytest.approx(expected, rel=1e-4)
-    model.requires_grad_(False)
-    for parameter in model.parameters():
-        parameter.grad = None
 
 
 def kl_of(small: PreTrainedModel, dense: PreTrainedModel) -> float:

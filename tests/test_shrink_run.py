@@ -265,7 +265,7 @@ MISTAKES: dict[str, tuple[list[object], str]] = {
     "search and blocks": (["--search", "--size", 0.8, "--blocks", 1], "so --blocks cannot be said, too"),
     "size of all": (["--search", "--size", 1], "--size is 1, but must be a share between 0 and 1"),
     "huge": (
-        ["--blocks", 1, "--steps", 2**31],
+        ["--blocks", 1, "--by", "policy-gradient", "--steps", 2**31],
         "--steps is 2147483648, but must be a whole number of at least 1, below",
     ),
     "size of nothing": (["--search", "--size", 0.01], "--size is 0.01, but must be a share of at least 0."),
@@ -284,6 +284,12 @@ MISTAKES: dict[str, tuple[list[object], str]] = {
     "heads": (["--heads", 0.9], "some of the 2 KV heads of a block, and not all"),
     "rule": (["--blocks", 1, "--by", "luck"], "--by is 'luck', but must be kl"),
     "text": (["--blocks", 1, "--heads", "half"], "--heads is 'half'"),
+    "generations alone": (["--blocks", 1, "--generations", 4], "--generations goes with --by search"),
+    "steps of another rule": (["--search", "--size", 0.8, "--steps", 9], "--steps goes with --by policy-gradient"),
+    "candidates alone": (["--neurons", 0.5, "--candidates", 4], "--candidates goes with --search"),
+    "rule without blocks": (["--neurons", 0.5, "--by", "kl"], "--by goes with --blocks or --search"),
+    "repair of blocks": (["--blocks", 1, "--no-repair"], "--repair goes with --heads, --neurons or --search"),
+    "multiple of heads": (["--heads", 0.5, "--multiple", 8], "--multiple goes with --neurons or --search"),
     "context": (["--blocks", 1, "--sequence-length", 999], "at most 128"),
 }
 

@@ -407,7 +407,7 @@ def test_sparse_and_smaller_models_in_one_table(options: Options, text: Path, tm
     model = save_folder(deep("llama", 4), tmp_path / "model")
     methods = ["wanda", "shrink:blocks", "shrink:neurons:single", "shrink:heads", "shrink:search:kl"]
     asked = replace(options, model=str(model), methods=methods, patterns=[], sizes=["0.75"], save=True)
-    asked = replace(asked, settings={"shrink.multiple": "16", "shrink.repair": "false"})
+    asked = replace(asked, settings={"shrink.multiple": "16", "shrink.repair": "false", "shrink.steps": "9"})
     out = tmp_path / "out"
     with pytest.raises(InputError, match=r"--size is 0.75, but must be a share of at least 0\.\d+, as heads go no"):
         plan_sweep(asked, SweepFolder(out))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -23,6 +23,9 @@ from rarefy.runs.recipe_file import Told, refuse_unknown
 
 _WHOLE = "a whole number of at least"
 _SHARE = "a share between 0 and 1"
+
+#: Keys that only one rule for blocks reads.
+RULE_OF = {"generations": "search", "offspring": "search", "steps": "policy-gradient"}
 
 
 class ShrinkRecipe(BaseModel):
@@ -95,6 +98,7 @@ class ShrinkRecipe(BaseModel):
             kind = RecipeError if from_file(key) else InputError
             raise kind(written(key), given, allowed) from None
         recipe._check(written)
+        recipe._check_unread(written, options)
         return recipe
 
     def _check(self, written: Callable[[str], str]) -> None:
@@ -112,6 +116,21 @@ class ShrinkRecipe(BaseModel):
             )
         if self.blocks is not None and self.blocks >= 1 and self.blocks != int(self.blocks):
             raise InputError(written("blocks"), self.blocks, f"{_WHOLE} 1, or {_SHARE}")
+
+    def _check_unread(self, written: Callable[[str], str], options: Collection[str]) -> None:
+        """Raise InputError where nothing reads an option of the command line; files of runs have all keys."""
+        needs = {key: f"--by {rule}" for key, rule in RULE_OF.items() if rule != self.by}
+        if not self.search:
+            needs["candidates"] = "--search"
+            if self.blocks is None:
+                needs["by"] = "--blocks or --search"
+            if self.heads is None and self.neurons is None:
+                needs |= dict.fromkeys(("choose", "repair", "damping"), "--heads, --neurons or --search")
+            if self.neurons is None:
+                needs["multiple"] = "--neurons or --search"
+        for key, words in needs.items():
+            if key in options and getattr(self, key) != type(self).model_fields[key].default:
+                raise InputError.sentence(f"{written(key)} goes with {words}, without which nothing reads it.")
 
     def _check_search(self, written: Callable[[str], str], said: Sequence[str]) -> None:
         if self.size is None:

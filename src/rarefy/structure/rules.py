@@ -28,11 +28,12 @@ from typing import Literal, get_args
 
 import torch
 from jaxtyping import Int64
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rarefy.errors import InputError
 from rarefy.models.blocks import find_blocks
+from rarefy.models.head import LOGIT_BYTES, base_output, head_alone, predicting, vocabulary_size
 from rarefy.structure.depth import BlockSets, Distance, lowest
 from rarefy.structure.policy import policy_gradient
 
@@ -174,15 +175,15 @@ def taylor_scores(
 ) -> dict[int, float]:
     """Of each block the sum of |w dL/dw| over all its weights; L is the mean loss of the text over all windows."""
     blocks = find_blocks(model)
+    with torch.no_grad():
+        alone = head_alone(model, windows)
     weights = [parameter for block in blocks for parameter in block.module.parameters()]
     try:
         for parameter in weights:
             parameter.requires_grad_(True)
         for start in range(0, len(windows), batch_size):
             ids = windows[start : start + batch_size].to(model.device)
-            logits = model(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1)
-            loss = torch.nn.functional.cross_entropy(logits.float(), ids[:, 1:].flatten(), reduction="sum")
-            (loss / windows[:, 1:].numel()).backward()
+            _backward(model, ids, alone, 1 / windows[:, 1:].numel())
             watch(min(start + batch_size, len(windows)), len(windows), "")
         return {
             block.index: float(
@@ -198,3 +199,22 @@ def taylor_scores(
         for parameter in weights:
             parameter.requires_grad_(False)
             parameter.grad = None
+
+
+def _backward(model: PreTrainedModel, ids: Int64[Tensor, "batch length"], alone: bool, scale: float) -> None:
+    """Add ``scale`` times the gradient of the text's loss, summed over tokens, to all weights that want one.
+
+    Where the head stands ``alone``, only some of the logits exist at once: in float32 those of a batch, their
+    probabilities and their gradient would take several times the memory of the model.
+    """
+    head = model.get_output_embeddings() if alone else nn.Identity()
+    rows = predicting(base_output(model, ids) if alone else model(input_ids=ids, use_cache=False).logits)
+    targets = ids[:, 1:].flatten()
+    size = max(1, LOGIT_BYTES // (4 * vocabulary_size(model))) if alone else len(rows)
+    gradients = []
+    for start in range(0, len(rows), size):
+        part = slice(start, start + size)
+        leaf = rows[part].detach().requires_grad_(True)
+        loss = scale * nn.functional.cross_entropy(head(leaf).float(), targets[part], reduction="sum")
+        gradients += torch.autograd.grad(loss, leaf)
+    rows.backward(torch.cat(gradients))
