@@ -39,6 +39,7 @@ _BLOCKS = ("kl", "perplexity", "taylor", "greedy", "search", "policy-gradient")
 #: What a row removes, and the settings of its recipe.
 ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     **{f"blocks {rule}": ("blocks", {"by": rule}) for rule in _BLOCKS},
+    **{f"blocks {rule}, not repaired": ("blocks", {"by": rule, "repair": False}) for rule in _BLOCKS},
     "neurons": ("neurons", {}),
     "neurons, not repaired": ("neurons", {"repair": False}),
     "neurons single": ("neurons", {"choose": "single"}),
@@ -50,7 +51,11 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "search kl": ("search", {"by": "kl"}),
 }
 #: Rows that are computed unless --rows says others: the others take long, or are variants.
-USUAL = [row for row in ROWS if row not in ("blocks policy-gradient", "search", "neurons wanda, not repaired")]
+USUAL = [
+    row
+    for row in ROWS
+    if not row.startswith("blocks policy-gradient") and row not in ("search", "neurons wanda, not repaired")
+]
 
 _PREFILL, _DECODE = 512, 64
 

@@ -288,7 +288,7 @@ MISTAKES: dict[str, tuple[list[object], str]] = {
     "steps of another rule": (["--search", "--size", 0.8, "--steps", 9], "--steps goes with --by policy-gradient"),
     "candidates alone": (["--neurons", 0.5, "--candidates", 4], "--candidates goes with --search"),
     "rule without blocks": (["--neurons", 0.5, "--by", "kl"], "--by goes with --blocks or --search"),
-    "repair of blocks": (["--blocks", 1, "--no-repair"], "--repair goes with --heads, --neurons or --search"),
+    "choice of blocks": (["--blocks", 1, "--choose", "wanda"], "--choose goes with --heads, --neurons or --search"),
     "multiple of heads": (["--heads", 0.5, "--multiple", 8], "--multiple goes with --neurons or --search"),
     "context": (["--blocks", 1, "--sequence-length", 999], "at most 128"),
 }

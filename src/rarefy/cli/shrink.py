@@ -82,7 +82,10 @@ def shrink(
     ] = None,
     repair: Annotated[
         bool | None,
-        typer.Option("--repair/--no-repair", help="Refit what is left of the linear behind them (default: repair)."),
+        typer.Option(
+            "--repair/--no-repair",
+            help="Refit the linears behind what was removed, towards the dense model (default: repair).",
+        ),
     ] = None,
     damping: Annotated[
         Text, typer.Option(metavar="D", help="Damping, as a share of each input's own energy (default: 0.01).")
@@ -186,7 +189,8 @@ def _print_search(plan: ShrinkPlan) -> None:
 def search_passes(plan: ShrinkPlan) -> int:
     """Passes of one block over all windows that a search takes at most, without those of the rule for blocks."""
     windows, blocks = plan.rounds[-1].repaired + plan.rounds[-1].measured, plan.before.blocks
-    each = sum(one.candidates * (3 * one.repaired + one.measured) for one in plan.rounds)
+    repairs = 5 if plan.recipe.repair else 3  # Grams of two kinds and the states; the dense path and what it is apart
+    each = sum(one.candidates * (repairs * one.repaired + one.measured) for one in plan.rounds)
     return round(each / windows * blocks)
 
 
@@ -206,6 +210,14 @@ def _print_result(result: ShrinkResult, terminal: Terminal) -> None:
             f"{kind}: mean relative error {three_digits(repaired)}"
             + (f", {three_digits(masked)} without repair" if facts["repair"] else "")
         )
+    if path := facts["dense_path"]:
+        apart, left = (sum(one[key] for one in path) / len(path) for key in ("drift", "drift_left"))
+        print(
+            f"hidden states apart from the dense model's: {three_digits(left)} of their energy in the mean of "
+            f"{len(path)} blocks, {three_digits(apart)} without repair"
+        )
+    elif facts["no_dense_path"]:
+        terminal.note(f"the repair does not aim at the dense model's hidden states: {facts['no_dense_path']}")
     print(f"{result.folder.model} holds the model; it was loaded again and computes the same")
     terminal.note(f"peak memory: {memory_words(result.facts['peak_bytes'])} on {result.facts['device']}")
     terminal.log(f"removed: {result.facts['pattern']}; {result.folder.model} holds the model")

@@ -103,6 +103,8 @@ class _Exit(_Content):
     kept: Count
     masked_error: float
     error: float
+    drift: float | None = None
+    drift_left: float | None = None
 
 
 class _Candidate(_Content):
@@ -127,6 +129,8 @@ class _Shrink(_Content):
     search: _Search | None = None
     blocks: _Blocks | None
     parts: list[_Exit]
+    dense_path: list[_Exit] = []
+    no_dense_path: str = ""
 
 
 class RunFacts(_Content):

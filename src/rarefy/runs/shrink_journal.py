@@ -36,7 +36,7 @@ class ShrinkJournal(UnfinishedFolder):
     is this run's: until then, what is in it may be another's.
     """
 
-    format = "shrinking 2"
+    format = "shrinking 3"
 
     def __init__(self, output: Path) -> None:
         super().__init__(output)

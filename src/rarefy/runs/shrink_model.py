@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from rarefy.errors import ModelError
 from rarefy.runs.events import Watch
 from rarefy.runs.shrink_plan import ShrinkPlan
 from rarefy.structure.config import number_in
+from rarefy.structure.dense_path import DensePath
 from rarefy.structure.depth import BlockSets
 from rarefy.structure.memo import Memo
-from rarefy.structure.parts import find_parts
+from rarefy.structure.parts import Parts, find_parts
 from rarefy.structure.rules import Chosen, choose_blocks
 from rarefy.structure.search import block_sets, search_counts
 from rarefy.structure.shrink import Removal, with_order
 from rarefy.structure.shrink import shrink as shrunk
 from rarefy.structure.size import size_of
-from rarefy.structure.width import Finished, remove_parts
+from rarefy.structure.width import ExitRecord, Finished, remove_parts, with_all_exits
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -47,7 +49,7 @@ def make_smaller(
     finished: Finished | None = None,
     lap: Callable[[str], None] = lambda stage: None,
 ) -> Smaller:
-    """Carry out a plan on calibration windows; heads and neurons are removed and repaired in ``model`` itself.
+    """Carry out a plan on calibration windows; what is left is repaired in ``model`` itself.
 
     What is in ``memo`` is not measured again, ``finished`` blocks are not repaired again. ``lap`` is called after
     every stage. Raises ModelError where a removal has no stock form.
@@ -69,17 +71,24 @@ class _Making:
     def carry_out(self, model: PreTrainedModel) -> Smaller:
         recipe = self.plan.recipe
         facts: dict[str, Any] = {"before": self.plan.before.to_dict(), "repair": recipe.repair}
-        facts |= {"choose": recipe.choose, "search": None, "blocks": None, "parts": []}
+        facts |= {"choose": recipe.choose, "search": None, "blocks": None, "parts": [], "dense_path": []}
         searched: tuple[int, ...] | None = None
         if self.plan.space:
             searched, facts["search"] = self._search(model)
             self.lap("search")
+        dense, blocks = model, tuple(range(number_in(model.config, "num_hidden_layers")))
         if self.plan.remove_blocks:
-            model, facts["blocks"] = self._without_blocks(model, searched)
+            model, blocks, facts["blocks"] = self._without_blocks(dense, searched)
             self.lap("blocks")
-        if self.plan.keep:
-            model, facts["parts"] = self._without_parts(model)
+        wanted, path, reason = self._wanted(model), None, ""
+        if recipe.repair:
+            wanted, path, reason = self._with_path(model, wanted, dense, blocks)
+        if wanted:
+            model, records = self._without_parts(model, wanted, path)
+            facts["parts"] = [asdict(one) for one in records if one.kept < one.number]
+            facts["dense_path"] = [asdict(one) for one in records if one.drift is not None]
             self.lap("parts")
+        facts["no_dense_path"] = reason
         facts["after"] = size_of(model).to_dict()
         return Smaller(model, removed_words(self.plan), facts)
 
@@ -120,8 +129,8 @@ class _Making:
 
     def _without_blocks(
         self, model: PreTrainedModel, searched: tuple[int, ...] | None
-    ) -> tuple[PreTrainedModel, dict[str, Any]]:
-        """The model without the blocks that the rule chooses, or a search, and what ``run.json`` says of them."""
+    ) -> tuple[PreTrainedModel, tuple[int, ...], dict[str, Any]]:
+        """The model without the blocks that the rule chooses, or a search; those kept; what ``run.json`` says."""
         recipe = self.plan.recipe
         sets = BlockSets(model, self.windows, recipe.batch_size, self.memo)
         if searched is not None:
@@ -142,24 +151,44 @@ class _Making:
         kept = tuple(index for index in range(sets.number) if index not in chosen.remove)
         smaller = shrunk(model, Removal(kept))
         sets.confirm(smaller, kept)
-        return smaller, {
-            "by": recipe.by,
-            "number": sets.number,
-            "removed": list(chosen.remove),
-            **asdict(chosen.distance),
-            "scores": {str(index): score for index, score in chosen.scores.items()},
-            "trace": chosen.trace,
-            "block_tokens": chosen.block_tokens,
-        }
+        return (
+            smaller,
+            kept,
+            {
+                "by": recipe.by,
+                "number": sets.number,
+                "removed": list(chosen.remove),
+                **asdict(chosen.distance),
+                "scores": {str(index): score for index, score in chosen.scores.items()},
+                "trace": chosen.trace,
+                "block_tokens": chosen.block_tokens,
+            },
+        )
 
-    def _without_parts(self, model: PreTrainedModel) -> tuple[PreTrainedModel, list[dict[str, Any]]]:
-        """The model without the neurons and heads that are chosen, and a record of every exit."""
-        recipe = self.plan.recipe
+    def _wanted(self, model: PreTrainedModel) -> list[tuple[Parts, int]]:
+        """The kinds of parts of which some are removed, and how many every block keeps."""
         probe = self.windows[:1, :_PROBE]
-        wanted = [
+        return [
             (with_order(model, find_parts(model, kind), probe), kept) for kind, (kept, _) in self.plan.keep.items()
         ]
-        with self.watch("removing heads and neurons") as watch:
+
+    def _with_path(
+        self, model: PreTrainedModel, wanted: list[tuple[Parts, int]], dense: PreTrainedModel, blocks: Sequence[int]
+    ) -> tuple[list[tuple[Parts, int]], DensePath | None, str]:
+        """What is wanted, with exits that can aim at the dense path; that path, or why there is none."""
+        try:
+            exits = with_all_exits(model, wanted)
+            path = DensePath(dense, blocks, model, exits[-1][0].exits, self.windows, self.plan.recipe.batch_size)
+        except ModelError as error:
+            return wanted, None, str(error)
+        return exits, path, ""
+
+    def _without_parts(
+        self, model: PreTrainedModel, wanted: Sequence[tuple[Parts, int]], path: DensePath | None
+    ) -> tuple[PreTrainedModel, list[ExitRecord]]:
+        """The model without the neurons and heads that are chosen, and a record of every exit that changed."""
+        recipe = self.plan.recipe
+        with self.watch("repairing what is left" if not self.plan.keep else "removing heads and neurons") as watch:
             parts, records = remove_parts(
                 model,
                 self.windows,
@@ -168,11 +197,14 @@ class _Making:
                 repair=recipe.repair,
                 choice=recipe.choose,
                 damping=recipe.damping,
+                dense=path,
                 finished=self.finished,
                 watch=watch,
             )
+        if not self.plan.keep:
+            return model, records
         blocks = tuple(range(number_in(model.config, "num_hidden_layers")))
-        return shrunk(model, Removal(blocks, tuple(parts))), [asdict(record) for record in records]
+        return shrunk(model, Removal(blocks, tuple(parts))), records
 
 
 def removed_words(plan: ShrinkPlan) -> str:

@@ -125,7 +125,7 @@ class ShrinkRecipe(BaseModel):
             if self.blocks is None:
                 needs["by"] = "--blocks or --search"
             if self.heads is None and self.neurons is None:
-                needs |= dict.fromkeys(("choose", "repair", "damping"), "--heads, --neurons or --search")
+                needs |= dict.fromkeys(("choose", "damping"), "--heads, --neurons or --search")
             if self.neurons is None:
                 needs["multiple"] = "--neurons or --search"
         for key, words in needs.items():

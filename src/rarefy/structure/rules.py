@@ -211,7 +211,7 @@ def _backward(model: PreTrainedModel, ids: Int64[Tensor, "batch length"], alone:
     rows = predicting(base_output(model, ids) if alone else model(input_ids=ids, use_cache=False).logits)
     targets = ids[:, 1:].flatten()
     size = max(1, LOGIT_BYTES // (4 * vocabulary_size(model))) if alone else len(rows)
-    gradients = []
+    gradients: list[Tensor] = []
     for start in range(0, len(rows), size):
         part = slice(start, start + size)
         leaf = rows[part].detach().requires_grad_(True)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -23,11 +24,12 @@ from torch import nn
 from rarefy.errors import ModelError
 from rarefy.layer.removal import DAMPING
 from rarefy.structure.counts import Counts
+from rarefy.structure.dense_path import DensePath
 from rarefy.structure.depth import BlockSets
 from rarefy.structure.parts import Kind, find_parts
 from rarefy.structure.rules import Rule, Watch, choose_blocks, silent
 from rarefy.structure.shrink import Removal, shrink, with_order
-from rarefy.structure.width import Choice, remove_parts
+from rarefy.structure.width import Choice, remove_parts, with_all_exits
 
 #: The share of the windows on which candidates are measured; they are repaired with the others.
 MEASURED = 1 / 4
@@ -202,19 +204,25 @@ class _Maker:
         small = shrink(sets.model, Removal(kept))
         if self.remove:
             sets.confirm(small, kept)
-        wanted = []
         kinds: tuple[Kind, ...] = ("heads", "neurons")
-        for kind in kinds:
-            if number := self.counts.of(kind):
-                parts = find_parts(small, kind)
-                for site in parts.exits.values():  # its weights are the dense model's until now
-                    site.module.weight = nn.Parameter(site.parameter.detach().clone(), requires_grad=False)
-                wanted.append((with_order(small, parts, windows[:1, :_PROBE]), parts.number - number))
-        if not wanted:
-            return sets.measure(kept, one.measured).kl
+        wanted = [
+            (with_order(small, parts, windows[:1, :_PROBE]), parts.number - self.counts.of(parts.kind))
+            for parts in (find_parts(small, kind) for kind in kinds if self.counts.of(kind))
+        ]
         # The first windows are measured on; where they are too few to share out, all are used for both.
         start = 0 if last.repaired == len(windows) else len(windows) - last.repaired
         repairing = windows[start : start + one.repaired]
+        path = None
+        if self.repair:
+            with suppress(ModelError):  # no exit of this model can aim at the dense path
+                exits = with_all_exits(small, wanted)
+                path = DensePath(sets.model, kept, small, exits[-1][0].exits, repairing, sets.batch_size)
+                wanted = exits
+        if not wanted:
+            return sets.measure(kept, one.measured).kl
+        # Until now the weights of exits are the dense model's.
+        for site in (site for parts, _ in wanted for site in parts.exits.values()):
+            site.module.weight = nn.Parameter(site.parameter.detach().clone(), requires_grad=False)
         remove_parts(
             small,
             repairing,
@@ -223,7 +231,10 @@ class _Maker:
             repair=self.repair,
             choice=self.choice,
             damping=self.damping,
+            dense=path,
         )
+        if path:  # the dense path, and the distance from it
+            sets.block_tokens += repairing.numel() * (sets.number + len(kept))
         # Each kind's Grams take a pass of every block, and so do the hidden states that enter the next one.
         sets.block_tokens += repairing.numel() * len(kept) * (len(wanted) + 1)
         return sets.measure_model(small, one.measured).kl

@@ -3,7 +3,7 @@
 Removing parts of a block is pruning columns of its exit (``down_proj``, ``o_proj``), the same in all rows. Blocks are
 taken in order, with hidden states that come from the blocks before as they are after their removals, heads before
 neurons. What is written into an exit has zeros in the removed columns: the model is the smaller one already, but for
-its shapes.
+its shapes. The repair of the last exit of each block aims at the dense model's states (dense_path.py).
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from jaxtyping import Bool, Int64
+import torch
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -25,7 +26,8 @@ from rarefy.layer.problem import LayerProblem
 from rarefy.layer.removal import DAMPING, choose_columns, refit_columns, removal_costs
 from rarefy.methods.base import wanda_scores
 from rarefy.models.blocks import find_blocks
-from rarefy.structure.parts import Parts
+from rarefy.structure.dense_path import DensePath, Gap
+from rarefy.structure.parts import Parts, find_parts
 
 #: How columns are chosen: with their interactions, by what each costs alone, or by the sum of their Wanda scores.
 Choice = Literal["interactions", "single", "wanda"]
@@ -38,7 +40,10 @@ Masks = dict[int, Bool[Tensor, " parts"]]
 class ExitRecord:
     """What became of one exit: how many parts are kept, and its output error before and after the repair.
 
-    Errors are relative, as those of layers (``LayerProblem.relative_error``), of the weight before rounding.
+    Errors are relative, as those of layers (``LayerProblem.relative_error``), of the weight before rounding; where
+    the exit aims at the dense path, they are those from that aim. ``drift`` is the energy by which the
+    states behind its block differ from the dense model's before that, over the energy of these, ``drift_left``
+    afterwards.
     """
 
     name: str
@@ -48,6 +53,8 @@ class ExitRecord:
     kept: int
     masked_error: float
     error: float
+    drift: float | None = None
+    drift_left: float | None = None
 
 
 class Finished(Protocol):
@@ -69,6 +76,7 @@ def remove_parts(
     repair: bool = True,
     choice: Choice = "interactions",
     damping: float = DAMPING,
+    dense: DensePath | None = None,
     offload: Path | None = None,
     finished: Finished | None = None,
     watch: Callable[[int, int, str], None] | None = None,
@@ -76,28 +84,37 @@ def remove_parts(
     """Write zeros into the exits' columns of removed parts, and repaired weights into the others, in place.
 
     ``wanted`` says of each kind how many parts every block keeps, or each by its index; blocks that are ``finished``
-    are taken as they are. Returns what is kept, as ``Removal`` takes it, and a record of each exit. Raises
-    NumericalError where a Gram matrix cannot be factored.
+    are taken as they are. ``dense`` is the path of the dense model, at which the last exits of blocks aim.
+    Returns what is kept, as ``Removal`` takes it, and a record of each exit that changes. Raises NumericalError where
+    a Gram matrix cannot be factored, ModelError where exits cannot aim at the dense path.
     """
     blocks = find_blocks(model)
     stream = record(model, [block.module for block in blocks], windows, batch_size, offload)
     kept: list[tuple[Parts, Masks]] = [(parts, {}) for parts, _ in wanted]
-    records = []
+    records: list[ExitRecord] = []
     last = max((index for parts, _ in wanted for index in parts.exits), default=-1)
     for block in blocks[: last + 1]:
         own = [(parts, _number(number, block.index)) for parts, number in wanted if block.index in parts.exits]
         known = finished.recall(block.index) if finished else None
+        if dense:
+            dense.advance(block.index)
         if known is None:
             made: dict[str, Tensor] = {}
-            found = []
-            for parts, number in own:
+            found: list[ExitRecord] = []
+            for place, (parts, number) in enumerate(own):
                 site = parts.exits[block.index]
-                problem = LayerProblem(site.read(), collect(stream, block.module, block.index, [site])[site.name])
-                problem.check(site.name)
-                weight, columns, errors = _solved(problem, parts, number, repair, choice, damping)
-                site.write(weight)
+                is_last = place == len(own) - 1  # of the block: nothing behind it changes what it adds
+                share = dense.share(block.index, bool(records or found)) if dense and is_last else 0.0
+                columns = torch.ones(parts.number, dtype=torch.bool)
+                if number < parts.number or share:
+                    gap = dense.gap(stream, block, site) if dense and share else None
+                    problem = LayerProblem(site.read(), collect(stream, block.module, block.index, [site])[site.name])
+                    problem.check(site.name)
+                    solved = _solved(problem, parts, number, _How(repair, choice, damping, gap, share))
+                    site.write(solved.weight)
+                    columns = solved.columns
+                    found.append(ExitRecord(site.name, block.index, parts.kind, parts.number, number, *solved.errors))
                 made |= {f"{parts.kind}.weight": site.read(), f"{parts.kind}.kept": columns}
-                found.append(ExitRecord(site.name, block.index, parts.kind, parts.number, number, *errors))
             if finished:
                 finished.keep(block.index, made, [asdict(one) for one in found])
         else:
@@ -115,19 +132,52 @@ def remove_parts(
     return [(parts, masks) for parts, masks in kept], records
 
 
+def with_all_exits(model: PreTrainedModel, wanted: Sequence[tuple[Parts, int]]) -> list[tuple[Parts, int]]:
+    """``wanted``, with all neurons of every block where it has none, so that their exits can aim at the dense path.
+
+    Raises ModelError where the model has no such exits.
+    """
+    if any(parts.kind == "neurons" for parts, _ in wanted):
+        return list(wanted)
+    neurons = find_parts(model, "neurons")
+    return [*wanted, (neurons, neurons.number)]
+
+
 def _number(number: int | Mapping[int, int], block: int) -> int:
     return number if isinstance(number, int) else number[block]
 
 
-def _solved(
-    problem: LayerProblem, parts: Parts, number: int, repair: bool, choice: Choice, damping: float
-) -> tuple[Tensor, Bool[Tensor, " parts"], tuple[float, float]]:
-    """The weight of an exit, which parts are kept, and its error before and after the repair."""
-    columns = _chosen(problem, Columns(number * parts.width, parts.width), choice, damping)
-    masked = apply_mask(problem.W0, columns.expand(problem.shape).contiguous())
-    weight = refit_columns(problem, columns, damping)[0] if repair else masked
+@dataclass(frozen=True)
+class _How:
+    """How an exit is solved; ``share`` of what closes the ``gap`` to the dense path is added to what it aims at."""
+
+    repair: bool
+    choice: Choice
+    damping: float
+    gap: Gap | None
+    share: float
+
+
+@dataclass(frozen=True)
+class _Solved:
+    """The weight of an exit, which parts are kept, and the last entries of its record."""
+
+    weight: Float[Tensor, "out inputs"]
+    columns: Bool[Tensor, " parts"]
+    errors: tuple[float, float, float | None, float | None]
+
+
+def _solved(dense: LayerProblem, parts: Parts, number: int, how: _How) -> _Solved:
+    problem = LayerProblem(how.gap.target(dense, how.share), dense.gram) if how.gap else dense
+    if number < parts.number:
+        columns = _chosen(problem, Columns(number * parts.width, parts.width), how.choice, how.damping)
+        masked = apply_mask(problem.W0, columns.expand(problem.shape).contiguous())
+        weight = refit_columns(problem, columns, how.damping)[0] if how.repair else masked
+    else:
+        columns, masked, weight = torch.ones_like(problem.dead), problem.W0, problem.W0
+    drifts = (None, None) if how.gap is None else (how.gap.left(dense, dense.W0), how.gap.left(dense, weight))
     kept = columns.view(parts.number, parts.width)[:, 0].cpu()
-    return weight, kept, (problem.relative_error(masked), problem.relative_error(weight))
+    return _Solved(weight, kept, (problem.relative_error(masked), problem.relative_error(weight), *drifts))
 
 
 def _chosen(problem: LayerProblem, pattern: Columns, choice: Choice, damping: float) -> Bool[Tensor, " inputs"]:
