@@ -58,6 +58,9 @@ def test_a_smaller_stock_model(rarefy_: Rarefy, shelf: Path, llama: Path) -> Non
     assert (facts["before"]["blocks"], facts["after"]["blocks"]) == (5, 3)
     assert len(facts["blocks"]["removed"]) == 2
     assert len(facts["parts"]) == 6
+    assert [one["kind"] for one in facts["dense_path"]] == ["neurons"] * 3
+    assert all(one["drift_left"] < one["drift"] for one in facts["dense_path"])
+    assert "hidden states apart from the dense model's: " in done.out
     card = (folder / "README.md").read_text()
     assert "2 of 5 blocks, 1 of 2 KV heads of each block, 16 of 64 MLP neurons of each block were removed" in card
     recipe = yaml.safe_load(Path("out/recipe.yaml").read_text())
@@ -65,6 +68,22 @@ def test_a_smaller_stock_model(rarefy_: Rarefy, shelf: Path, llama: Path) -> Non
     again = rarefy_("shrink", "--recipe", "out/recipe.yaml", "-o", "again", "--no-texts", "--quiet")
     assert again.status == 0, again.err
     assert (folder / "model.safetensors").read_bytes() == Path("again/model/model.safetensors").read_bytes()
+
+
+def test_blocks_whose_exits_cannot_aim_at_the_dense_model_are_removed_all_the_same(
+    rarefy_: Rarefy, shelf: Path, tmp_path: Path
+) -> None:
+    model = save_folder(deep("gemma3", 4), tmp_path / "gemma3")
+    done = rarefy_(*arguments(shelf, model, "--blocks", 2, "--by", "kl", "-o", "out", "--no-texts"))
+    assert done.status == 0, done.err
+    assert "the repair does not aim at the dense model's hidden states: model.layers.0 does not add" in done.err
+    facts = json.loads(Path("out/run.json").read_text())["shrink"]
+    assert (facts["dense_path"], facts["repair"]) == ([], True)
+    assert facts["no_dense_path"]
+    whole = rarefy_(*arguments(shelf, model, "--blocks", 2, "--by", "kl", "-o", "plain", "--no-texts", "--no-repair"))
+    assert whole.status == 0, whole.err
+    models = [Path(name, "model/model.safetensors").read_bytes() for name in ("out", "plain")]
+    assert models[0] == models[1]
 
 
 def test_a_chain_of_commands(rarefy_: Rarefy, shelf: Path, llama: Path) -> None:
@@ -91,6 +110,7 @@ def test_a_chain_of_commands(rarefy_: Rarefy, shelf: Path, llama: Path) -> None:
     page = Path("small/report.html").read_text()
     assert "What was removed" in page
     assert "KL without it, nats of each block" in page
+    assert "distance from the dense model of shrink" in page
     assert "small" in page
     assert "packed" in page
 
@@ -151,12 +171,14 @@ def test_a_dry_run_of_a_search(rarefy_: Rarefy, shelf: Path, llama: Path, monkey
     assert "no heads are removed: OPTForCausalLM has no place in its config" in done.out
 
 
-@pytest.mark.parametrize("stage", ["blocks", "candidates", "parts"])
+@pytest.mark.parametrize("stage", ["blocks", "candidates", "parts", "exits"])
 def test_a_killed_run_goes_on(
     rarefy_: Rarefy, shelf: Path, llama: Path, monkeypatch: pytest.MonkeyPatch, stage: str
 ) -> None:
     if stage == "candidates":
         asked = search_arguments(shelf, llama)
+    elif stage == "exits":
+        asked = arguments(shelf, llama, "--blocks", 2, "--by", "kl")
     else:
         asked = arguments(shelf, llama, "--blocks", 2, "--neurons", 0.5, "--multiple", 8)
     asked += ["--no-texts", "--quiet"]
@@ -164,6 +186,7 @@ def test_a_killed_run_goes_on(
         "blocks": (BlockSets, "_without_each"),
         "candidates": (search._Maker, "_made_and_measured"),
         "parts": (width, "_solved"),
+        "exits": (width, "_solved"),
     }[stage]
     original, calls, last = getattr(*counted), [0], [0]
 
@@ -176,6 +199,7 @@ def test_a_killed_run_goes_on(
     monkeypatch.setattr(*counted, killed)
     assert rarefy_(*asked, "-o", "whole").status == 0
     needed, last[0] = calls[0], calls[0] + 2
+    assert needed > 1
     assert rarefy_(*asked, "-o", "out").status == 130
     assert {path.name for path in Path("out").iterdir()} == {"unfinished"}
     other = rarefy_(*arguments(shelf, llama, "--blocks", 1), "-o", "out")

@@ -176,6 +176,14 @@ def repair_curves(records: Sequence[Mapping[str, Any]], title: str) -> Picture:
     return _lines(lines, title, f"Relative error of the exits over the blocks, {title}.", "block", "relative error")
 
 
+def drift_curves(records: Sequence[Mapping[str, Any]], title: str) -> Picture:
+    """How far the hidden states behind every block are from the dense model's before and after the repair."""
+    names = {"drift": "before the repair of the block", "drift_left": "behind it"}
+    lines = {name: _curve((one["block"], one[key]) for one in records) for key, name in names.items()}
+    text = f"Energy of the difference from the dense model's hidden states over the blocks, {title}."
+    return _lines(lines, title, text, "block of the smaller model", "share of the energy")
+
+
 def block_curves(runs: Mapping[str, Sequence[LayerRecord]], title: str) -> Picture:
     """The geometric mean of the linears' relative errors over the blocks, a line for each run."""
     lines = {}

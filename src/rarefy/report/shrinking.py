@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rarefy.pruning.records import three_digits
-from rarefy.report.plots import removed_blocks, repair_curves
+from rarefy.report.plots import drift_curves, removed_blocks, repair_curves
 from rarefy.report.views import Part, RunView
 
 _ROWS = (
@@ -71,4 +71,6 @@ def _pictures(facts: Mapping[str, Any], label: str) -> list[Any]:
         pictures.append(removed_blocks(scores, blocks["removed"], f"blocks of {label}", measure))
     if facts["parts"]:
         pictures.append(repair_curves(facts["parts"], f"heads and neurons of {label}"))
+    if facts.get("dense_path"):
+        pictures.append(drift_curves(facts["dense_path"], f"distance from the dense model of {label}"))
     return pictures

@@ -161,7 +161,7 @@ def exit_factor(
     limit = _SAME if stream.compute_dtype == torch.float32 else _SAME_IN_HALF
     if factor == 0 or not float((change - factor * noise).norm()) <= limit * float(change.norm()):
         raise ModelError.sentence(
-            f"{block.name} does not add to its hidden states what {site.name} puts out, so that no exit can make up "
-            "for removed blocks."
+            f"{block.name} does not add to its hidden states what {site.name} puts out, which so cannot bring them "
+            "back to the dense model's."
         )
     return factor
