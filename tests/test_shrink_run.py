@@ -178,7 +178,7 @@ def test_a_killed_run_goes_on(
     if stage == "candidates":
         asked = search_arguments(shelf, llama)
     elif stage == "exits":
-        asked = arguments(shelf, llama, "--blocks", 2, "--by", "kl")
+        asked = arguments(shelf, llama, "--blocks", 2, "--by", "taylor")
     else:
         asked = arguments(shelf, llama, "--blocks", 2, "--neurons", 0.5, "--multiple", 8)
     asked += ["--no-texts", "--quiet"]

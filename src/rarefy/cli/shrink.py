@@ -133,6 +133,7 @@ def shrink(
         said["among"] = split(among)
     folder = RunFolder(output) if output is not None else None
     wanted = ShrinkRecipe.read(said, recipe)
+    wanted.check_read(said)
     if folder is None and not dry_run:
         raise InputError.sentence("--output is missing: name a new or empty folder for the results (-o OUT).")
     if folder:

@@ -25,7 +25,7 @@ _WHOLE = "a whole number of at least"
 _SHARE = "a share between 0 and 1"
 
 #: Keys that only one rule for blocks reads.
-RULE_OF = {"generations": "search", "offspring": "search", "steps": "policy-gradient"}
+_RULE_OF = {"generations": "search", "offspring": "search", "steps": "policy-gradient"}
 
 
 class ShrinkRecipe(BaseModel):
@@ -98,7 +98,6 @@ class ShrinkRecipe(BaseModel):
             kind = RecipeError if from_file(key) else InputError
             raise kind(written(key), given, allowed) from None
         recipe._check(written)
-        recipe._check_unread(written, options)
         return recipe
 
     def _check(self, written: Callable[[str], str]) -> None:
@@ -117,9 +116,9 @@ class ShrinkRecipe(BaseModel):
         if self.blocks is not None and self.blocks >= 1 and self.blocks != int(self.blocks):
             raise InputError(written("blocks"), self.blocks, f"{_WHOLE} 1, or {_SHARE}")
 
-    def _check_unread(self, written: Callable[[str], str], options: Collection[str]) -> None:
-        """Raise InputError where nothing reads an option of the command line; files of runs have all keys."""
-        needs = {key: f"--by {rule}" for key, rule in RULE_OF.items() if rule != self.by}
+    def check_read(self, options: Collection[str]) -> None:
+        """Raise InputError where nothing reads one of these keys, which the command line has."""
+        needs = {key: f"--by {rule}" for key, rule in _RULE_OF.items() if rule != self.by}
         if not self.search:
             needs["candidates"] = "--search"
             if self.blocks is None:
@@ -130,7 +129,8 @@ class ShrinkRecipe(BaseModel):
                 needs["multiple"] = "--neurons or --search"
         for key, words in needs.items():
             if key in options and getattr(self, key) != type(self).model_fields[key].default:
-                raise InputError.sentence(f"{written(key)} goes with {words}, without which nothing reads it.")
+                option = "--" + key.replace("_", "-")
+                raise InputError.sentence(f"{option} goes with {words}, without which nothing reads it.")
 
     def _check_search(self, written: Callable[[str], str], said: Sequence[str]) -> None:
         if self.size is None:

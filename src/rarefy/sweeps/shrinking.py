@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from rarefy.errors import InputError
 from rarefy.runs.shrink_plan import ShrinkPlan
-from rarefy.runs.shrink_recipe import RULE_OF, ShrinkRecipe
+from rarefy.runs.shrink_recipe import ShrinkRecipe
 
 if TYPE_CHECKING:
     import torch
@@ -44,9 +44,6 @@ def shrink_recipe(method: str, said: Mapping[str, Any], settings: Mapping[str, A
         allowed = ", ".join(f"{PREFIX}:{one}" for one in _KINDS)
         raise InputError("--methods", method, f"{allowed}, or with a rule, such as {PREFIX}:blocks:kl")
     keys: dict[str, Any] = {"search": True, **said, **settings}
-    by = rule if rule and kind in ("blocks", "search") else ShrinkRecipe.model_fields["by"].default
-    # Settings are of all such methods: each takes those that its rule reads.
-    keys = {key: value for key, value in keys.items() if RULE_OF.get(key, by) == by}
     if kind != "search":
         keys["among"] = [kind]
     if rule:
