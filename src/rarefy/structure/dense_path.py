@@ -29,7 +29,7 @@ from pathlib import Path
 
 import torch
 from jaxtyping import Float, Int64
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rarefy.calibration.record import record
@@ -144,15 +144,23 @@ def exit_factor(
 
     Found by adding noise to the output, on a few ``windows``. Raises ModelError where the block does something else.
     """
+    refused = ModelError.sentence(
+        f"{block.name} does not add to its hidden states what {site.name} puts out, which so cannot bring them back "
+        "to the dense model's."
+    )
     stream = record(model, [one.module for one in find_blocks(model)], windows, len(windows))
     whole = slice(0, len(windows))
     with torch.no_grad():
         before = stream.run(block.module, block.index, 0, whole).float()
         noise = torch.randn(before.shape, generator=torch.Generator().manual_seed(0)).to(before)
         noise *= before.square().mean().sqrt()
-        hook = site.module.register_forward_hook(
-            lambda _module, _inputs, output: output + noise.reshape(output.shape).to(output)
-        )
+
+        def noisy(_module: nn.Module, _inputs: object, output: Tensor) -> Tensor:
+            if output.numel() != noise.numel():  # the block carries more states than its exit makes
+                raise refused
+            return output + noise.reshape(output.shape).to(output)
+
+        hook = site.module.register_forward_hook(noisy)
         try:
             change = stream.run(block.module, block.index, 0, whole).float() - before
         finally:
@@ -160,8 +168,5 @@ def exit_factor(
     factor = float((noise * change).sum() / noise.square().sum())
     limit = _SAME if stream.compute_dtype == torch.float32 else _SAME_IN_HALF
     if factor == 0 or not float((change - factor * noise).norm()) <= limit * float(change.norm()):
-        raise ModelError.sentence(
-            f"{block.name} does not add to its hidden states what {site.name} puts out, which so cannot bring them "
-            "back to the dense model's."
-        )
+        raise refused
     return factor
