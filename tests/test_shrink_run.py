@@ -185,8 +185,8 @@ def test_a_killed_run_goes_on(
     counted = {
         "blocks": (BlockSets, "_without_each"),
         "candidates": (search._Maker, "_made_and_measured"),
-        "parts": (width, "_solved"),
-        "exits": (width, "_solved"),
+        "parts": (width._Solve, "exit"),
+        "exits": (width._Solve, "exit"),
     }[stage]
     original, calls, last = getattr(*counted), [0], [0]
 

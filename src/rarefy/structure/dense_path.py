@@ -49,14 +49,15 @@ _SAME, _SAME_IN_HALF = 1e-3, 0.1
 
 @dataclass(frozen=True)
 class Gap:
-    """How far an exit's block is from the dense path: M of (1), and the energies of Y0 - Y and of Y0."""
+    """How far an exit's block is from the dense path: M of (1), energies of Y0 - Y and of Y0; the share of (2)."""
 
     M: Float[Tensor, "out inputs"]
     energy: float
     dense_energy: float
     factor: float
+    share: float
 
-    def target(self, problem: LayerProblem, share: float) -> Float[Tensor, "out inputs"]:
+    def target(self, problem: LayerProblem) -> Float[Tensor, "out inputs"]:
         """(2). Raises NumericalError where H cannot be factored."""
         scaled = problem.scaled
         A = scaled.A.clone()
@@ -66,7 +67,7 @@ class Gap:
             raise NumericalError("The Gram matrix is not positive definite, even with damping.")
         right = (self.M.to(A) / scaled.s).T
         step = torch.cholesky_solve(right, factor).T / scaled.s
-        return problem.W0 + (share / self.factor) * step * (scaled.live > 0)
+        return problem.W0 + (self.share / self.factor) * step * (scaled.live > 0)
 
     def left(self, problem: LayerProblem, W: Float[Tensor, "out inputs"]) -> float:
         """The energy of Y0 - Y that is left with the weight W, over that of Y0."""
@@ -116,8 +117,13 @@ class DensePath:
             self._states.advance(block.module, block.index)
         self._done = self._ends[place]
 
-    def gap(self, stream: HiddenStates, block: Block, site: LinearSite) -> Gap:
-        """How far what leaves a block is from this path; ``stream`` enters it, and ``site`` is its exit."""
+    def gap(self, stream: HiddenStates, block: Block, site: LinearSite, changed: bool) -> Gap | None:
+        """How far what leaves a block is from this path; ``stream`` enters it, and ``site`` is its exit.
+
+        None where the exit leaves that as it is; ``changed`` as for ``share``.
+        """
+        if not (share := self.share(block.index, changed)):
+            return None
         M = torch.zeros(site.shape, device=site.parameter.device)
         energy = dense_energy = 0.0
         seen: list[Tensor] = []
@@ -134,7 +140,7 @@ class DensePath:
                     dense_energy += float(Y0.float().square().sum(dtype=torch.float64))
         finally:
             hook.remove()
-        return Gap(M, energy, max(dense_energy, torch.finfo(torch.float32).tiny), self._factor)
+        return Gap(M, energy, max(dense_energy, torch.finfo(torch.float32).tiny), self._factor, share)
 
 
 def exit_factor(

@@ -14,18 +14,19 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Bool, Int64
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from rarefy.calibration.collect import collect
 from rarefy.calibration.record import record
+from rarefy.calibration.stream import HiddenStates
 from rarefy.layer.columns import Columns
 from rarefy.layer.passes import apply_mask
 from rarefy.layer.problem import LayerProblem
 from rarefy.layer.removal import DAMPING, choose_columns, refit_columns, removal_costs
 from rarefy.methods.base import wanda_scores
-from rarefy.models.blocks import find_blocks
+from rarefy.models.blocks import Block, find_blocks
 from rarefy.structure.dense_path import DensePath, Gap
 from rarefy.structure.parts import Parts, find_parts
 
@@ -90,31 +91,17 @@ def remove_parts(
     """
     blocks = find_blocks(model)
     stream = record(model, [block.module for block in blocks], windows, batch_size, offload)
+    solve = _Solve(stream, dense, repair, choice, damping)
     kept: list[tuple[Parts, Masks]] = [(parts, {}) for parts, _ in wanted]
     records: list[ExitRecord] = []
     last = max((index for parts, _ in wanted for index in parts.exits), default=-1)
     for block in blocks[: last + 1]:
         own = [(parts, _number(number, block.index)) for parts, number in wanted if block.index in parts.exits]
         known = finished.recall(block.index) if finished else None
-        if dense:
+        if dense:  # before its weights change, which may be those of the dense model
             dense.advance(block.index)
         if known is None:
-            made: dict[str, Tensor] = {}
-            found: list[ExitRecord] = []
-            for place, (parts, number) in enumerate(own):
-                site = parts.exits[block.index]
-                is_last = place == len(own) - 1  # of the block: nothing behind it changes what it adds
-                share = dense.share(block.index, bool(records or found)) if dense and is_last else 0.0
-                columns = torch.ones(parts.number, dtype=torch.bool)
-                if number < parts.number or share:
-                    gap = dense.gap(stream, block, site) if dense and share else None
-                    problem = LayerProblem(site.read(), collect(stream, block.module, block.index, [site])[site.name])
-                    problem.check(site.name)
-                    solved = _solved(problem, parts, number, _How(repair, choice, damping, gap, share))
-                    site.write(solved.weight)
-                    columns = solved.columns
-                    found.append(ExitRecord(site.name, block.index, parts.kind, parts.number, number, *solved.errors))
-                made |= {f"{parts.kind}.weight": site.read(), f"{parts.kind}.kept": columns}
+            made, found = solve.exits(block, own, changed=bool(records))
             if finished:
                 finished.keep(block.index, made, [asdict(one) for one in found])
         else:
@@ -148,36 +135,53 @@ def _number(number: int | Mapping[int, int], block: int) -> int:
 
 
 @dataclass(frozen=True)
-class _How:
-    """How an exit is solved; ``share`` of what closes the ``gap`` to the dense path is added to what it aims at."""
+class _Solve:
+    """How the exits of a block are solved, of which ``stream`` has the states that enter it."""
 
+    stream: HiddenStates
+    dense: DensePath | None
     repair: bool
     choice: Choice
     damping: float
-    gap: Gap | None
-    share: float
 
+    def exits(
+        self, block: Block, own: Sequence[tuple[Parts, int]], changed: bool
+    ) -> tuple[dict[str, Tensor], list[ExitRecord]]:
+        """Write the exits of one block, in order, with so many parts kept; what was written, and a record of each.
 
-@dataclass(frozen=True)
-class _Solved:
-    """The weight of an exit, which parts are kept, and the last entries of its record."""
+        ``changed``: something in an earlier block is not as in the dense model.
+        """
+        made: dict[str, Tensor] = {}
+        found: list[ExitRecord] = []
+        for parts, number in own:
+            site, gap = parts.exits[block.index], None
+            columns = torch.ones(parts.number, dtype=torch.bool)
+            if self.dense and parts is own[-1][0]:  # nothing behind it changes what the block adds
+                gap = self.dense.gap(self.stream, block, site, changed or bool(found))
+            if number < parts.number or gap:
+                problem = LayerProblem(
+                    site.read(), collect(self.stream, block.module, block.index, [site])[site.name]
+                )
+                problem.check(site.name)
+                weight, columns, errors = self.exit(problem, parts, number, gap)
+                site.write(weight)
+                found.append(ExitRecord(site.name, block.index, parts.kind, parts.number, number, *errors))
+            made |= {f"{parts.kind}.weight": site.read(), f"{parts.kind}.kept": columns}
+        return made, found
 
-    weight: Float[Tensor, "out inputs"]
-    columns: Bool[Tensor, " parts"]
-    errors: tuple[float, float, float | None, float | None]
-
-
-def _solved(dense: LayerProblem, parts: Parts, number: int, how: _How) -> _Solved:
-    problem = LayerProblem(how.gap.target(dense, how.share), dense.gram) if how.gap else dense
-    if number < parts.number:
-        columns = _chosen(problem, Columns(number * parts.width, parts.width), how.choice, how.damping)
-        masked = apply_mask(problem.W0, columns.expand(problem.shape).contiguous())
-        weight = refit_columns(problem, columns, how.damping)[0] if how.repair else masked
-    else:
+    def exit(
+        self, dense: LayerProblem, parts: Parts, number: int, gap: Gap | None
+    ) -> tuple[Tensor, Bool[Tensor, " parts"], tuple[float, float, float | None, float | None]]:
+        """The weight of an exit, which parts are kept, and the errors and drifts of its record."""
+        problem = LayerProblem(gap.target(dense), dense.gram) if gap else dense
         columns, masked, weight = torch.ones_like(problem.dead), problem.W0, problem.W0
-    drifts = (None, None) if how.gap is None else (how.gap.left(dense, dense.W0), how.gap.left(dense, weight))
-    kept = columns.view(parts.number, parts.width)[:, 0].cpu()
-    return _Solved(weight, kept, (problem.relative_error(masked), problem.relative_error(weight), *drifts))
+        if number < parts.number:
+            columns = _chosen(problem, Columns(number * parts.width, parts.width), self.choice, self.damping)
+            masked = apply_mask(problem.W0, columns.expand(problem.shape).contiguous())
+            weight = refit_columns(problem, columns, self.damping)[0] if self.repair else masked
+        drifts = (gap.left(dense, dense.W0), gap.left(dense, weight)) if gap else (None, None)
+        kept = columns.view(parts.number, parts.width)[:, 0].cpu()
+        return weight, kept, (problem.relative_error(masked), problem.relative_error(weight), *drifts)
 
 
 def _chosen(problem: LayerProblem, pattern: Columns, choice: Choice, damping: float) -> Bool[Tensor, " inputs"]:
