@@ -178,7 +178,9 @@ def main() -> None:
                 if settings is None:
                     print(f"{row}: no model of {1 - removed:.0%} of the parameters")
                     continue
-                memo = KeptMemo(said.output.with_name(said.output.name + ".memo"), f"{said.windows}, seed {seed}")
+                memo = KeptMemo(
+                    said.output.with_name(said.output.name + ".memo"), f"{said.windows}, copies, seed {seed}"
+                )
                 line = measured(ground, {**common, **settings, "seed": seed}, memo)
                 rows.add(**cell, **line)
                 print(f"{row}, {removed:.0%}: {line['text']:.2f}, {line['held_out']:.2f}", flush=True)

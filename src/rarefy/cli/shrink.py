@@ -47,6 +47,14 @@ def shrink(
         Text, typer.Option(metavar="N", help="Sets tried in each generation of --by search (default: 16).")
     ] = None,
     steps: Annotated[Text, typer.Option(metavar="N", help="Steps of --by policy-gradient (default: 500).")] = None,
+    copies: Annotated[
+        bool | None,
+        typer.Option(
+            "--copies/--no-copies",
+            help="Measure blocks on windows of which every second repeats its first half, so that copying from the "
+            "context counts (default: copies).",
+        ),
+    ] = None,
     search: Annotated[
         bool | None,
         typer.Option("--search", help="Find how many blocks, heads and neurons to remove for --size."),

@@ -95,7 +95,7 @@ class _Making:
     def _search(self, model: PreTrainedModel) -> tuple[tuple[int, ...], dict[str, Any]]:
         """Find the counts; the blocks to remove, and what ``run.json`` says of it."""
         recipe, candidates = self.plan.recipe, self.plan.candidates
-        sets = BlockSets(model, self.windows, recipe.batch_size, self.memo)
+        sets = BlockSets(model, self.windows, recipe.batch_size, self.memo, recipe.copies)
         with self.watch("choosing blocks") as watch:
             remove = block_sets(
                 sets,
@@ -132,7 +132,7 @@ class _Making:
     ) -> tuple[PreTrainedModel, tuple[int, ...], dict[str, Any]]:
         """The model without the blocks that the rule chooses, or a search; those kept; what ``run.json`` says."""
         recipe = self.plan.recipe
-        sets = BlockSets(model, self.windows, recipe.batch_size, self.memo)
+        sets = BlockSets(model, self.windows, recipe.batch_size, self.memo, recipe.copies)
         if searched is not None:
             left = [index for index in range(sets.number) if index not in searched]
             chosen = Chosen(searched, sets.measure(left), block_tokens=sets.block_tokens)
@@ -156,6 +156,7 @@ class _Making:
             kept,
             {
                 "by": recipe.by,
+                "copies": recipe.copies,
                 "number": sets.number,
                 "removed": list(chosen.remove),
                 **asdict(chosen.distance),

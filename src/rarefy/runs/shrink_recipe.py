@@ -44,6 +44,7 @@ class ShrinkRecipe(BaseModel):
     generations: Whole = Field(32, ge=1, description=f"{_WHOLE} 1")
     offspring: Whole = Field(16, ge=1, description=f"{_WHOLE} 1")
     steps: Whole = Field(500, ge=1, description=f"{_WHOLE} 1")
+    copies: bool = Field(True, description="true or false")
     search: bool = Field(False, description="true or false")
     size: Number | None = Field(None, gt=0, lt=1, description=_SHARE)
     among: tuple[Literal["blocks", "heads", "neurons"], ...] = Field(
@@ -122,7 +123,7 @@ class ShrinkRecipe(BaseModel):
         if not self.search:
             needs["candidates"] = "--search"
             if self.blocks is None:
-                needs["by"] = "--blocks or --search"
+                needs |= dict.fromkeys(("by", "copies"), "--blocks or --search")
             if self.heads is None and self.neurons is None:
                 needs |= dict.fromkeys(("choose", "damping"), "--heads, --neurons or --search")
             if self.neurons is None:

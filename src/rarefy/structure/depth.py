@@ -2,6 +2,9 @@
 
 A block that is off hands its input on. Hidden states are shared: where each block in turn is left out, what enters it
 is known from one pass, so that L blocks take L + L (L - 1) / 2 block passes instead of L (L - 1).
+
+Ordinary text hardly shows whether a model can still copy from its context, which a few blocks do (induction heads) and
+which many tasks need. So every second window can be made to say its first half twice.
 """
 
 from __future__ import annotations
@@ -47,8 +50,8 @@ class BlockSets:
 
     What enters the dense model's head (or its logits, where the head does not stand alone) is kept of all windows.
     ``block_tokens`` counts tokens times the blocks that they went through, the measure of what a search costs.
-    What is in ``memo`` is not measured again, and counts as it did. Raises ModelError where the model does not run
-    its blocks one after the other.
+    What is in ``memo`` is not measured again, and counts as it did. With ``copies``, what is measured on are
+    ``with_copies(windows)``. Raises ModelError where the model does not run its blocks one after the other.
     """
 
     def __init__(
@@ -57,8 +60,10 @@ class BlockSets:
         windows: Int64[Tensor, "num length"],
         batch_size: int = 4,
         memo: Memo | None = None,
+        copies: bool = False,
     ) -> None:
         self.model, self.windows, self.batch_size = model, windows, batch_size
+        self._measured = with_copies(windows) if copies else windows
         self.blocks = [block.module for block in find_blocks(model)]
         self.memo = Memo() if memo is None else memo
         self.block_tokens = 0
@@ -182,7 +187,7 @@ class BlockSets:
         return -(-num // self.batch_size)
 
     def _ids(self, batch: int) -> Tensor:
-        return self.windows[batch * self.batch_size :][: self.batch_size].to(self.model.device)
+        return self._measured[batch * self.batch_size :][: self.batch_size].to(self.model.device)
 
     def _rows(self, ids: Tensor, run: _Run) -> Float[Tensor, "rows _"]:
         """What enters the head at the predicted positions, or the logits, of a model of which a part runs."""
@@ -273,6 +278,17 @@ class _Run:
 
 def _key(windows: str, kept: Collection[int]) -> str:
     return f"{windows}, blocks {','.join(map(str, sorted(kept)))}"
+
+
+def with_copies(windows: Int64[Tensor, "num length"]) -> Int64[Tensor, "num length"]:
+    """The windows, of which every second has its first half once more in place of its second.
+
+    The first token, which may be a start token, is not repeated.
+    """
+    half = windows.shape[1] // 2
+    made = windows.clone()
+    made[1::2, half + 1 : 2 * half] = windows[1::2, 1:half]
+    return made
 
 
 def lowest(scores: Mapping[int, float], num: int) -> list[int]:
