@@ -11,7 +11,7 @@ from rarefy.errors import InputError
 from rarefy.evaluation.divergence import divergence
 from rarefy.models.blocks import find_blocks
 from rarefy.structure import rules
-from rarefy.structure.depth import BlockSets, lowest
+from rarefy.structure.depth import BlockSets, lowest, with_copies
 from rarefy.structure.parts import find_parts
 from rarefy.structure.rules import RULES, choose_blocks, taylor_scores
 from rarefy.structure.shrink import Removal, shrink, with_order
@@ -39,6 +39,24 @@ def test_a_set_is_measured_as_the_model_with_these_blocks_is(architecture: str) 
     expected = divergence(shrink(dense, Removal(kept)), dense, WINDOWS.flatten(), WINDOWS.shape[1])
     assert found.kl == pytest.approx(expected.kl, rel=1e-4)
     assert torch.tensor(found.loss).exp() == pytest.approx(expected.perplexity.perplexity, rel=1e-4)
+
+
+def test_copies_are_in_every_second_window() -> None:
+    windows = torch.arange(3 * 9).view(3, 9)
+    expected = windows.clone()
+    expected[1] = torch.tensor([9, 10, 11, 12, 13, 10, 11, 12, 17])
+    assert with_copies(windows).tolist() == expected.tolist()
+    assert windows[1, 5] == 14  # the windows themselves stay
+
+
+def test_sets_are_measured_on_copies(model: PreTrainedModel) -> None:
+    found = BlockSets(model, WINDOWS, batch_size=3, copies=True)
+    expected = BlockSets(model, with_copies(WINDOWS), batch_size=3)
+    kept = (0, 2, 3, 5)
+    assert found.measure(kept) == expected.measure(kept)
+    assert found.measure(kept, 2) == expected.measure(kept, 2)
+    assert found.measure(kept) != BlockSets(model, WINDOWS, batch_size=3).measure(kept)
+    assert torch.equal(found.windows, WINDOWS)
 
 
 def test_all_blocks_are_no_distance(sets: BlockSets) -> None:

@@ -314,6 +314,7 @@ MISTAKES: dict[str, tuple[list[object], str]] = {
     "candidates alone": (["--neurons", 0.5, "--candidates", 4], "--candidates goes with --search"),
     "rule without blocks": (["--neurons", 0.5, "--by", "kl"], "--by goes with --blocks or --search"),
     "choice of blocks": (["--blocks", 1, "--choose", "wanda"], "--choose goes with --heads, --neurons or --search"),
+    "copies without blocks": (["--neurons", 0.5, "--no-copies"], "--copies goes with --blocks or --search"),
     "multiple of heads": (["--heads", 0.5, "--multiple", 8], "--multiple goes with --neurons or --search"),
     "context": (["--blocks", 1, "--sequence-length", 999], "at most 128"),
 }

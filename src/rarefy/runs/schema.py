@@ -88,6 +88,7 @@ class _Size(_Content):
 
 class _Blocks(_Content):
     by: str
+    copies: bool = False
     number: Count
     removed: list[Count]
     kl: float

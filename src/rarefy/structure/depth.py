@@ -3,8 +3,8 @@
 A block that is off hands its input on. Hidden states are shared: where each block in turn is left out, what enters it
 is known from one pass, so that L blocks take L + L (L - 1) / 2 block passes instead of L (L - 1).
 
-Ordinary text hardly shows whether a model can still copy from its context, which a few blocks do (induction heads) and
-which many tasks need. So every second window can be made to say its first half twice.
+Ordinary text hardly shows whether a model can still copy from its context, which a few blocks do (induction heads)
+and which many tasks need. So every second window can be made to say its first half twice.
 """
 
 from __future__ import annotations
