@@ -21,7 +21,9 @@ T = TypeVar("T")
 _ASYMMETRY = 1e-3  # of the size of an entry and of |X_i| |X_j|: a thousand times what rounding leaves in float32
 
 _STRIP = 512  # width of a strip of the upper triangle: wide enough for full product speed
-_CHUNK = 2048  # tokens converted to float32 at a time: the buffer stays below glibc's mmap threshold
+# Tokens added at a time. On the CPU their buffer in float32 stays below glibc's mmap threshold. A GPU's tensor cores
+# cut sums off instead of rounding them, so the diagonal falls short, by more the longer the sums are.
+_CHUNK = 2048
 
 
 class Gram:
@@ -119,11 +121,10 @@ class Gram:
         self.num_tokens += X.shape[0]
         if self._sum_x is not None:
             self._sum_x += X.sum(dim=0, dtype=torch.float64)
-        step = _CHUNK if X.device.type == "cpu" else max(1, X.shape[0])
-        for start in range(0, X.shape[0], step):
-            self._add(X[start : start + step])
+        for some in X.split(_CHUNK):
+            self._add(some)
             if self._sum_squares is not None:
-                self._sum_squares += X[start : start + step].double().square().sum(dim=0)
+                self._sum_squares += some.double().square().sum(dim=0)
 
     def _add(self, X: Float[Tensor, "tokens in"]) -> None:
         # H is symmetric: strips of the upper triangle need little more than half of the products.

@@ -16,11 +16,17 @@ from torch import Tensor
 
 NUMPY = True  # False: torch's way everywhere
 _DTYPES = (torch.float32, torch.float64, torch.bool)
+_ELSEWHERE = 2**24  # entries of a piece where there is no such cache, but each call costs microseconds
 
 
 def by_numpy(values: Tensor) -> bool:
     """Whether numpy can work on the values where they are."""
     return NUMPY and values.device.type == "cpu" and values.dtype in _DTYPES
+
+
+def piece(values: Tensor, cached: int) -> int:
+    """How many entries to work on at a time: on a CPU ``cached``, which its cache holds, elsewhere many."""
+    return cached if values.device.type == "cpu" else max(cached, _ELSEWHERE)
 
 
 def compare(how: Callable[[Any, Any], Any], values: Tensor, threshold: Tensor | float) -> Bool[Tensor, "*shape"]:

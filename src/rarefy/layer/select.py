@@ -1,7 +1,8 @@
 """Keep the k largest entries, exactly and deterministically, without sorting.
 
-A full ``topk`` of a weight costs several products W @ H; the k-th largest value alone, by
-introselect, costs a fraction of one. The mask then follows from comparisons with that value.
+On the CPU a full ``topk`` of a weight costs several products W @ H; the k-th largest value alone, by
+introselect, costs a fraction of one. On a GPU ``topk`` is a radix select by many blocks, ``kthvalue`` one by a single
+block for each row (docs/log.md). The mask then follows from comparisons with that value.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from rarefy.layer.passes import by_numpy, compare, count, count_rows, indices, places
+from rarefy.layer.passes import by_numpy, compare, count, count_rows, indices, piece, places
 
 _MANY = 2**21  # values in a row from which on only some of them are copied and put in order
 _SAMPLE = 2**16
@@ -27,16 +28,18 @@ _GROUPS = 2**15  # entries of such groups at a time: their columns stay in a CPU
 
 
 def kth_largest(values: Float[Tensor, "*rows n"], k: int) -> Float[Tensor, "*rows"]:
-    """The k-th largest value of each row, 1 <= k <= n; linear time on the CPU."""
+    """The k-th largest value of each row, 1 <= k <= n; linear time."""
     n = values.shape[-1]
+    if not by_numpy(values):
+        if 2 * k <= n:  # no mutant: both ways find the same value
+            return values.topk(k, dim=-1, sorted=False).values.amin(dim=-1)
+        return values.topk(n - k + 1, dim=-1, largest=False, sorted=False).values.amax(dim=-1)
     if n >= _MANY and values.numel() == n and (found := _between(values.reshape(n), k)) is not None:
         return found.reshape(values.shape[:-1])
-    if by_numpy(values):
-        # numpy's partition is vectorised; torch.kthvalue took about ten times as long (docs/log.md).
-        array = values.detach().numpy()
-        ordered = np.sort(array, axis=-1) if _often_lowest(array) else np.partition(array, n - k, axis=-1)
-        return torch.from_numpy(np.ascontiguousarray(ordered[..., n - k])).reshape(values.shape[:-1])
-    return values.kthvalue(n - k + 1, dim=-1).values
+    # numpy's partition is vectorised; torch.kthvalue took about ten times as long (docs/log.md).
+    array = values.detach().numpy()
+    ordered = np.sort(array, axis=-1) if _often_lowest(array) else np.partition(array, n - k, axis=-1)
+    return torch.from_numpy(np.ascontiguousarray(ordered[..., n - k])).reshape(values.shape[:-1])
 
 
 def _often_lowest(array: np.ndarray) -> bool:
@@ -55,12 +58,13 @@ def _between(values: Float[Tensor, " n"], k: int) -> Float[Tensor, " one"] | Non
     What must be copied is a few per cent of the values instead of all.
     """
     n = len(values)
-    sample = _sorted(values[:: n // _SAMPLE | 1])  # an odd stride meets all columns
+    # An odd stride meets all columns; numpy sorts in a tenth of torch's time.
+    sample = np.sort(values[:: n // _SAMPLE | 1].detach().numpy())
     place, slack = len(sample) * (n - k) // n, 4 * math.isqrt(len(sample))
     low = float(sample[max(place - slack, 0)])  # no mutant: where the value is not between, all are searched
     high = float(sample[min(place + slack, len(sample) - 1)])  # no mutant: as for low
     above, candidates, most = 0, [], n // 4
-    for chunk in values.split(_CHUNK if values.device.type == "cpu" else n):
+    for chunk in values.split(_CHUNK):
         larger = compare(gt, chunk, high)
         between = compare(ge, chunk, low) ^ larger
         above += count(larger)
@@ -72,13 +76,6 @@ def _between(values: Float[Tensor, " n"], k: int) -> Float[Tensor, " one"] | Non
     if not 1 <= k - above <= len(found):  # no mutant: all values can be searched as well
         return None
     return kth_largest(found, k - above).view(1)
-
-
-def _sorted(values: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
-    """The values in ascending order, on the CPU by numpy, which takes a tenth of torch's time."""
-    if not by_numpy(values):
-        return values.sort().values
-    return torch.from_numpy(np.sort(values.detach().numpy()))
 
 
 def keep_largest(scores: Float[Tensor, "*rows n"], k: int) -> Bool[Tensor, "*rows n"]:
@@ -117,8 +114,9 @@ def _first_of_equals(
     """
     mask, n = mask.contiguous(), mask.shape[-1]
     rows, values, limits = mask.view(-1, n), scores.reshape(-1, n), threshold.reshape(-1, 1)
-    width = min(n, _TIES)
-    height = max(1, _TIES // width)
+    together = piece(scores, _TIES)
+    width = min(n, together)
+    height = max(1, together // width)
     for a in range(0, len(rows), height):
         part = slice(a, a + height)
         above = count_rows(compare(gt, values[part], limits[part]))
@@ -150,7 +148,7 @@ def keep_largest_in_groups(scores: Float[Tensor, "out inputs"], keep: int, of: i
     if of > _SMALL_GROUP:  # no mutant: both ways give the same mask
         return keep_largest(groups, keep).view(scores.shape)
     kept = torch.empty(groups.shape, dtype=torch.bool, device=groups.device)
-    step = _GROUPS // of if groups.device.type == "cpu" else len(groups)  # no mutant: pieces of any size do
+    step = piece(groups, _GROUPS) // of  # no mutant: pieces of any size do
     for start in range(0, len(groups), step):
         some = slice(start, start + step)
         if by_numpy(groups):

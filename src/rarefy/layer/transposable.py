@@ -42,6 +42,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from rarefy.errors import PatternError
+from rarefy.layer.passes import piece
 from rarefy.layer.pattern import NM, Mask, Scores, Shape
 
 Blocks = Float[Tensor, "M M B"]
@@ -190,7 +191,7 @@ def _transported(S: Blocks, keep: int, locked: BlockMasks | None) -> BlockMasks:
     if locked is None:
         locked = torch.zeros_like(S, dtype=torch.bool)
     S = S.masked_fill(locked, 1.0)
-    size = max(1, _CACHED // len(S) ** 2)  # no mutant: a piece's size
+    size = max(1, piece(S, _CACHED) // len(S) ** 2)  # no mutant: a piece's size
     parts = [_plan(some.contiguous(), keep) for some in S.split(size, dim=2)]
     kept, rows, columns = _rounded(torch.cat(parts, dim=2).masked_fill_(locked, torch.inf), keep)
     _complete_(S, kept, rows, columns, locked, keep)

@@ -47,7 +47,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from rarefy.errors import PatternError
-from rarefy.layer.passes import first_lowest
+from rarefy.layer.passes import first_lowest, piece
 from rarefy.layer.pattern import Pattern, Shape
 from rarefy.layer.problem import LayerProblem
 from rarefy.layer.solution import Solution, Status
@@ -168,6 +168,6 @@ def _lowest(W: Float[Tensor, "out group"], C: Float[Tensor, "sets group pruned"]
     """The set of the lowest loss (4) for every row, of equals the first; some rows at a time."""
     sets, group, pruned = C.shape
     flat = C.movedim(1, 0).reshape(group, -1)
-    height = max(1, _SCORES // flat.shape[1])
+    height = max(1, piece(W, _SCORES) // flat.shape[1])
     losses = [(rows @ flat).square_().view(-1, sets, pruned).sum(dim=2) for rows in W.split(height)]
     return torch.cat([first_lowest(each) for each in losses])

@@ -50,7 +50,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from rarefy.layer.passes import apply_mask, compare, first_lowest, places
+from rarefy.layer.passes import apply_mask, compare, first_lowest, piece, places
 from rarefy.layer.pattern import Pattern, Shape
 from rarefy.layer.problem import LayerProblem
 from rarefy.layer.select import positions_first
@@ -97,7 +97,7 @@ class Swaps(Method):
         grouped = pattern.group > 1
         partners = None if grouped else problem.gram.cached(key, lambda: nearest_partners(problem.H))
         found = torch.empty_like(mask)
-        height = max(1, _ELEMENTS // problem.shape[1])
+        height = max(1, piece(problem.W0, _ELEMENTS) // problem.shape[1])
         counts = []
         unfinished = False
         for a in range(0, problem.shape[0], height):
@@ -236,7 +236,7 @@ class _Batch:
             bound = torch.addcmul(heights.index_select(0, r), slopes.index_select(0, r), x).amin(dim=1)
             left = bound + A[r, v] < best[0][r]
             r, v = r[left], v[left]
-        step = max(1, _ELEMENTS // A.shape[1])  # no mutant: a piece's size
+        step = max(1, piece(A, _ELEMENTS) // A.shape[1])  # no mutant: a piece's size
         for a in range(0, len(r), step):  # (7)
             some, w = r[a : a + step], v[a : a + step]
             best = _better(best, some, w, *self._best_partner(A, B, w, some))

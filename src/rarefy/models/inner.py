@@ -60,6 +60,7 @@ class Inner:
 
         Products are in float32 at least, and rounded once to the dtype of the weights.
         """
+        R = R.to(_matrix(self.exit).device)
         for site, rows in self.sources:
             for tensor in _row_tensors(site):
                 old = tensor[rows].to(R) if tensor.dtype.itemsize < R.dtype.itemsize else tensor[rows]

@@ -188,7 +188,7 @@ class Reparametrisation:
             E = exit.read().to(inverse).square_().div_(inverse.diagonal())
             order, before, after = world.from_first(lambda: _orders(E, inner, keep, pattern.group))
             inner.reorder(order)
-            _change_row_weights(row_weights, inner, lambda v: v.gather(1, order))
+            _change_row_weights(row_weights, inner, lambda v: v.gather(1, order.to(v.device)))
             notes.setdefault(exit.name, {})["order"] = f"pruned share {before:.4f} -> {after:.4f}"
 
     def _heads(self, inner: Inner, gram: Gram, inverse: Float[Tensor, "in in"]) -> Heads:
