@@ -14,13 +14,12 @@ from transformers import PreTrainedModel
 from rarefy.errors import InputError, ModelError
 from rarefy.models.blocks import find_blocks
 from rarefy.structure.counts import Counts, Removable, Space, _Weights, find_space
-from rarefy.structure.dense_path import DensePath
 from rarefy.structure.depth import BlockSets
 from rarefy.structure.memo import Memo
 from rarefy.structure.parts import Kind, find_parts
 from rarefy.structure.search import FINALISTS, Measured, Round, _next, block_sets, plan_rounds, search_counts
 from rarefy.structure.shrink import Removal, shrink, shrunk_skeleton
-from rarefy.structure.width import remove_parts, with_all_exits
+from rarefy.structure.width import remove_parts, towards_dense
 from test_shrink import deep
 
 WINDOWS = torch.randint(3, 160, (16, 16), generator=torch.Generator().manual_seed(3))
@@ -155,8 +154,7 @@ def test_a_search_ends_with_none_worse_than_a_single_rule(model: PreTrainedModel
         if number := found.best.counts.of(kind):  # type: ignore[arg-type]
             parts = find_parts(made, kind)  # type: ignore[arg-type]
             wanted.append((parts, parts.number - number))
-    wanted = with_all_exits(made, wanted)
-    path = DensePath(model, kept, made, wanted[-1][0].exits, WINDOWS[4:], 4)
+    wanted, path = towards_dense(model, kept, made, wanted, WINDOWS[4:], 4)
     remove_parts(made, WINDOWS[4:], wanted, dense=path)
     assert sets.measure_model(made, 4).kl == pytest.approx(found.best.kl, rel=1e-4)
     assert parameters_left(model, found.best.counts) <= 0.75 * model.num_parameters()

@@ -19,7 +19,7 @@ from rarefy.structure.dense_path import HOLE, LATER, DensePath, exit_factor
 from rarefy.structure.depth import BlockSets
 from rarefy.structure.parts import find_parts
 from rarefy.structure.shrink import Removal, shrink, with_order
-from rarefy.structure.width import ExitRecord, remove_parts, with_all_exits
+from rarefy.structure.width import ExitRecord, remove_parts, towards_dense
 from test_shrink import deep
 
 WINDOWS = torch.randint(3, 160, (24, 32), generator=torch.Generator().manual_seed(1))
@@ -31,8 +31,8 @@ def repaired(
     """The model with the kept blocks, and ``number`` neurons kept in each, repaired; and the records of its exits."""
     small = shrink(dense if share_weights else copy.deepcopy(dense), Removal(tuple(kept)))
     neurons = find_parts(small, "neurons")
-    wanted = with_all_exits(small, [] if number is None else [(with_order(small, neurons, WINDOWS[:1]), number)])
-    path = DensePath(dense, kept, small, wanted[-1][0].exits, WINDOWS, 5)
+    removed = [] if number is None else [(with_order(small, neurons, WINDOWS[:1]), number)]
+    wanted, path = towards_dense(dense, kept, small, removed, WINDOWS, 5)
     return small, remove_parts(small, WINDOWS, wanted, batch_size=5, dense=path)[1]
 
 

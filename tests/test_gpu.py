@@ -64,7 +64,8 @@ def test_half_precision_inputs_lose_nothing_in_their_gram(dtype: torch.dtype) ->
     gram = Gram(700, device="cuda")
     gram.update(X.cuda())
     exact = X.double().T @ X.double()
-    assert float((gram.H.cpu().double() - exact).norm() / exact.norm()) < 1e-6
+    # Tensor cores cut sums off: 1.0e-6 on an H100, where rounded products in bfloat16 would leave 1e-3.
+    assert float((gram.H.cpu().double() - exact).norm() / exact.norm()) < 2e-6
 
 
 @pytest.mark.parametrize("share", [1.0, 0.0], ids=["on the GPU", "in pinned memory"])

@@ -15,11 +15,10 @@ from transformers import PreTrainedModel
 
 from rarefy.errors import ModelError
 from rarefy.models.blocks import find_blocks
-from rarefy.structure.dense_path import DensePath
 from rarefy.structure.depth import BlockSets
 from rarefy.structure.parts import Kind, find_parts
 from rarefy.structure.shrink import Removal, shrink, with_order
-from rarefy.structure.width import remove_parts, with_all_exits
+from rarefy.structure.width import remove_parts, towards_dense
 from small_architectures import ALL, VOCABULARY, make
 from test_architectures import NOT_BUILT, REFUSED
 
@@ -54,8 +53,7 @@ def without_a_block(model: PreTrainedModel) -> str:
 def repaired(model: PreTrainedModel, small: PreTrainedModel, kept: tuple[int, ...]) -> str:
     """What is left is repaired, or it is said why not."""
     try:
-        wanted = with_all_exits(small, [])
-        path = DensePath(model, kept, small, wanted[-1][0].exits, WINDOWS, 2)
+        wanted, path = towards_dense(model, kept, small, [], WINDOWS, 2)
     except ModelError as error:
         return f"not repaired: {error}"
     _, records = remove_parts(small, WINDOWS, wanted, batch_size=2, dense=path)

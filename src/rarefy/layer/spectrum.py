@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rarefy.errors import NumericalError
-from rarefy.layer.problem import LayerProblem
+from rarefy.layer.problem import LayerProblem, Scaled
 
 _TRIES = 8  # 0.01 of the diagonal times 10^7 dwarfs any matrix with a finite condition
 _NOISE = 0.1  # by this share of a vector its product with matrix and inverse may miss it
@@ -89,6 +89,20 @@ def shifted_inverse(
         raise NumericalError("The damped Gram matrix is not positive definite.")
     torch.cholesky_inverse(factor, out=factor)
     return inverse
+
+
+def times_damped_inverse(B: Float[Tensor, "rows in"], scaled: Scaled, damping: float) -> Float[Tensor, "rows in"]:
+    """B (H + damping diag H)^-1, of the H whose ``scaled`` form is given: s^-1 (A + damping I)^-1 s^-1.
+
+    Raises NumericalError where that has no Cholesky factor.
+    """
+    A = scaled.A.clone()
+    A.diagonal().add_(damping)
+    factor = _cholesky_(A)
+    if factor is None:
+        raise NumericalError("The Gram matrix is not positive definite, even with damping.")
+    step: Tensor = torch.cholesky_solve((B.to(A) / scaled.s).T, factor).T / scaled.s
+    return step
 
 
 def penalised_inverse(problem: LayerProblem, damping: float, rho: float) -> Float[Tensor, "in in"]:

@@ -30,6 +30,7 @@ from rarefy.calibration.linears import Group, Reads, watching
 from rarefy.calibration.stream import HiddenStates
 from rarefy.layer.gram import Gram
 from rarefy.layer.problem import scale
+from rarefy.layer.spectrum import times_damped_inverse
 from rarefy.models.blocks import Block
 from rarefy.parallel.world import World
 from rarefy.pruning.precision import computing_in
@@ -79,16 +80,6 @@ def _add(drifts: Drifts, group: Group, group0: Group) -> None:
 def corrected(
     W0: Float[Tensor, "out inputs"], gram: Gram, D: Float[Tensor, "in in"], share: float
 ) -> Float[Tensor, "out inputs"]:
-    """(2), in float32."""
-
-    def build() -> Tensor:
-        # At unit diagonal: (H + damping diag H)^-1 = s^-1 (A + damping I)^-1 s^-1.
-        scaled = scale(gram.H)
-        A = scaled.A.clone()
-        A.diagonal().add_(DAMPING)
-        right = (D / scaled.s).T
-        factor = torch.linalg.cholesky(A)
-        return torch.cholesky_solve(right, factor).T / scaled.s
-
-    step: Tensor = gram.cached("drift", build)
+    """(2), in float32. Raises NumericalError where H cannot be factored."""
+    step = gram.cached("drift", lambda: times_damped_inverse(D, scale(gram.H), DAMPING))
     return torch.addmm(W0.to(step), W0.to(step), step, alpha=share)

@@ -21,7 +21,7 @@ from rarefy.structure.search import block_sets, search_counts
 from rarefy.structure.shrink import Removal, with_order
 from rarefy.structure.shrink import shrink as shrunk
 from rarefy.structure.size import size_of
-from rarefy.structure.width import ExitRecord, Finished, remove_parts, with_all_exits
+from rarefy.structure.width import ExitRecord, Finished, remove_parts, towards_dense
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -178,11 +178,9 @@ class _Making:
     ) -> tuple[list[tuple[Parts, int]], DensePath | None, str]:
         """What is wanted, with exits that can aim at the dense path; that path, or why there is none."""
         try:
-            exits = with_all_exits(model, wanted)
-            path = DensePath(dense, blocks, model, exits[-1][0].exits, self.windows, self.plan.recipe.batch_size)
+            return *towards_dense(dense, blocks, model, wanted, self.windows, self.plan.recipe.batch_size), ""
         except ModelError as error:
             return wanted, None, str(error)
-        return exits, path, ""
 
     def _without_parts(
         self, model: PreTrainedModel, wanted: Sequence[tuple[Parts, int]], path: DensePath | None

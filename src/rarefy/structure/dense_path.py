@@ -34,8 +34,9 @@ from transformers import PreTrainedModel
 
 from rarefy.calibration.record import record
 from rarefy.calibration.stream import HiddenStates
-from rarefy.errors import ModelError, NumericalError
+from rarefy.errors import ModelError
 from rarefy.layer.problem import LayerProblem
+from rarefy.layer.spectrum import times_damped_inverse
 from rarefy.models.blocks import Block, find_blocks
 from rarefy.models.sites import LinearSite
 
@@ -59,15 +60,8 @@ class Gap:
 
     def target(self, problem: LayerProblem) -> Float[Tensor, "out inputs"]:
         """(2). Raises NumericalError where H cannot be factored."""
-        scaled = problem.scaled
-        A = scaled.A.clone()
-        A.diagonal().add_(DAMPING)
-        factor, info = torch.linalg.cholesky_ex(A)
-        if int(info):
-            raise NumericalError("The Gram matrix is not positive definite, even with damping.")
-        right = (self.M.to(A) / scaled.s).T
-        step = torch.cholesky_solve(right, factor).T / scaled.s
-        return problem.W0 + (self.share / self.factor) * step * (scaled.live > 0)
+        step = times_damped_inverse(self.M, problem.scaled, DAMPING)
+        return problem.W0 + (self.share / self.factor) * step * (problem.scaled.live > 0)
 
     def left(self, problem: LayerProblem, W: Float[Tensor, "out inputs"]) -> float:
         """The energy of Y0 - Y that is left with the weight W, over that of Y0."""

@@ -24,12 +24,11 @@ from torch import nn
 from rarefy.errors import ModelError
 from rarefy.layer.removal import DAMPING
 from rarefy.structure.counts import Counts
-from rarefy.structure.dense_path import DensePath
 from rarefy.structure.depth import BlockSets
 from rarefy.structure.parts import Kind, find_parts
 from rarefy.structure.rules import Rule, Watch, choose_blocks, silent
 from rarefy.structure.shrink import Removal, shrink, with_order
-from rarefy.structure.width import Choice, remove_parts, with_all_exits
+from rarefy.structure.width import Choice, remove_parts, towards_dense
 
 #: The share of the windows on which candidates are measured; they are repaired with the others.
 MEASURED = 1 / 4
@@ -215,9 +214,7 @@ class _Maker:
         path = None
         if self.repair:
             with suppress(ModelError):  # no exit of this model can aim at the dense path
-                exits = with_all_exits(small, wanted)
-                path = DensePath(sets.model, kept, small, exits[-1][0].exits, repairing, sets.batch_size)
-                wanted = exits
+                wanted, path = towards_dense(sets.model, kept, small, wanted, repairing, sets.batch_size)
         if not wanted:
             return sets.measure(kept, one.measured).kl
         # Until now the weights of exits are the dense model's.

@@ -119,15 +119,24 @@ def remove_parts(
     return [(parts, masks) for parts, masks in kept], records
 
 
-def with_all_exits(model: PreTrainedModel, wanted: Sequence[tuple[Parts, int]]) -> list[tuple[Parts, int]]:
-    """``wanted``, with all neurons of every block where it has none, so that their exits can aim at the dense path.
+def towards_dense(
+    model: PreTrainedModel,
+    kept: Sequence[int],
+    smaller: PreTrainedModel,
+    wanted: Sequence[tuple[Parts, int]],
+    windows: Int64[Tensor, "num length"],
+    batch_size: int,
+) -> tuple[list[tuple[Parts, int]], DensePath]:
+    """``wanted`` and the path at which its exits can aim; arguments are those of ``DensePath``.
 
-    Raises ModelError where the model has no such exits.
+    Where no neurons are to go, the exits are those of all neurons of every block. Raises ModelError where ``smaller``
+    has no exits that can.
     """
-    if any(parts.kind == "neurons" for parts, _ in wanted):
-        return list(wanted)
-    neurons = find_parts(model, "neurons")
-    return [*wanted, (neurons, neurons.number)]
+    exits = list(wanted)
+    if all(parts.kind != "neurons" for parts, _ in wanted):
+        neurons = find_parts(smaller, "neurons")
+        exits.append((neurons, neurons.number))
+    return exits, DensePath(model, kept, smaller, exits[-1][0].exits, windows, batch_size)
 
 
 def _number(number: int | Mapping[int, int], block: int) -> int:
