@@ -73,6 +73,9 @@ def measure_speed(
     variants: Sequence[Variant], prompt_tokens: int, new_tokens: int, rounds: int, watch: Callable[[int, int], None]
 ) -> list[Speed]:
     """Let every variant read a prompt and write ``new_tokens`` after it, ``rounds`` times in turn."""
+    for parameter in (one for variant in variants for one in variant.model.parameters()):
+        # As from_pretrained leaves it: of a frozen head torch copies the whole weight to multiply one token by it.
+        parameter.requires_grad_(parameter.is_floating_point())
     vocabulary = variants[0].model.config.get_text_config(decoder=True).vocab_size
     prompt = torch.arange(prompt_tokens)[None] % vocabulary
     best = {variant.name: [float("inf")] * 3 for variant in variants}
