@@ -48,13 +48,13 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "heads": ("heads", {}),
     "heads, not repaired": ("heads", {"repair": False}),
     "search": ("search", {}),
-    "search kl": ("search", {"by": "kl"}),
+    "search greedy": ("search", {"by": "greedy"}),
 }
 #: Rows that are computed unless --rows says others: the others take long, or are variants.
 USUAL = [
     row
     for row in ROWS
-    if not row.startswith("blocks policy-gradient") and row not in ("search", "neurons wanda, not repaired")
+    if not row.startswith("blocks policy-gradient") and row not in ("search greedy", "neurons wanda, not repaired")
 ]
 
 _PREFILL, _DECODE = 512, 64

@@ -64,7 +64,7 @@ def test_a_smaller_stock_model(rarefy_: Rarefy, shelf: Path, llama: Path) -> Non
     card = (folder / "README.md").read_text()
     assert "2 of 5 blocks, 1 of 2 KV heads of each block, 16 of 64 MLP neurons of each block were removed" in card
     recipe = yaml.safe_load(Path("out/recipe.yaml").read_text())
-    assert (recipe["blocks"], recipe["by"]) == (2, "greedy")
+    assert (recipe["blocks"], recipe["by"]) == (2, "kl")
     again = rarefy_("shrink", "--recipe", "out/recipe.yaml", "-o", "again", "--no-texts", "--quiet")
     assert again.status == 0, again.err
     assert (folder / "model.safetensors").read_bytes() == Path("again/model/model.safetensors").read_bytes()
@@ -165,7 +165,7 @@ def test_a_dry_run_of_a_search(rarefy_: Rarefy, shelf: Path, llama: Path, monkey
     assert most[0] == "0"
     assert int(most[1]) in (16, 32, 48)
     assert not any(line[:1] == ["KV"] for line in lines)
-    assert "passes of one block over all windows, beside those of --by greedy" in done.out
+    assert "passes of one block over all windows, beside those of --by kl" in done.out
     done = rarefy_(*search_arguments(shelf, save_folder(deep("opt", 3), Path("opt")), "--dry-run"))
     assert done.status == 0, done.err
     assert "no heads are removed: OPTForCausalLM has no place in its config" in done.out

@@ -38,7 +38,7 @@ def shrink(
         Text,
         typer.Option(
             metavar="RULE",
-            help="Which blocks: kl or perplexity (of each one alone), taylor, greedy (one after the other; default), "
+            help="Which blocks: kl (default) or perplexity of each alone, taylor, greedy (kl, one after the other), "
             "search (over sets), or policy-gradient.",
         ),
     ] = None,

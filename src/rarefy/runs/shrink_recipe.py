@@ -39,7 +39,7 @@ class ShrinkRecipe(BaseModel):
     model: str = Field(min_length=1, description="a hub id, a local folder, a .gguf file, or smollm2")
     blocks: Number | None = Field(None, gt=0, allow_inf_nan=False, description=f"{_WHOLE} 1, or {_SHARE}")
     by: Literal["kl", "perplexity", "taylor", "greedy", "search", "policy-gradient"] = Field(
-        "greedy", description="kl, perplexity, taylor, greedy, search or policy-gradient"
+        "kl", description="kl, perplexity, taylor, greedy, search or policy-gradient"
     )
     generations: Whole = Field(32, ge=1, description=f"{_WHOLE} 1")
     offspring: Whole = Field(16, ge=1, description=f"{_WHOLE} 1")

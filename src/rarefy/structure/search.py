@@ -95,7 +95,7 @@ def plan_rounds(candidates: Sequence[Counts], num_windows: int, batch_size: int)
 def block_sets(
     sets: BlockSets,
     numbers: Iterable[int],
-    rule: Rule = "greedy",
+    rule: Rule = "kl",
     *,
     seed: int = 0,
     generations: int = 32,
