@@ -156,3 +156,19 @@ def test_a_norm_behind_the_exit_is_refused() -> None:
     small = shrink(dense, Removal((0, 2)))
     with pytest.raises(ModelError, match="does not add to its hidden states what .*down_proj puts out"):
         DensePath(dense, (0, 2), small, find_parts(small, "neurons").exits, WINDOWS, 4)
+
+
+def test_the_drift_without_a_repair_is_that_of_removed_columns_at_zero() -> None:
+    dense = deep("llama", 3)
+    _, records = repaired(dense, (0, 1, 2), 32, share_weights=False)
+    before = [behind(dense, block) for block in range(3)]
+    unrepaired = copy.deepcopy(dense)
+    neurons = find_parts(unrepaired, "neurons")
+    wanted = [(with_order(unrepaired, neurons, WINDOWS[:1]), 32)]
+    remove_parts(unrepaired, WINDOWS, wanted, batch_size=5, repair=False)
+    # The first exit that follows the dense path is that of block 1; what enters it was repaired, and so is nearer.
+    left = float((behind(unrepaired, 1) - before[1]).square().sum() / before[1].square().sum())
+    (record,) = (one for one in records if one.block == 1)
+    assert record.drift is not None
+    assert record.drift_left is not None
+    assert record.drift_left < record.drift < 1.05 * left

@@ -180,7 +180,7 @@ def test_a_killed_run_goes_on(
     elif stage == "exits":
         asked = arguments(shelf, llama, "--heads", 0.5)  # and MLPs that make up for them
     else:
-        asked = arguments(shelf, llama, "--blocks", 2, "--neurons", 0.5, "--multiple", 8)
+        asked = arguments(shelf, llama, "--blocks", 2, "--by", "greedy", "--neurons", 0.5, "--multiple", 8)
     asked += ["--no-texts", "--quiet"]
     counted = {
         "blocks": (BlockSets, "_without_each"),
@@ -312,11 +312,12 @@ MISTAKES: dict[str, tuple[list[object], str]] = {
     "generations alone": (["--blocks", 1, "--generations", 4], "--generations goes with --by search"),
     "steps of another rule": (["--search", "--size", 0.8, "--steps", 9], "--steps goes with --by policy-gradient"),
     "candidates alone": (["--neurons", 0.5, "--candidates", 4], "--candidates goes with --search"),
-    "rule without blocks": (["--neurons", 0.5, "--by", "kl"], "--by goes with --blocks or --search"),
+    "rule without blocks": (["--neurons", 0.5, "--by", "greedy"], "--by goes with --blocks or --search"),
     "choice of blocks": (["--blocks", 1, "--choose", "wanda"], "--choose goes with --heads, --neurons or --search"),
     "copies without blocks": (["--neurons", 0.5, "--no-copies"], "--copies goes with --blocks or --search"),
     "multiple of heads": (["--heads", 0.5, "--multiple", 8], "--multiple goes with --neurons or --search"),
     "context": (["--blocks", 1, "--sequence-length", 999], "at most 128"),
+    "tokens": (["--blocks", 1, "--num-samples", 10**9], "make 32,000,000,000 tokens, but at most 268,435,456"),
 }
 
 
@@ -327,6 +328,29 @@ def test_mistakes_are_one_sentence_and_leave_nothing(rarefy_: Rarefy, shelf: Pat
     assert done.status == 2, done.err
     assert is_one_sentence(done.err), done.err
     assert expected in done.err
+    assert not Path("out").exists()
+
+
+def test_a_weight_that_is_no_number_is_named_and_leaves_nothing(rarefy_: Rarefy, shelf: Path) -> None:
+    model = deep("llama", 3)
+    model.model.layers[1].mlp.down_proj.weight.data[3, 5] = torch.nan
+    folder = save_folder(model, Path("nan"))
+    done = rarefy_(*arguments(shelf, folder, "--blocks", 1, "-o", "out", "--no-texts"))
+    assert (done.status, is_one_sentence(done.err)) == (2, True), done.err
+    assert "model.layers.1.mlp.down_proj.weight of nan has NaN or infinity" in done.err
+    assert not Path("out").exists()
+
+
+def test_a_refusal_behind_measurements_leaves_nothing(
+    rarefy_: Rarefy, shelf: Path, llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise rarefy.ModelError.sentence("No.")
+
+    monkeypatch.setattr(BlockSets, "confirm", refuse)
+    done = rarefy_(*arguments(shelf, llama, "--blocks", 1, "-o", "out"))
+    assert done.status == 2
+    assert done.err.endswith("done in 0:00\nerror: No.\n")  # and no word of going on
     assert not Path("out").exists()
 
 

@@ -446,6 +446,8 @@ def test_sparse_and_smaller_models_in_one_table(options: Options, text: Path, tm
     [
         ({"methods": ["shrink:rows"]}, "--methods is 'shrink:rows', but must be shrink:blocks, shrink:heads"),
         ({"methods": ["shrink"]}, "--methods is 'shrink', but must be shrink:blocks"),
+        ({"methods": ["shrink:blocks:"]}, "--methods is 'shrink:blocks:', but must be shrink:blocks, shrink:heads"),
+        ({"seeds": 10**9}, "--seeds is 1000000000, but must be a whole number from 1 to 1,000"),
         ({"methods": ["shrink:blocks:luck"]}, "names shrink:blocks:luck, of which the rule must be kl, perplexity"),
         ({"methods": ["shrink:heads:kl"]}, "names shrink:heads:kl, of which the rule must be interactions, single"),
         ({"sizes": []}, "--size is missing: the shares of the parameters"),

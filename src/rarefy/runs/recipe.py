@@ -305,11 +305,7 @@ class Recipe(BaseModel):
                 filled["sequence_length"],
                 f"at most {context}, the model's longest context",
             )
-        if (tokens := filled["num_samples"] * filled["sequence_length"]) > _MOST_TOKENS:
-            raise InputError.sentence(
-                f"--num-samples and --sequence-length make {tokens:,} tokens, but at most {_MOST_TOKENS:,} can be "
-                "calibrated on."
-            )
+        check_tokens(filled["num_samples"], filled["sequence_length"])
         if self.pattern is None:
             filled["sparsity"] = DEFAULT_SPARSITY if self.sparsity is None else self.sparsity
             filled["scope"] = self.scope or method.default_scope
@@ -382,3 +378,12 @@ def _named(message: str, written: Callable[[str], str]) -> str:
         if message.startswith(argument):
             return written(key) + message[len(argument) - 1 :]
     return message
+
+
+def check_tokens(num_samples: int, sequence_length: int) -> None:
+    """Raise InputError where there would be too many calibration tokens for any memory."""
+    if (tokens := num_samples * sequence_length) > _MOST_TOKENS:
+        raise InputError.sentence(
+            f"--num-samples and --sequence-length make {tokens:,} tokens, but at most {_MOST_TOKENS:,} can be "
+            "calibrated on."
+        )

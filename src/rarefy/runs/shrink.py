@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from rarefy.errors import ModelError, OutputError, RarefyError, VerificationError
+from rarefy.errors import OutputError, RarefyError, VerificationError
 from rarefy.models.memory import give_back, peak_bytes
 from rarefy.runs.card import base_model, model_card
 from rarefy.runs.events import Events, Silent
@@ -82,7 +82,7 @@ def execute_shrinking(
 
     def keep(error: BaseException) -> bool:
         # The same command would end in the same way unless it is the machine that fails.
-        again = isinstance(error, RarefyError) and not isinstance(error, OutputError | ModelError)
+        again = isinstance(error, RarefyError) and not isinstance(error, OutputError)
         return not journal.opened or (journal.has_something and not again)
 
     with folder.writing(keep), journal:

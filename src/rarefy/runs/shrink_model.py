@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from rarefy.errors import ModelError
+from rarefy.layer.passes import finite
 from rarefy.runs.events import Watch
 from rarefy.runs.shrink_plan import ShrinkPlan
 from rarefy.structure.config import number_in
@@ -70,6 +71,9 @@ class _Making:
 
     def carry_out(self, model: PreTrainedModel) -> Smaller:
         recipe = self.plan.recipe
+        for name, weight in model.named_parameters():
+            if not finite(weight):
+                raise ModelError.sentence(f"{name} of {recipe.model} has NaN or infinity.")
         facts: dict[str, Any] = {"before": self.plan.before.to_dict(), "repair": recipe.repair}
         facts |= {"choose": recipe.choose, "search": None, "blocks": None, "parts": [], "dense_path": []}
         searched: tuple[int, ...] | None = None

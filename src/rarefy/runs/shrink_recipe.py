@@ -17,6 +17,7 @@ from rarefy.runs.recipe import (
     QUICK_WINDOWS,
     Number,
     Whole,
+    check_tokens,
     what_is_wrong,
 )
 from rarefy.runs.recipe_file import Told, refuse_unknown
@@ -151,7 +152,9 @@ class ShrinkRecipe(BaseModel):
         if context is not None and length > context:
             raise InputError("--sequence-length", length, f"at most {context}, the model's longest context")
         filled = {"calibration": self.calibration or DEFAULT_CALIBRATION, "sequence_length": length}
-        return self.model_copy(update={**filled, "num_samples": self.num_samples or num})
+        num = self.num_samples or num
+        check_tokens(num, length)
+        return self.model_copy(update={**filled, "num_samples": num})
 
     @property
     def window_shape(self) -> tuple[int, int]:

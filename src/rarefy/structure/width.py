@@ -43,8 +43,8 @@ class ExitRecord:
 
     Errors are relative, as those of layers (``LayerProblem.relative_error``), of the weight before rounding; where
     the exit aims at the dense path, they are those from that aim. ``drift`` is the energy by which the
-    states behind its block differ from the dense model's before that, over the energy of these, ``drift_left``
-    afterwards.
+    states behind its block differ from the dense model's, over the energy of these, with the exit's removed columns
+    at zero and nothing else changed, ``drift_left`` with the repair.
     """
 
     name: str
@@ -188,7 +188,8 @@ class _Solve:
             columns = _chosen(problem, Columns(number * parts.width, parts.width), self.choice, self.damping)
             masked = apply_mask(problem.W0, columns.expand(problem.shape).contiguous())
             weight = refit_columns(problem, columns, self.damping)[0] if self.repair else masked
-        drifts = (gap.left(dense, dense.W0), gap.left(dense, weight)) if gap else (None, None)
+        unrepaired = apply_mask(dense.W0, columns.expand(problem.shape).contiguous())
+        drifts = (gap.left(dense, unrepaired), gap.left(dense, weight)) if gap else (None, None)
         kept = columns.view(parts.number, parts.width)[:, 0].cpu()
         return weight, kept, (problem.relative_error(masked), problem.relative_error(weight), *drifts)
 

@@ -19,6 +19,9 @@ from rarefy.sweeps.shrinking import is_shrinking
 from rarefy.sweeps.systems import System, check_names, read_systems
 from rarefy.sweeps.wanted import LeftOut, Wanted, settings_of, shrinking_cells, wanted_cells
 
+#: Each draws windows of its own, and has a cell for each row: nobody waits for more.
+_MOST_SEEDS = 1000
+
 
 @dataclass(frozen=True)
 class Checked:
@@ -90,8 +93,8 @@ def _check_axes(options: Options, systems: Sequence[System]) -> None:
         raise InputError.sentence(
             "--methods is missing: name one or more, such as magnitude,wanda,sparsegpt, or a file of --systems."
         )
-    if options.seeds < 1:
-        raise InputError("--seeds", options.seeds, "a whole number of at least 1")
+    if not 1 <= options.seeds <= _MOST_SEEDS:
+        raise InputError("--seeds", options.seeds, f"a whole number from 1 to {_MOST_SEEDS:,}")
     for argument, values in (
         ("--methods", options.methods), ("--sparsity", options.sparsities), ("--pattern", options.patterns),
         ("--size", options.sizes),

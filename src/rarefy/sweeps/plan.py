@@ -174,7 +174,8 @@ def plan_sweep(options: Options, folder: SweepFolder) -> Plan:
         _check_tuning_windows(pruning, calibration, tokens, measures.bos_id)
     settings = _settings(options, source, recipe, measures, tokens)
     folder.check_same(settings)
-    folder.check_rows({cell.method: cell.system.definition() if cell.system else None for cell in pruning})
+    rows = {cell.method: None for cell in cells}
+    folder.check_rows(rows | {cell.method: cell.system.definition() if cell.system else None for cell in pruning})
     return Plan(
         cells,
         source,

@@ -40,7 +40,7 @@ def shrink_recipe(method: str, said: Mapping[str, Any], settings: Mapping[str, A
     settings = settings or {}
     _, _, rest = method.partition(":")
     kind, _, rule = rest.partition(":")
-    if kind not in _KINDS:
+    if kind not in _KINDS or method.endswith(":"):
         allowed = ", ".join(f"{PREFIX}:{one}" for one in _KINDS)
         raise InputError("--methods", method, f"{allowed}, or with a rule, such as {PREFIX}:blocks:kl")
     keys: dict[str, Any] = {"search": True, **said, **settings}
