@@ -260,6 +260,7 @@ def test_the_systems_of_the_papers(options: Options, tmp_path: Path) -> None:
         ('["A"]\ninclude = ["nothing"]', r'"A" of .*systems.toml: include is .nothing.'),
         ('["A"]\nsettings = {steps = {a = 1}}', r'settings in "A"'),
         ('["A"]\nsettings = {luck = 1}', "luck"),
+        ('["A"]\nmethod = "shrink:blocks"', r'method in "A" of .* is .shrink:blocks., but a system prunes'),
         ('["A"]\nseed = 1', r'seed in "A" of .* is the same for all systems'),
         ('["A"]\nsparsity = 0.5', r"sparsities = \[0.5\] limits a system"),
         ('["A"]\nsparsities = [1.5]', r'sparsities in "A" of .* must be a list of numbers'),

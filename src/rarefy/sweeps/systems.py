@@ -29,6 +29,7 @@ from rarefy.errors import InputError, RecipeError
 from rarefy.runs.recipe import Recipe, parse_pattern
 from rarefy.runs.recipe_file import Told, read_bounded, refuse_unknown
 from rarefy.runs.tune_recipe import TuneRecipe
+from rarefy.sweeps.shrinking import is_shrinking
 
 #: Keys of a recipe that all cells have in common, and that only the command line says.
 SHARED = (
@@ -116,6 +117,11 @@ def _system(name: str, table: Any, file: Path) -> System:
             raise RecipeError.sentence(
                 f"{key} in {told.where} is the same for all systems, so the command line says it{more}."
             )
+    if is_shrinking(str(table.get("method"))):
+        raise RecipeError.sentence(
+            f"method in {told.where} is {table['method']!r}, but a system prunes: --methods and --size compare "
+            "what makes a model smaller."
+        )
     keys = {key: value for key, value in table.items() if key not in _OWN}
     return System(
         name,
