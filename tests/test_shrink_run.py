@@ -331,6 +331,16 @@ def test_mistakes_are_one_sentence_and_leave_nothing(rarefy_: Rarefy, shelf: Pat
     assert not Path("out").exists()
 
 
+@pytest.mark.parametrize("more", [["--num-samples", 10], ["--num-samples", 9], ["--no-repair"]])
+def test_a_repair_with_few_tokens_is_said(rarefy_: Rarefy, shelf: Path, llama: Path, more: list[object]) -> None:
+    done = rarefy_(*arguments(shelf, llama, "--neurons", 0.5, "--multiple", 8, *more, "-o", "out", "--no-texts"))
+    assert done.status == 0, done.err
+    said = (
+        "a repair with 288 calibration tokens for 64 neurons may do harm: take 5 tokens for each or more" in done.err
+    )
+    assert said == (more == ["--num-samples", 9])
+
+
 def test_a_weight_that_is_no_number_is_named_and_leaves_nothing(rarefy_: Rarefy, shelf: Path) -> None:
     model = deep("llama", 3)
     model.model.layers[1].mlp.down_proj.weight.data[3, 5] = torch.nan
