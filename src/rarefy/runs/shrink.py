@@ -124,8 +124,8 @@ class _Run:
         _, neurons = self.plan.keep.get("neurons", (0, 0))
         if self.plan.recipe.repair and tokens < _FEW * neurons:
             self.events.note(
-                f"a repair with {tokens:,} calibration tokens for {neurons:,} neurons may do harm: take {_FEW} tokens "
-                "for each or more, by --num-samples and --sequence-length, or --no-repair"
+                f"a repair with {tokens:,} calibration tokens for {neurons:,} neurons may do harm: take {_FEW} "
+                "tokens for each or more, by --num-samples and --sequence-length, or --no-repair"
             )
 
     def carry_out(self, command: Sequence[str]) -> ShrinkResult:
