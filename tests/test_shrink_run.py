@@ -331,7 +331,7 @@ def test_mistakes_are_one_sentence_and_leave_nothing(rarefy_: Rarefy, shelf: Pat
     assert not Path("out").exists()
 
 
-@pytest.mark.parametrize("more", [["--num-samples", 10], ["--num-samples", 9], ["--no-repair"]])
+@pytest.mark.parametrize("more", [["--num-samples", 10], ["--num-samples", 9], ["--num-samples", 9, "--no-repair"]])
 def test_a_repair_with_few_tokens_is_said(rarefy_: Rarefy, shelf: Path, llama: Path, more: list[object]) -> None:
     done = rarefy_(*arguments(shelf, llama, "--neurons", 0.5, "--multiple", 8, *more, "-o", "out", "--no-texts"))
     assert done.status == 0, done.err
