@@ -26,7 +26,7 @@ def by_numpy(values: Tensor) -> bool:
 
 def piece(values: Tensor, cached: int) -> int:
     """How many entries to work on at a time: on a CPU ``cached``, which its cache holds, elsewhere many."""
-    return cached if values.device.type == "cpu" else max(cached, _ELSEWHERE)
+    return cached if values.device.type == "cpu" else _ELSEWHERE
 
 
 def compare(how: Callable[[Any, Any], Any], values: Tensor, threshold: Tensor | float) -> Bool[Tensor, "*shape"]:

@@ -83,12 +83,18 @@ def shifted_inverse(
     Raises NumericalError where A + shift I is not positive definite.
     """
     inverse = A.clone() if out is None else out.copy_(A)
-    inverse.diagonal().add_(shift)
-    factor = _cholesky_(inverse)
-    if factor is None:
-        raise NumericalError("The damped Gram matrix is not positive definite.")
+    factor = _shifted_cholesky_(inverse, shift)
     torch.cholesky_inverse(factor, out=factor)
     return inverse
+
+
+def _shifted_cholesky_(A: Float[Tensor, "in in"], shift: float) -> Float[Tensor, "in in"]:
+    """The lower Cholesky factor of A + shift I in the memory of A. Raises NumericalError where there is none."""
+    A.diagonal().add_(shift)
+    factor = _cholesky_(A)
+    if factor is None:
+        raise NumericalError("The damped Gram matrix is not positive definite.")
+    return factor
 
 
 def times_damped_inverse(B: Float[Tensor, "rows in"], scaled: Scaled, damping: float) -> Float[Tensor, "rows in"]:
@@ -96,12 +102,8 @@ def times_damped_inverse(B: Float[Tensor, "rows in"], scaled: Scaled, damping: f
 
     Raises NumericalError where that has no Cholesky factor.
     """
-    A = scaled.A.clone()
-    A.diagonal().add_(damping)
-    factor = _cholesky_(A)
-    if factor is None:
-        raise NumericalError("The Gram matrix is not positive definite, even with damping.")
-    step: Tensor = torch.cholesky_solve((B.to(A) / scaled.s).T, factor).T / scaled.s
+    factor = _shifted_cholesky_(scaled.A.clone(), damping)
+    step: Tensor = torch.cholesky_solve((B.to(factor) / scaled.s).T, factor).T / scaled.s
     return step
 
 

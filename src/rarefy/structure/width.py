@@ -188,8 +188,10 @@ class _Solve:
             columns = _chosen(problem, Columns(number * parts.width, parts.width), self.choice, self.damping)
             masked = apply_mask(problem.W0, columns.expand(problem.shape).contiguous())
             weight = refit_columns(problem, columns, self.damping)[0] if self.repair else masked
-        unrepaired = apply_mask(dense.W0, columns.expand(problem.shape).contiguous())
-        drifts = (gap.left(dense, unrepaired), gap.left(dense, weight)) if gap else (None, None)
+        drifts: tuple[float | None, float | None] = (None, None)
+        if gap:
+            unrepaired = apply_mask(dense.W0, columns.expand(problem.shape).contiguous())
+            drifts = (gap.left(dense, unrepaired), gap.left(dense, weight))
         kept = columns.view(parts.number, parts.width)[:, 0].cpu()
         return weight, kept, (problem.relative_error(masked), problem.relative_error(weight), *drifts)
 

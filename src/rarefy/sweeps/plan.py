@@ -174,8 +174,8 @@ def plan_sweep(options: Options, folder: SweepFolder) -> Plan:
         _check_tuning_windows(pruning, calibration, tokens, measures.bos_id)
     settings = _settings(options, source, recipe, measures, tokens)
     folder.check_same(settings)
-    rows = {cell.method: None for cell in cells}
-    folder.check_rows(rows | {cell.method: cell.system.definition() if cell.system else None for cell in pruning})
+    systems = {cell.method: cell.system.definition() for cell in pruning if cell.system}
+    folder.check_rows({cell.method: systems.get(cell.method) for cell in cells})
     return Plan(
         cells,
         source,
