@@ -14,12 +14,13 @@ from transformers import PreTrainedModel
 from models_for_tests import build
 from rarefy.errors import ModelError
 from rarefy.models.blocks import find_blocks
-from rarefy.structure import dense_path
+from rarefy.structure import dense_path, exits
 from rarefy.structure.dense_path import HOLE, LATER, DensePath, exit_factor
 from rarefy.structure.depth import BlockSets
+from rarefy.structure.exits import ExitRecord
 from rarefy.structure.parts import find_parts
 from rarefy.structure.shrink import Removal, shrink, with_order
-from rarefy.structure.width import ExitRecord, remove_parts, towards_dense
+from rarefy.structure.width import remove_parts, towards_dense
 from test_shrink import deep
 
 WINDOWS = torch.randint(3, 160, (24, 32), generator=torch.Generator().manual_seed(1))
@@ -62,7 +63,7 @@ def entering(model: PreTrainedModel, linear: nn.Module) -> Tensor:
 def test_the_exit_before_a_hole_is_the_solution_of_plain_least_squares(
     architecture: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dense_path, "DAMPING", 1e-7)
+    monkeypatch.setattr(exits, "DAMPINGS", (1e-7,))
     dense = deep(architecture, 5)
     kept = (0, 1, 4)
     plain = shrink(copy.deepcopy(dense), Removal(kept))
@@ -129,12 +130,12 @@ def test_blocks_that_do_nothing_leave_all_others_as_they_are() -> None:
 def test_the_share_is_of_the_place() -> None:
     dense = deep("llama", 5)
     small = shrink(dense, Removal((0, 2, 4)))
-    exits = find_parts(small, "neurons").exits
-    path = DensePath(dense, (0, 2, 4), small, exits, WINDOWS[:2], 2)
+    ends = find_parts(small, "neurons").exits
+    path = DensePath(dense, (0, 2, 4), small, ends, WINDOWS[:2], 2)
     assert [path.share(place, changed=place > 0) for place in range(3)] == [HOLE, HOLE, LATER]
-    path = DensePath(dense, (0, 1, 2), small, exits, WINDOWS[:2], 2)
+    path = DensePath(dense, (0, 1, 2), small, ends, WINDOWS[:2], 2)
     assert [path.share(place, changed=False) for place in range(3)] == [0, 0, HOLE]
-    path = DensePath(dense, (2, 3, 4), small, exits, WINDOWS[:2], 2)
+    path = DensePath(dense, (2, 3, 4), small, ends, WINDOWS[:2], 2)
     assert [path.share(place, changed=False) for place in range(3)] == [LATER] * 3
 
 

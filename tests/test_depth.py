@@ -12,10 +12,11 @@ from rarefy.evaluation.divergence import divergence
 from rarefy.models.blocks import find_blocks
 from rarefy.structure import rules
 from rarefy.structure.depth import BlockSets, lowest, with_copies
+from rarefy.structure.exits import CHOICES
 from rarefy.structure.parts import find_parts
 from rarefy.structure.rules import RULES, choose_blocks, taylor_scores
 from rarefy.structure.shrink import Removal, shrink, with_order
-from rarefy.structure.width import CHOICES, remove_parts
+from rarefy.structure.width import remove_parts
 from test_shrink import deep
 
 WINDOWS = torch.randint(3, 160, (4, 16), generator=torch.Generator().manual_seed(1))

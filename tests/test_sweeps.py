@@ -24,7 +24,7 @@ from cli_for_tests import Rarefy, is_one_sentence
 from models_for_tests import make_model, make_tokenizer, save_folder
 from rarefy.calibration.sources import parse_source
 from rarefy.calibration.windows import draw_windows, token_stream
-from rarefy.errors import InputError
+from rarefy.errors import InputError, ModelError
 from rarefy.evaluation.perplexity import perplexity
 from rarefy.layer.pattern import NM, Pattern, Unstructured
 from rarefy.layer.problem import LayerProblem
@@ -438,7 +438,18 @@ def test_sparse_and_smaller_models_in_one_table(options: Options, text: Path, tm
     again = [cell["started"] for cell in sweep(asked, out)]
     assert again == [cell["started"] for cell in cells]  # nothing is computed twice
     write_report([out])
-    assert "shrink:search:kl" in (out / "report.html").read_text()
+    page = (out / "report.html").read_text()
+    assert "shrink:search:kl" in page
+    assert "<td>shrink:search:kl</td><td>75% of the parameters</td><td>0</td><td>0</td>" not in page  # no zeros
+
+
+def test_a_weight_that_is_no_number_is_named_before_a_model_becomes_smaller(options: Options, tmp_path: Path) -> None:
+    model = deep("llama", 3)
+    model.model.layers[1].mlp.down_proj.weight.data[3, 5] = torch.nan
+    folder = save_folder(model, tmp_path / "nan")
+    asked = replace(options, model=str(folder), methods=["shrink:blocks"], patterns=[], sparsities=[], sizes=["0.75"])
+    with pytest.raises(ModelError, match=r"layers\.1\.mlp\.down_proj\.weight of .* has NaN or infinity"):
+        sweep(asked, tmp_path / "out")
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ for each batch of windows. From then on a block is called by itself.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -56,7 +56,7 @@ class HiddenStates:
     ``calls[b][i]`` is how block b is called for batch i; equal tensors are stored once. ``release`` gives back the
     memory of states that are in a file; it may be called whenever no batch is being read. ``carried`` is what
     enters later blocks besides. The blocks themselves have the windows in dimension ``window_dim``, and in some
-    models there are more dimensions than three.
+    models there are more dimensions than three. ``only`` are the batches that are read, if not all.
     """
 
     states: Float[Tensor, "num length hidden"]
@@ -67,6 +67,7 @@ class HiddenStates:
     release: Callable[[], None] = _keep
     window_dim: int = 0
     carried: Carried = field(default_factory=Carried)
+    only: Sequence[int] | None = None
 
     def __post_init__(self) -> None:
         self._ahead = Ahead(self.states, self.device)
@@ -78,8 +79,12 @@ class HiddenStates:
 
     def slices(self) -> Iterator[tuple[int, slice]]:
         """Batch number and the windows it holds."""
-        for i in range(self.num_batches):
+        for i in range(self.num_batches) if self.only is None else self.only:
             yield i, slice(i * self.batch_size, (i + 1) * self.batch_size)
+
+    def of_batches(self, batches: Sequence[int]) -> HiddenStates:
+        """The same states, of which these batches alone are read; not to be advanced."""
+        return replace(self, only=batches)
 
     @property
     def crosses(self) -> bool:

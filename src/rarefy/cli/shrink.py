@@ -96,7 +96,12 @@ def shrink(
         ),
     ] = None,
     damping: Annotated[
-        Text, typer.Option(metavar="D", help="Damping, as a share of each input's own energy (default: 0.01).")
+        Text,
+        typer.Option(
+            metavar="D",
+            help="Damping of the refit, as a share of each input's own energy (default: what does best on windows "
+            "held out of it).",
+        ),
     ] = None,
     calibration: Annotated[
         Text, typer.Option(metavar="SOURCE", help="Calibration text, as for `rarefy prune` (default: self).")

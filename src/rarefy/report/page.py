@@ -25,19 +25,23 @@ def render(runs: Sequence[RunView], sweeps: Sequence[SweepView] = ()) -> str:
     views = [*runs, *first_seeds]
     summaries = [sections.summary(view) for view in runs]
     summaries += [part for sweep in sweeps for part in sections.sweep_summary(sweep)]
-    proofs = [*(sections.proof(view) for view in runs), *(sections.sweep_proof(sweep) for sweep in sweeps)]
+    # A run that made the model smaller promises no zeros.
+    sparse = [view for view in runs if view.layers]
+    proofs = [sections.proof(view) for view in sparse]
+    proofs += [sections.sweep_proof(sweep) for sweep in sweeps if any(cell.layers for cell in sweep.cells)]
+    limits = [Part(text=_LIMITS)] if proofs else []
     shown = [
         Section("summary", "Summary", summaries),
         Section("shrinking", "What was removed", shrinking(runs)),
-        Section("loss", "Loss against sparsity", sections.loss(runs, sweeps)),
+        Section("loss", "Loss against sparsity", sections.loss(sparse, sweeps)),
         Section("errors", "Error of each layer", sections.errors(runs, first_seeds)),
         Section("proof", "Sparsity and pattern", proofs),
-        Section("iterations", "Iterations", sections.iterations(views)),
+        Section("iterations", "Iterations", sections.iterations([view for view in views if view.layers])),
         Section("tuning", "Tuning", tuning(runs)),
         Section("time", "Time", sections.time(runs, sweeps)),
         Section("texts", "What the models write", sections.texts(runs, sweeps)),
         Section("recipe", "Command, recipe and versions", sections.recipes(runs, sweeps)),
-        Section("limits", "What the zeros gain, and what they do not", [Part(text=_LIMITS)]),
+        Section("limits", "What the zeros gain, and what they do not", limits),
     ]
     names = [view.label for view in runs] + [f"comparison on {sweep.sweep['settings']['model']}" for sweep in sweeps]
     return _TEMPLATE.render(

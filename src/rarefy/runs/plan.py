@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from rarefy.pruning.settings import PerLayer, Uniform
     from rarefy.runs.fingerprint import Fingerprint
     from rarefy.runs.recipe import Recipe
+    from rarefy.runs.shrink_recipe import ShrinkRecipe
 
 #: From this share of the blocks' weights on, a run says that weights outside of linears stay dense.
 _MUCH = 0.1
@@ -85,7 +86,7 @@ class Plan:
         return [f"{share:.0%} of the weights in the model's blocks are in no linear, and stay as they are: {name}"]
 
 
-def calibration_words(recipe: Recipe) -> str:
+def calibration_words(recipe: Recipe | ShrinkRecipe) -> str:
     """How many windows of how many tokens from where."""
     num, length = recipe.window_shape
     return f"calibration: {num:,} windows of {length:,} tokens from {recipe.calibration}"

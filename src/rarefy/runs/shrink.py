@@ -18,8 +18,9 @@ from rarefy.runs.card import base_model, model_card
 from rarefy.runs.events import Events, Silent
 from rarefy.runs.fingerprint import versions
 from rarefy.runs.folder import RunFolder
+from rarefy.runs.plan import calibration_words
 from rarefy.runs.shrink_journal import ShrinkJournal
-from rarefy.runs.shrink_model import Smaller, make_smaller
+from rarefy.runs.shrink_model import Smaller, check_weights, make_smaller
 from rarefy.runs.shrink_plan import ShrinkPlan, make_shrink_plan
 from rarefy.runs.shrink_recipe import ShrinkRecipe
 from rarefy.runs.verify import count_tensors, inspect_folder
@@ -30,8 +31,6 @@ if TYPE_CHECKING:
 
 #: Tokens on which what is written is compared with what is in memory.
 _PROBE = 32
-#: Calibration tokens for each neuron below which a repair may do harm: with 1.3 it did, with 5 it helped (SmolLM2).
-_FEW = 5
 #: How far their logits may be apart, as a share: the same weights, on the same machine.
 _SAME = 1e-3
 
@@ -119,15 +118,6 @@ class _Run:
         self.seconds: dict[str, float] = {}
         self._clock = self._started = time.perf_counter()
 
-    def _warn_of_few(self, tokens: int) -> None:
-        """Say so where a repair would follow the noise of the calibration text."""
-        _, neurons = self.plan.keep.get("neurons", (0, 0))
-        if self.plan.recipe.repair and tokens < _FEW * neurons:
-            self.events.note(
-                f"a repair with {tokens:,} calibration tokens for {neurons:,} neurons may do harm: take {_FEW} "
-                "tokens for each or more, by --num-samples and --sequence-length, or --no-repair"
-            )
-
     def carry_out(self, command: Sequence[str]) -> ShrinkResult:
         """All stages in their order."""
         from rarefy.models.checkpoint import load_model
@@ -135,12 +125,13 @@ class _Run:
         began, plan, recipe = datetime.now(UTC), self.plan, self.plan.recipe
         model, tokenizer = load_model(plan.source, plan.device, recipe.dtype)
         dtype = model.dtype
+        check_weights(model, recipe.model)
+        self.events.note(calibration_words(recipe))
         self._lap("load")
         dense_texts = self._texts_of(model, tokenizer)
         if self.journal.has_something:
             self.events.note("the run goes on with what has been measured before")
         windows = self._windows(model)
-        self._warn_of_few(windows.numel())
         self._lap("text")
         smaller = make_smaller(
             model, windows, plan, self.events.watch, memo=self.journal.memo, finished=self.journal, lap=self._lap

@@ -15,6 +15,7 @@ from rarefy.runs.shrink_plan import ShrinkPlan
 from rarefy.structure.config import number_in
 from rarefy.structure.dense_path import DensePath
 from rarefy.structure.depth import BlockSets
+from rarefy.structure.exits import ExitRecord
 from rarefy.structure.memo import Memo
 from rarefy.structure.parts import Parts, find_parts
 from rarefy.structure.rules import Chosen, choose_blocks
@@ -22,7 +23,7 @@ from rarefy.structure.search import block_sets, search_counts
 from rarefy.structure.shrink import Removal, with_order
 from rarefy.structure.shrink import shrink as shrunk
 from rarefy.structure.size import size_of
-from rarefy.structure.width import ExitRecord, Finished, remove_parts, towards_dense
+from rarefy.structure.width import Finished, remove_parts, towards_dense
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -58,6 +59,13 @@ def make_smaller(
     return _Making(plan, windows, watch, Memo() if memo is None else memo, finished, lap).carry_out(model)
 
 
+def check_weights(model: PreTrainedModel, called: str) -> None:
+    """Raise ModelError where a weight is NaN or infinite; the model is ``called`` so."""
+    for name, weight in model.named_parameters():
+        if not finite(weight):
+            raise ModelError.sentence(f"{name} of {called} has NaN or infinity.")
+
+
 @dataclass
 class _Making:
     """The stages; ``plan`` has the counts that a search found once that is over."""
@@ -71,9 +79,6 @@ class _Making:
 
     def carry_out(self, model: PreTrainedModel) -> Smaller:
         recipe = self.plan.recipe
-        for name, weight in model.named_parameters():
-            if not finite(weight):
-                raise ModelError.sentence(f"{name} of {recipe.model} has NaN or infinity.")
         facts: dict[str, Any] = {"before": self.plan.before.to_dict(), "repair": recipe.repair}
         facts |= {"choose": recipe.choose, "search": None, "blocks": None, "parts": [], "dense_path": []}
         searched: tuple[int, ...] | None = None

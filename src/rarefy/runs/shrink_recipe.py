@@ -59,7 +59,7 @@ class ShrinkRecipe(BaseModel):
         "interactions", description="interactions, single or wanda"
     )
     repair: bool = Field(True, description="true or false")
-    damping: Number = Field(0.01, ge=0, allow_inf_nan=False, description="a number of at least 0")
+    damping: Number | None = Field(None, ge=0, allow_inf_nan=False, description="a number of at least 0")
     calibration: str | None = Field(None, min_length=1, description="a source of text, such as self or a .txt file")
     text_column: str | None = Field(None, min_length=1, description="the name of a column of the calibration's rows")
     num_samples: Whole | None = Field(None, ge=1, description=f"{_WHOLE} 1 (windows)")
@@ -118,8 +118,8 @@ class ShrinkRecipe(BaseModel):
         if self.blocks is not None and self.blocks >= 1 and self.blocks != int(self.blocks):
             raise InputError(written("blocks"), self.blocks, f"{_WHOLE} 1, or {_SHARE}")
 
-    def check_read(self, options: Collection[str]) -> None:
-        """Raise InputError where nothing reads one of these keys, which the command line has."""
+    def _unread(self) -> dict[str, str]:
+        """The keys that nothing reads, and with what something would."""
         needs = {key: f"--by {rule}" for key, rule in _RULE_OF.items() if rule != self.by}
         if not self.search:
             needs["candidates"] = "--search"
@@ -129,9 +129,13 @@ class ShrinkRecipe(BaseModel):
                 needs |= dict.fromkeys(("choose", "damping"), "--heads, --neurons or --search")
             if self.neurons is None:
                 needs["multiple"] = "--neurons or --search"
-        for key, words in needs.items():
+        return needs
+
+    def check_read(self, options: Collection[str]) -> None:
+        """Raise InputError where nothing reads one of these keys, which the command line has."""
+        for key, words in self._unread().items():
             if key in options and getattr(self, key) != type(self).model_fields[key].default:
-                option = "--" + key.replace("_", "-")
+                option = ("--no-" if getattr(self, key) is False else "--") + key.replace("_", "-")
                 raise InputError.sentence(f"{option} goes with {words}, without which nothing reads it.")
 
     def _check_search(self, written: Callable[[str], str], said: Sequence[str]) -> None:
@@ -164,7 +168,8 @@ class ShrinkRecipe(BaseModel):
         return self.num_samples, self.sequence_length
 
     def to_yaml(self) -> str:
-        """The recipe as YAML that ``read`` reads back; what is not said is left out."""
-        values = self.model_dump(exclude_none=True)
-        values["among"] = list(self.among)  # YAML has no tuples
+        """The recipe as YAML that ``read`` reads back; what is not said, and what nothing reads, is left out."""
+        values = self.model_dump(exclude_none=True, exclude={*self._unread(), "among"})
+        if self.among:
+            values["among"] = list(self.among)  # YAML has no tuples
         return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, default_flow_style=False)

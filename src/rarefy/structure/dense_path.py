@@ -16,8 +16,8 @@ from the removed blocks, and a small one elsewhere, where all of (1) would follo
 An exit whose output a block changes before it adds it (a norm behind the MLP) has no such c, and is not repaired.
 
 Source: a removed block as a linear map that goes into the MLP before it is "ReplaceMe", arXiv 2505.02819, with a map
-of what the MLP puts out; here it is one of the neurons, as many as there are. Share and damping elsewhere
-are those of drift in pruning (pruning/drift.py, after GPTAQ, arXiv 2504.02692).
+of what the MLP puts out; here it is one of the neurons, as many as there are. The share elsewhere
+is that of drift in pruning (pruning/drift.py, after GPTAQ, arXiv 2504.02692); for the damping see exits.py.
 Cost: the dense model's states of all windows beside the others, and per repaired block a pass and a product more.
 """
 
@@ -42,7 +42,6 @@ from rarefy.models.sites import LinearSite
 
 #: Shares of (1) that an exit takes: before removed blocks, and elsewhere.
 HOLE, LATER = 1.0, 0.25
-DAMPING = 0.05
 
 #: What is added to an exit must come out of its block but for a factor, up to this in float32 and in half precision.
 _SAME, _SAME_IN_HALF = 1e-3, 0.1
@@ -58,9 +57,14 @@ class Gap:
     factor: float
     share: float
 
-    def target(self, problem: LayerProblem) -> Float[Tensor, "out inputs"]:
+    def __add__(self, other: Gap) -> Gap:
+        """What this one and that of other windows show together."""
+        energies = self.energy + other.energy, self.dense_energy + other.dense_energy
+        return Gap(self.M + other.M, *energies, self.factor, self.share)
+
+    def target(self, problem: LayerProblem, damping: float) -> Float[Tensor, "out inputs"]:
         """(2). Raises NumericalError where H cannot be factored."""
-        step = times_damped_inverse(self.M, problem.scaled, DAMPING)
+        step = times_damped_inverse(self.M, problem.scaled, damping)
         return problem.W0 + (self.share / self.factor) * step * (problem.scaled.live > 0)
 
     def left(self, problem: LayerProblem, W: Float[Tensor, "out inputs"]) -> float:
@@ -111,13 +115,11 @@ class DensePath:
             self._states.advance(block.module, block.index)
         self._done = self._ends[place]
 
-    def gap(self, stream: HiddenStates, block: Block, site: LinearSite, changed: bool) -> Gap | None:
+    def gap(self, stream: HiddenStates, block: Block, site: LinearSite, share: float) -> Gap:
         """How far what leaves a block is from this path; ``stream`` enters it, and ``site`` is its exit.
 
-        None where the exit leaves that as it is; ``changed`` as for ``share``.
+        Of (1) the exit is to take a ``share``.
         """
-        if not (share := self.share(block.index, changed)):
-            return None
         M = torch.zeros(site.shape, device=site.parameter.device)
         energy = dense_energy = 0.0
         seen: list[Tensor] = []

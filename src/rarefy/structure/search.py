@@ -22,13 +22,13 @@ from typing import Any
 from torch import nn
 
 from rarefy.errors import ModelError
-from rarefy.layer.removal import DAMPING
 from rarefy.structure.counts import Counts
 from rarefy.structure.depth import BlockSets
+from rarefy.structure.exits import Choice
 from rarefy.structure.parts import Kind, find_parts
 from rarefy.structure.rules import Rule, Watch, choose_blocks, silent
 from rarefy.structure.shrink import Removal, shrink, with_order
-from rarefy.structure.width import Choice, remove_parts, towards_dense
+from rarefy.structure.width import remove_parts, towards_dense
 
 #: The share of the windows on which candidates are measured; they are repaired with the others.
 MEASURED = 1 / 4
@@ -128,7 +128,7 @@ def search_counts(
     *,
     choice: Choice = "interactions",
     repair: bool = True,
-    damping: float = DAMPING,
+    damping: float | None = None,
     watch: Watch = silent,
 ) -> Searched:
     """The candidate whose model has the lowest KL to the dense one, and all that were measured.
@@ -181,7 +181,7 @@ class _Maker:
     remove: tuple[int, ...]
     choice: Choice
     repair: bool
-    damping: float
+    damping: float | None
 
     def kl(self, one: Round, last: Round) -> float | None:
         """The KL in a round, of which ``last`` is the last one; None where the candidate has no stock form."""

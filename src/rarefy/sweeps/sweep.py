@@ -21,6 +21,7 @@ from rarefy.runs.card import base_model, model_card
 from rarefy.runs.events import Watch, unwatched
 from rarefy.runs.fingerprint import versions
 from rarefy.runs.folder import RunFolder
+from rarefy.runs.shrink_model import check_weights
 from rarefy.runs.texts import kept_texts
 from rarefy.structure.memo import Memo
 from rarefy.sweeps.folder import SweepFolder
@@ -73,6 +74,8 @@ def run_sweep(
     if todo or folder.read_cell("dense") is None:
         with watch("loading") as _:
             model, tokenizer = load_model(sweep.source, sweep.device, sweep.settings["dtype"])
+        if any(isinstance(cell, ShrinkCell) for cell in todo):
+            check_weights(model, sweep.settings["model"])
         tokenizer = tokenizer or sweep.tokenizer
         weights = DenseWeights(find_blocks(model))
         if folder.read_cell("dense") is None:
