@@ -201,8 +201,16 @@ def test_a_sweep_of_systems_goes_on_and_shows_what_is_left_out(options: Options,
     markdown = (out / "results.md").read_text()
     assert "## Perplexity words" in markdown
     assert "| method | 50% | 2:4 |" in markdown
-    assert "| ALPS, ordered | - |" in markdown
+    assert "| ALPS, ordered | left out |" in markdown
     assert "- OWL, 2:4: " in markdown
+    # A later command on the folder, of another file, knows why.
+    other = write(tmp_path, '["more"]\nmethod = "magnitude"\nsparsities = [0.5]\npatterns = []\n')
+    sweep(replace(options, systems=other, patterns=[]), out)
+    markdown = (out / "results.md").read_text()
+    assert "| ALPS, ordered | left out |" in markdown
+    assert "- OWL, 2:4: " in markdown
+    (row,) = [line for line in markdown.splitlines() if line.startswith("| more |") and line.count("|") == 4]
+    assert row.endswith(" |  |")  # not computed yet
     write(tmp_path, SYSTEMS.replace("damping = 0.1", "damping = 0.2"))
     with pytest.raises(InputError, match='holds cells of "OWL", which was defined otherwise'):
         plan(replace(options, systems=file), out)
@@ -320,7 +328,7 @@ def test_a_file_that_cannot_be_read(options: Options, tmp_path: Path) -> None:
          "--match goes with methods that prune"),
         ({"sparsities": ["1.5"], "methods": [], "systems": "SYSTEMS"}, "--sparsity is 1.5"),
         ({"patterns": ["4:2"], "methods": [], "systems": "SYSTEMS"}, "--pattern is '4:2'"),
-        ({"patterns": ["3:5"], "methods": [], "systems": "SYSTEMS", "sparsities": []}, "Nothing is left to compare"),
+        ({"patterns": ["3:5"], "methods": [], "systems": "SYSTEMS", "sparsities": []}, "compare; .* at 3:5 is left out: "),
     ],
 )  # fmt: skip
 def test_options_that_do_not_go_with_a_cell(

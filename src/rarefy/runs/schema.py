@@ -179,12 +179,19 @@ class _SweepSettings(_Content):
     limit: Count | float | None = None
 
 
+class _LeftOut(_Content):
+    name: str
+    asked: str
+    reason: str
+
+
 class SweepFacts(_Content):
     """``compare.json``."""
 
     settings: _SweepSettings
     command: str = ""
     versions: dict[str, str] = {}
+    left_out: list[_LeftOut] = []
 
 
 _RECORD = TypeAdapter(LayerRecord)

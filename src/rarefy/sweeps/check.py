@@ -15,9 +15,10 @@ from rarefy.runs.arguments import check_goes_with_tasks
 from rarefy.runs.recipe import DEFAULT_CALIBRATION, as_number
 from rarefy.runs.shrink_recipe import ShrinkRecipe
 from rarefy.sweeps.options import Options
+from rarefy.sweeps.results import LeftOut
 from rarefy.sweeps.shrinking import is_shrinking
 from rarefy.sweeps.systems import System, check_names, read_systems
-from rarefy.sweeps.wanted import LeftOut, Wanted, settings_of, shrinking_cells, wanted_cells
+from rarefy.sweeps.wanted import Wanted, settings_of, shrinking_cells, wanted_cells
 
 #: Each draws windows of its own, and has a cell for each row: nobody waits for more.
 _MOST_SEEDS = 1000

@@ -5,17 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rarefy.errors import OutputError
 from rarefy.models.atomic import refusals, remove_partial, replace_file, replacing_folder
 from rarefy.runs.fingerprint import versions
 from rarefy.runs.folder import RunFolder, check_new
 from rarefy.sweeps.markdown import to_markdown
-from rarefy.sweeps.results import summarise, to_csv
-
-if TYPE_CHECKING:
-    from rarefy.sweeps.wanted import LeftOut
+from rarefy.sweeps.results import LeftOut, summarise, to_csv
 
 #: What a difference between two commands is called.
 _WORDS = {
@@ -85,15 +82,18 @@ class SweepFolder:
                     "name, or name another folder."
                 )
 
-    def begin(self, facts: Mapping[str, Any]) -> None:
+    def begin(self, facts: Mapping[str, Any], left_out: Sequence[LeftOut] = ()) -> None:
         """Make the folder and say in it what the sweep is; clear away what a killed command left.
 
-        Raises OutputError where the disk refuses.
+        What is ``left_out`` joins what earlier commands on the folder left out. Raises OutputError where the disk
+        refuses.
         """
+        before = self.read_sweep().get("left_out", []) if self.exists else []
+        known = {(one["name"], one["asked"]): one for one in [*before, *map(vars, left_out)]}
         with refusals(self.path):
             self.cells.mkdir(parents=True, exist_ok=True)
             remove_partial(self.cells)
-            replace_file(self.sweep, json.dumps(facts, indent=2) + "\n")
+            replace_file(self.sweep, json.dumps({**facts, "left_out": [*known.values()]}, indent=2) + "\n")
 
     def read_sweep(self) -> dict[str, Any]:
         """What ``compare.json`` holds. Raises InputError where it is damaged or there is none."""
@@ -119,18 +119,19 @@ class SweepFolder:
         with replacing_folder(self.cells / name) as partial:  # in place of a failed one that is tried again
             fill(RunFolder(partial))
 
-    def write_results(
-        self, cells: Sequence[Mapping[str, Any]], command: str, left_out: Sequence[LeftOut] = ()
-    ) -> None:
+    def write_results(self, cells: Sequence[Mapping[str, Any]], command: str) -> None:
         """Write the three files of results anew."""
-        dense = self.read_cell("dense")
-        settings = self.read_sweep()["settings"]
+        dense, sweep = self.read_cell("dense"), self.read_sweep()
+        settings, summaries = sweep["settings"], summarise(cells)
+        there = {(one.method, one.asked) for one in summaries}
+        left_out = [LeftOut(one["name"], one["asked"], one["reason"]) for one in sweep.get("left_out", [])]
+        left_out = [one for one in left_out if (one.name, one.asked) not in there]
         content = {
             "command": command,
             "versions": versions(),
             "settings": settings,
             "dense": dense,
-            "summary": [vars(one) for one in summarise(cells)],
+            "summary": [vars(one) for one in summaries],
             "left_out": [vars(one) for one in left_out],
             "cells": list(cells),
         }

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from rarefy.runs.recipe import LOOP
 from rarefy.sweeps.results import (
     Facts,
+    LeftOut,
     Summary,
     heading_of,
     measurements,
@@ -16,9 +16,6 @@ from rarefy.sweeps.results import (
     summarise,
     table,
 )
-
-if TYPE_CHECKING:
-    from rarefy.sweeps.wanted import LeftOut
 
 
 def to_markdown(
@@ -67,14 +64,16 @@ def by_pattern(
             rows.append(["dense", *[number_words(key, measurements(dense).get(key))] * len(columns)])
         for name in dict.fromkeys([*names, *(one.name for one in left_out)]):
             own = {one.asked: one for one, its in zip(summaries, names, strict=True) if its == name}
-            rows.append([name, *(_value(key, own.get(column)) for column in columns)])
+            without = {one.asked for one in left_out if one.name == name}
+            rows.append([name, *(_value(key, own.get(column), column in without) for column in columns)])
         found[key] = rows
     return found
 
 
-def _value(key: str, summary: Summary | None) -> str:
+def _value(key: str, summary: Summary | None, left_out: bool) -> str:
+    """A mean; nothing where a cell has not been computed yet."""
     if summary is None:
-        return "-"
+        return "left out" if left_out else ""
     return spread(key, summary) if summary.seeds else "failed"
 
 

@@ -24,9 +24,10 @@ from rarefy.runs.tune_recipe import TuneRecipe
 from rarefy.sweeps.check import Checked, check_options
 from rarefy.sweeps.folder import SweepFolder
 from rarefy.sweeps.options import Options
+from rarefy.sweeps.results import LeftOut
 from rarefy.sweeps.shrinking import ShrinkCell, shrink_cell
 from rarefy.sweeps.systems import System, folder_name
-from rarefy.sweeps.wanted import LeftOut, Wanted
+from rarefy.sweeps.wanted import Wanted, nothing_left
 
 if TYPE_CHECKING:
     import torch
@@ -210,7 +211,7 @@ def _pruning_cells(
                 raise
             raise type(error).sentence(f"{wanted.system.told.where}: {error}") from None
     if checked.wanted and not cells:
-        raise InputError.sentence(f"Nothing is left to compare: {left_out[-1].reason}")
+        raise nothing_left(left_out[-1])
     seeds = range(checked.options.seeds)
     return [
         replace(cell, recipe=cell.recipe.model_copy(update={"seed": seed})) for seed in seeds for cell in cells

@@ -24,6 +24,15 @@ ENDING = ("relative_error", "measured_sparsity", "seconds", "tuning_seconds", "p
 
 
 @dataclass(frozen=True)
+class LeftOut:
+    """A cell that there is none of, by the name of its row and what its column says, and the sentence why."""
+
+    name: str
+    asked: str
+    reason: str
+
+
+@dataclass(frozen=True)
 class Summary:
     """One method with one pattern: ``mean`` and ``deviation`` of every measurement over the seeds that ended well.
 

@@ -67,7 +67,7 @@ def run_sweep(
     watch = watch or unwatched
     note = note or (lambda _: None)
     words = shlex.join(command)
-    folder.begin({"settings": dict(sweep.settings), "command": words, "versions": versions()})
+    folder.begin({"settings": dict(sweep.settings), "command": words, "versions": versions()}, sweep.left_out)
     todo = [cell for cell in sweep.cells if _is_missing(folder.read_cell(cell.name), sweep.retry)]
     if len(todo) < len(sweep.cells):
         note(f"{len(sweep.cells) - len(todo)} of {len(sweep.cells)} cells are there already")
@@ -96,9 +96,9 @@ def run_sweep(
                     label = f"[{done}/{len(sweep.cells)}] {cell.method}, {cell.pattern}, seed {seed}"
                     facts = _run_cell(sweep, folder, cell, making, tokenizer, states, words, label)
                     note(f"{label}: {_in_words(facts)}")
-                    folder.write_results(_in_order(sweep, folder), words, sweep.left_out)
+                    folder.write_results(_in_order(sweep, folder), words)
     found = _in_order(sweep, folder)
-    folder.write_results(found, words, sweep.left_out)
+    folder.write_results(found, words)
     return found
 
 

@@ -15,6 +15,7 @@ from rarefy.errors import InputError
 from rarefy.runs.recipe import DEFAULT_SPARSITY, STEP_SETTINGS, Recipe, as_number
 from rarefy.runs.shrink_recipe import ShrinkRecipe
 from rarefy.sweeps.options import Options
+from rarefy.sweeps.results import LeftOut
 from rarefy.sweeps.shrinking import PREFIX, is_shrinking, shrink_recipe
 from rarefy.sweeps.systems import SHARED, System
 
@@ -35,13 +36,9 @@ class Wanted:
     system: System | None = None
 
 
-@dataclass(frozen=True)
-class LeftOut:
-    """A cell that there is none of, and the sentence why."""
-
-    name: str
-    asked: str
-    reason: str
+def nothing_left(one: LeftOut) -> InputError:
+    """The error where all cells are left out, of which this is one."""
+    return InputError.sentence(f"Nothing is left to compare; {one.name} at {one.asked} is left out: {one.reason}")
 
 
 def wanted_cells(
@@ -64,7 +61,7 @@ def wanted_cells(
             else:
                 left_out.append(found)
     if left_out and not wanted and not options.sizes:
-        raise InputError.sentence(f"Nothing is left to compare: {left_out[0].reason}")
+        raise nothing_left(left_out[0])
     return wanted, left_out
 
 
