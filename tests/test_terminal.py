@@ -249,6 +249,21 @@ def test_a_log_in_no_folder_is_a_mistake(rarefy_: Rarefy, shelf: Path, tmp_path:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("command", ["prune", "shrink", "tune"])
+@pytest.mark.parametrize("log", ["out/run.log", "out/model/run.log", "../{here}/out/run.log"])
+def test_a_log_in_the_output_is_a_mistake(
+    rarefy_: Rarefy, shelf: Path, tmp_path: Path, command: str, log: str
+) -> None:
+    (tmp_path / "out").mkdir()
+    more = ["--blocks", 1] if command == "shrink" else ["--against", shelf / "model"] if command == "tune" else []
+    asked = (command, shelf / "model", "-o", "out", *more, "--calibration", shelf / "text.txt")
+    done = rarefy_(*asked, "--log", log.format(here=tmp_path.name))
+    assert (done.status, is_one_sentence(done.err)) == (2, True), done.err
+    assert "a file outside of --output, which holds nothing but the run" in done.err
+    assert [*tmp_path.iterdir()] == [tmp_path / "out"]
+    assert not any((tmp_path / "out").iterdir())
+
+
 def test_a_failure_is_the_last_line_of_the_log(rarefy_: Rarefy, shelf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt

@@ -151,7 +151,7 @@ def shrink(
         raise InputError.sentence("--output is missing: name a new or empty folder for the results (-o OUT).")
     if folder:
         folder.check()
-    with Terminal(quiet, log) as terminal:
+    with Terminal(quiet, log, output) as terminal:
         plan = make_shrink_plan(wanted)
         if dry_run or folder is None:
             _print_plan(plan)

@@ -32,16 +32,16 @@ class Terminal:
     ``quiet`` leaves out notes and progress. ``log`` is a file that gets a line, with the time, for each note,
     warning and pruned layer, and for an error that ends the command. It is opened by ``begin``, which a command
     calls once it has found no mistake: until then lines are kept, and a mistake leaves no file. Raises
-    OutputError where the file cannot be written.
+    OutputError where the file cannot be written, or lies in the folder ``output`` of a run, which holds nothing else.
     """
 
-    def __init__(self, quiet: bool = False, log: Path | None = None) -> None:
+    def __init__(self, quiet: bool = False, log: Path | None = None, output: Path | None = None) -> None:
         self.quiet = quiet
         self._path = log
         self._begun = False
         self._lines: list[str] = []
         if log is not None:
-            _check_log(log)
+            _check_log(log, output)
 
     def __enter__(self) -> Self:
         self._warnings = _warnings_to(self.warn)
@@ -98,9 +98,11 @@ class Terminal:
             self._path = None
 
 
-def _check_log(path: Path) -> None:
-    """Raise OutputError unless lines can be appended to ``path``; an existing file stays as it is."""
+def _check_log(path: Path, output: Path | None) -> None:
+    """Raise OutputError unless lines can be appended to ``path``, outside ``output``; a file that is there stays."""
     folder = path.absolute().parent
+    if output is not None and folder.resolve().is_relative_to(output.resolve()):
+        raise OutputError("--log", str(path), "a file outside of --output, which holds nothing but the run")
     if not folder.is_dir():
         raise OutputError("--log", str(path), f"a file in a folder that exists; there is no folder {folder}")
     if path.is_dir():

@@ -153,7 +153,7 @@ def tune(
             raise InputError.sentence("--output is missing: name a new or empty folder for the results (-o OUT).")
         if folder and world.leads:
             folder.check()
-    with Terminal(quiet, log if world.leads else None) as terminal:
+    with Terminal(quiet, log if world.leads else None, output) as terminal:
         with world.together():
             plan = make_tune_plan(wanted)
         if dry_run or folder is None:
