@@ -7,10 +7,12 @@ import math
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rarefy.calibration.record import record
+from rarefy.layer.columns import Columns
+from rarefy.layer.problem import LayerProblem
 from rarefy.models.blocks import find_blocks
 from rarefy.structure import exits
 from rarefy.structure.dense_path import LATER
@@ -133,6 +135,19 @@ def test_more_tokens_take_less_damping() -> None:
         _, records = remove_parts(model, windows, [(parts, 40)])
         found.append([one.damping for one in records])
     assert all(few > many for few, many in zip(*found))  # type: ignore[operator]
+
+
+def test_columns_are_chosen_with_the_damping_of_their_refit(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen_with: list[float] = []
+    choose = exits.choose_columns
+
+    def noted(problem: LayerProblem, pattern: Columns, damping: float) -> Tensor:
+        chosen_with.append(damping)
+        return choose(problem, pattern, damping)
+
+    monkeypatch.setattr(exits, "choose_columns", noted)
+    _, records = repaired(deep("llama", 3), 40, (0, 1, 2), None)
+    assert chosen_with == [one.damping for one in records]
 
 
 def test_what_is_asked_for_is_taken() -> None:

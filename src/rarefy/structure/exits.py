@@ -115,9 +115,9 @@ class ExitSolver:
                 share = self.dense.share(block.index, changed or bool(found))
             if number < parts.number or share:
                 seen = [self._look(stream, block, site, share) for stream in self._parts]
-                weight, columns, record = self.exit(site, seen, parts, number)
+                weight, columns, record = self.exit(site, block.index, seen, parts, number)
                 site.write(weight)
-                found.append(replace(record, block=block.index))
+                found.append(record)
             made |= {f"{parts.kind}.weight": site.read(), f"{parts.kind}.kept": columns}
         return made, found
 
@@ -136,7 +136,7 @@ class ExitSolver:
         return _Seen(gram, self.dense.gap(stream, block, site, share) if self.dense and share else None)
 
     def exit(
-        self, site: LinearSite, seen: Sequence[_Seen], parts: Parts, number: int
+        self, site: LinearSite, block: int, seen: Sequence[_Seen], parts: Parts, number: int
     ) -> tuple[Tensor, Bool[Tensor, " parts"], ExitRecord]:
         """The weight of an exit, which parts are kept, and its record, from one or two parts of the windows."""
         W0 = site.read()
@@ -161,8 +161,12 @@ class ExitSolver:
             drifts = (whole.gap.left(dense, unrepaired), whole.gap.left(dense, weight))
         errors = problem.relative_error(masked), problem.relative_error(weight)
         kept = columns.view(parts.number, parts.width)[:, 0].cpu()
-        record = ExitRecord(site.name, -1, parts.kind, parts.number, number, *errors, *drifts, damping, path_damping)
-        return weight, kept, record
+        dampings = damping, path_damping
+        return (
+            weight,
+            kept,
+            ExitRecord(site.name, block, parts.kind, parts.number, number, *errors, *drifts, *dampings),
+        )
 
 
 def _refit_damping(W0: Float[Tensor, "out inputs"], seen: Sequence[_Seen], pattern: Columns) -> float:
