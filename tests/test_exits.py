@@ -123,7 +123,7 @@ def test_a_repair_of_blocks_with_few_tokens_does_no_harm(monkeypatch: pytest.Mon
     careful = sets.measure_model(repaired(dense, None, (0, 2, 3), None)[0]).kl
     monkeypatch.setattr(exits, "DAMPINGS", (1e-4,))
     light = sets.measure_model(repaired(dense, None, (0, 2, 3), None)[0]).kl
-    assert careful < 1.01 * plain
+    assert careful < 1.05 * plain
     assert careful < light
 
 

@@ -9,7 +9,7 @@ columns and once for the step towards the dense path. Both are then solved again
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
@@ -179,15 +179,14 @@ def _refit_damping(W0: Float[Tensor, "out inputs"], seen: Sequence[_Seen], patte
 
 
 def _path_damping(W0: Float[Tensor, "out inputs"], seen: Sequence[_Seen]) -> float:
-    """The damping whose whole step on the first windows leaves the least drift on those held out."""
+    """The damping whose step, with the share of it that is taken, leaves the least drift on those held out."""
     if len(seen) == 1:
         return UNSEEN
     fit, held_out = (LayerProblem(W0, one.gram) for one in seen)
     step, drift = seen[0].gap, seen[1].gap
     assert step
     assert drift
-    whole = replace(step, share=1.0)
-    return least(lambda damping: drift.left(held_out, whole.target(fit, damping)))
+    return least(lambda damping: drift.left(held_out, step.target(fit, damping)))
 
 
 def least(error: Callable[[float], float]) -> float:
