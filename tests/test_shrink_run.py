@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,8 @@ def test_a_smaller_stock_model(rarefy_: Rarefy, shelf: Path, llama: Path) -> Non
     assert done.status == 0, done.err
     assert "removed blocks: " in done.out
     assert "out/model holds the model; it was loaded again and computes the same" in done.out
+    words = r"neurons: mean relative error \S+, \S+ without repair; damping [0-9.]+( to [0-9.]+)?\n"
+    assert re.search(words, done.out)
     folder = Path("out/model")
     small = transformers.AutoModelForCausalLM.from_pretrained(folder)
     config = small.config

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -222,7 +223,7 @@ def _print_result(result: ShrinkResult, terminal: Terminal) -> None:
         masked, repaired = (sum(part[key] for part in own) / len(own) for key in ("masked_error", "error"))
         print(
             f"{kind}: mean relative error {three_digits(repaired)}"
-            + (f", {three_digits(masked)} without repair" if facts["repair"] else "")
+            + (f", {three_digits(masked)} without repair{_damping_words(own)}" if facts["repair"] else "")
         )
     if path := facts["dense_path"]:
         apart, left = (sum(one[key] for one in path) / len(path) for key in ("drift", "drift_left"))
@@ -235,6 +236,14 @@ def _print_result(result: ShrinkResult, terminal: Terminal) -> None:
     print(f"{result.folder.model} holds the model; it was loaded again and computes the same")
     terminal.note(f"peak memory: {memory_words(result.facts['peak_bytes'])} on {result.facts['device']}")
     terminal.log(f"removed: {result.facts['pattern']}; {result.folder.model} holds the model")
+
+
+def _damping_words(exits: Sequence[Mapping[str, Any]]) -> str:
+    """The least and the most damping of the exits' refits; nothing of an earlier release's run."""
+    found = sorted({one["damping"] for one in exits if one.get("damping") is not None})
+    if not found:
+        return ""
+    return f"; damping {found[0]:g}" + (f" to {found[-1]:g}" if len(found) > 1 else "")
 
 
 def _sizes(before: dict[str, int], after: dict[str, int]) -> list[list[str]]:

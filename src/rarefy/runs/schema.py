@@ -106,6 +106,8 @@ class _Exit(_Content):
     error: float
     drift: float | None = None
     drift_left: float | None = None
+    damping: float | None = None
+    path_damping: float | None = None
 
 
 class _Candidate(_Content):
