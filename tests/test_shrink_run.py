@@ -309,6 +309,7 @@ MISTAKES: dict[str, tuple[list[object], str]] = {
     "no neurons": (["--neurons", 0.1], "in multiples of 64"),
     "negative share": (["--heads", -0.5], "--heads is -0.5, but must be a share between 0 and 1"),
     "no share": (["--neurons", 0], "--neurons is 0, but must be a share between 0 and 1"),
+    "damping": (["--neurons", 0.5, "--damping", 1e30], "--damping is 1e+30, but must be a number from 0 to 10,000"),
     "steps": (["--blocks", 1, "--by", "policy-gradient", "--steps", 0], "--steps is 0"),
     "heads": (["--heads", 0.9], "some of the 2 KV heads of a block, and not all"),
     "rule": (["--blocks", 1, "--by", "luck"], "--by is 'luck', but must be kl"),

@@ -59,7 +59,7 @@ class ShrinkRecipe(BaseModel):
         "interactions", description="interactions, single or wanda"
     )
     repair: bool = Field(True, description="true or false")
-    damping: Number | None = Field(None, ge=0, allow_inf_nan=False, description="a number of at least 0")
+    damping: Number | None = Field(None, ge=0, le=1e4, allow_inf_nan=False, description="a number from 0 to 10,000")
     calibration: str | None = Field(None, min_length=1, description="a source of text, such as self or a .txt file")
     text_column: str | None = Field(None, min_length=1, description="the name of a column of the calibration's rows")
     num_samples: Whole | None = Field(None, ge=1, description=f"{_WHOLE} 1 (windows)")
