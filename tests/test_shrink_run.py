@@ -299,6 +299,19 @@ MISTAKES: dict[str, tuple[list[object], str]] = {
     ),
     "size of nothing": (["--search", "--size", 0.01], "--size is 0.01, but must be a share of at least 0."),
     "among others": (["--search", "--size", 0.8, "--among", "rows"], "must be some of blocks, heads and neurons"),
+    "among nothing": (["--search", "--size", 0.8, "--among", ""], "--among is '', but must be some of blocks"),
+    "among no neurons": (
+        ["--search", "--size", 0.8, "--among", "blocks", "--multiple", 8],
+        "--multiple goes with --neurons or --among",
+    ),
+    "damping of nothing": (
+        ["--neurons", 0.5, "--choose", "wanda", "--no-repair", "--damping", 0.5],
+        "--damping goes with a repair or another --choose",
+    ),
+    "nothing can go": (
+        ["--search", "--size", 0.9, "--among", "neurons"],
+        "none of the model's neurons can go, which are kept in multiples of 64",
+    ),
     "no candidates": (["--search", "--size", 0.8, "--candidates", 0], "--candidates is 0"),
     "too many": (["--blocks", 5], "--blocks is 5, but must be a number from 1 to 4"),
     "no whole number": (["--blocks", 1.5], "--blocks is 1.5, but must be a whole number"),

@@ -16,6 +16,7 @@ import rarefy
 from cli_for_tests import Rarefy, is_one_sentence
 from models_for_tests import save_folder
 from rarefy.errors import InputError, VerificationError
+from rarefy.report.build import write_report
 from rarefy.runs import tune_in_memory as in_memory
 from rarefy.runs.tune import tune
 from rarefy.sweeps.folder import SweepFolder
@@ -209,6 +210,8 @@ def test_a_sweep_of_systems_goes_on_and_shows_what_is_left_out(options: Options,
     markdown = (out / "results.md").read_text()
     assert "| ALPS, ordered | left out |" in markdown
     assert "- OWL, 2:4: " in markdown
+    write_report([out])
+    assert ">left out<" in (out / "report.html").read_text()
     (row,) = [line for line in markdown.splitlines() if line.startswith("| more |") and line.count("|") == 4]
     assert row.endswith(" |  |")  # not computed yet
     write(tmp_path, SYSTEMS.replace("damping = 0.1", "damping = 0.2"))
@@ -216,6 +219,19 @@ def test_a_sweep_of_systems_goes_on_and_shows_what_is_left_out(options: Options,
         plan(replace(options, systems=file), out)
     write(tmp_path, SYSTEMS.replace("damping = 0.1", "damping = 0.2").replace("OWL", "OWL 2"))
     assert len(plan(replace(options, systems=file), out).cells) == 5
+
+
+def test_what_was_left_out_is_forgotten_where_its_row_is_another_or_wanted(options: Options, tmp_path: Path) -> None:
+    out, asked = tmp_path / "out", replace(options, patterns=["2:4"], sparsities=[])
+    first = write(tmp_path, '["Wanda"]\nmethod = "wanda"\n["OWL"]\nmethod = "sparsegpt"\nallocation = "owl"\n')
+    sweep(replace(asked, systems=first), out)
+    assert [one["name"] for one in SweepFolder(out).read_sweep()["left_out"]] == ["OWL"]
+    same = plan(replace(asked, systems=first, sparsities=["0.5"], patterns=[]), out)
+    SweepFolder(out).begin({"settings": dict(same.settings)}, same)
+    assert [one["name"] for one in SweepFolder(out).read_sweep()["left_out"]] == ["OWL"]
+    other = plan(replace(asked, systems=write(tmp_path, '["OWL"]\nmethod = "magnitude"\n')), out)
+    SweepFolder(out).begin({"settings": dict(other.settings)}, other)
+    assert SweepFolder(out).read_sweep()["left_out"] == []
 
 
 def test_options_of_all_cells_belong_to_the_folder(options: Options, tmp_path: Path) -> None:

@@ -250,17 +250,18 @@ def test_a_log_in_no_folder_is_a_mistake(rarefy_: Rarefy, shelf: Path, tmp_path:
 
 
 @pytest.mark.parametrize("command", ["prune", "shrink", "tune"])
-@pytest.mark.parametrize("log", ["out/run.log", "out/model/run.log", "../{here}/out/run.log"])
+@pytest.mark.parametrize("log", ["out/run.log", "out/model/run.log", "../{here}/out/run.log", "out", "link"])
 def test_a_log_in_the_output_is_a_mistake(
     rarefy_: Rarefy, shelf: Path, tmp_path: Path, command: str, log: str
 ) -> None:
     (tmp_path / "out").mkdir()
+    (tmp_path / "link").symlink_to("out/run.log")
     more = ["--blocks", 1] if command == "shrink" else ["--against", shelf / "model"] if command == "tune" else []
     asked = (command, shelf / "model", "-o", "out", *more, "--calibration", shelf / "text.txt")
     done = rarefy_(*asked, "--log", log.format(here=tmp_path.name))
     assert (done.status, is_one_sentence(done.err)) == (2, True), done.err
     assert "a file outside of --output, which holds nothing but the run" in done.err
-    assert [*tmp_path.iterdir()] == [tmp_path / "out"]
+    assert {*tmp_path.iterdir()} == {tmp_path / "out", tmp_path / "link"}
     assert not any((tmp_path / "out").iterdir())
 
 

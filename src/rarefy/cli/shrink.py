@@ -145,6 +145,8 @@ def shrink(
     said = {name: value for name, value in context.params.items() if name in names and value is not None}
     if among is not None:
         said["among"] = split(among)
+        if not said["among"]:
+            raise InputError("--among", among, "some of blocks, heads and neurons")
     folder = RunFolder(output) if output is not None else None
     wanted = ShrinkRecipe.read(said, recipe)
     wanted.check_read(said)

@@ -101,7 +101,7 @@ class Terminal:
 def _check_log(path: Path, output: Path | None) -> None:
     """Raise OutputError unless lines can be appended to ``path``, outside ``output``; a file that is there stays."""
     folder = path.absolute().parent
-    if output is not None and folder.resolve().is_relative_to(output.resolve()):
+    if output is not None and path.resolve().is_relative_to(output.resolve()):
         raise OutputError("--log", str(path), "a file outside of --output, which holds nothing but the run")
     if not folder.is_dir():
         raise OutputError("--log", str(path), f"a file in a folder that exists; there is no folder {folder}")

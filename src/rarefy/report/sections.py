@@ -77,6 +77,10 @@ def sweep_summary(view: SweepView) -> list[Part]:
         rows = [["failed", "pattern", "seed", "reason"]]
         rows += [[*(str(one[key]) for key in ("method", "pattern", "seed", "reason"))] for one in view.failed]
         parts.append(Part(rows=rows, left=True))
+    if left_out := view.sweep.get("left_out"):
+        rows = [["left out", "pattern", "reason"]]
+        rows += [[*(str(one[key]) for key in ("name", "asked", "reason"))] for one in left_out]
+        parts.append(Part(rows=rows, left=True))
     return parts
 
 

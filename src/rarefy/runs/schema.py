@@ -185,6 +185,7 @@ class _LeftOut(_Content):
     name: str
     asked: str
     reason: str
+    system: dict[str, Any] | None = None
 
 
 class SweepFacts(_Content):

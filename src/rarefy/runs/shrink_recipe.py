@@ -121,14 +121,21 @@ class ShrinkRecipe(BaseModel):
     def _unread(self) -> dict[str, str]:
         """The keys that nothing reads, and with what something would."""
         needs = {key: f"--by {rule}" for key, rule in _RULE_OF.items() if rule != self.by}
-        if not self.search:
+        kinds = {kind for kind in ("blocks", "heads", "neurons") if getattr(self, kind) is not None}
+        if self.search:
+            kinds = set(self.among) or {"blocks", "heads", "neurons"}
+        else:
             needs["candidates"] = "--search"
-            if self.blocks is None:
-                needs |= dict.fromkeys(("by", "copies"), "--blocks or --search")
-            if self.heads is None and self.neurons is None:
-                needs |= dict.fromkeys(("choose", "damping"), "--heads, --neurons or --search")
-            if self.neurons is None:
-                needs["multiple"] = "--neurons or --search"
+        if "blocks" not in kinds:
+            needs |= dict.fromkeys(("by", "copies"), "--blocks or --search")
+        if not kinds & {"heads", "neurons"}:
+            needs |= dict.fromkeys(("choose", "damping"), "--heads, --neurons or --search")
+        elif self.choose == "wanda" and not self.repair:
+            needs["damping"] = "a repair or another --choose"
+        if "neurons" not in kinds:
+            needs["multiple"] = "--neurons or --search"
+        if self.search and self.among:
+            needs = {key: words.replace("--search", "--among") for key, words in needs.items()}
         return needs
 
     def check_read(self, options: Collection[str]) -> None:

@@ -100,6 +100,11 @@ def find_space(model: PreTrainedModel, size: float, among: Sequence[Removable] =
     candidates = _candidates(weights, numbers, limit, multiple)
     if not candidates:
         least = weights.left(_most(numbers, multiple)) / weights.total
+        if least >= 1:
+            units = f", which are kept in multiples of {multiple}" if "neurons" in numbers else ""
+            raise InputError.sentence(
+                f"--size is {size}, but none of the model's {' and '.join(numbers)} can go{units}."
+            )
         allowed = (
             f"a share of at least {math.ceil(1000 * least) / 1000:.3f}, as {' and '.join(numbers)} go no further"
         )

@@ -135,6 +135,15 @@ class Plan:
     save: bool = False
     retry: bool = False
 
+    @property
+    def rows(self) -> dict[str, Mapping[str, Any] | None]:
+        """The names of all rows, each with the definition of its system, None for a method."""
+        systems = {one.name: one.system for one in self.left_out}
+        for cell in self.cells:
+            system = cell.system if isinstance(cell, Cell) else None
+            systems[cell.method] = system.definition() if system else None
+        return systems
+
 
 def plan_sweep(options: Options, folder: SweepFolder) -> Plan:
     """Find every mistake that can be found before the weights are loaded.
@@ -175,9 +184,7 @@ def plan_sweep(options: Options, folder: SweepFolder) -> Plan:
         _check_tuning_windows(pruning, calibration, tokens, measures.bos_id)
     settings = _settings(options, source, recipe, measures, tokens)
     folder.check_same(settings)
-    systems = {cell.method: cell.system.definition() for cell in pruning if cell.system}
-    folder.check_rows({cell.method: systems.get(cell.method) for cell in cells})
-    return Plan(
+    plan = Plan(
         cells,
         source,
         device,
@@ -191,6 +198,8 @@ def plan_sweep(options: Options, folder: SweepFolder) -> Plan:
         options.save,
         options.retry,
     )
+    folder.check_rows(plan.rows)
+    return plan
 
 
 def _pruning_cells(
@@ -205,7 +214,7 @@ def _pruning_cells(
         except (PatternError, ModelError) as error:  # of this pattern, or of a model that has nothing to rotate
             if wanted.system is None:
                 raise
-            left_out.append(LeftOut(wanted.name, wanted.asked, str(error)))
+            left_out.append(LeftOut(wanted.name, wanted.asked, str(error), wanted.system.definition()))
         except InputError as error:
             if wanted.system is None:
                 raise

@@ -25,11 +25,15 @@ ENDING = ("relative_error", "measured_sparsity", "seconds", "tuning_seconds", "p
 
 @dataclass(frozen=True)
 class LeftOut:
-    """A cell that there is none of, by the name of its row and what its column says, and the sentence why."""
+    """A cell that there is none of, by the name of its row and what its column says, and the sentence why.
+
+    ``system`` is the definition of the row.
+    """
 
     name: str
     asked: str
     reason: str
+    system: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)

@@ -77,6 +77,11 @@ class ShrinkCell:
         return self.recipe.seed
 
     @property
+    def asked(self) -> str:
+        """What the column of its tables says."""
+        return self.pattern
+
+    @property
     def pattern(self) -> str:
         """The size in words."""
         return f"{100 * self.size:g}% of the parameters"

@@ -67,7 +67,7 @@ def run_sweep(
     watch = watch or unwatched
     note = note or (lambda _: None)
     words = shlex.join(command)
-    folder.begin({"settings": dict(sweep.settings), "command": words, "versions": versions()}, sweep.left_out)
+    folder.begin({"settings": dict(sweep.settings), "command": words, "versions": versions()}, sweep)
     todo = [cell for cell in sweep.cells if _is_missing(folder.read_cell(cell.name), sweep.retry)]
     if len(todo) < len(sweep.cells):
         note(f"{len(sweep.cells) - len(todo)} of {len(sweep.cells)} cells are there already")

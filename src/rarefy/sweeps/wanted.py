@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rarefy.errors import InputError
@@ -59,7 +59,7 @@ def wanted_cells(
             if isinstance(found, Wanted):
                 wanted.append(found)
             else:
-                left_out.append(found)
+                left_out.append(replace(found, system=system.definition()))
     if left_out and not wanted and not options.sizes:
         raise nothing_left(left_out[0])
     return wanted, left_out
