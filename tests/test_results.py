@@ -108,7 +108,7 @@ def test_a_table_of_methods_and_patterns_for_each_text() -> None:
         ["dense", "20.00", "20.00"],
         ["alps", "21.00 ± 1.41", "20.00"],
         ["wanda", "20.00", "failed"],
-        ["owl", "-", "-"],
+        ["owl", "left out", ""],
     ]
     assert found["perplexity_c4"][2] == ["alps", "30.00 ± 0.00", "32.00"]
     assert by_pattern(cells[:2], dense) == {}  # of one pattern it would be the table of all

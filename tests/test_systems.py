@@ -222,15 +222,19 @@ def test_a_sweep_of_systems_goes_on_and_shows_what_is_left_out(options: Options,
 
 
 def test_what_was_left_out_is_forgotten_where_its_row_is_another_or_wanted(options: Options, tmp_path: Path) -> None:
+    def begin(now: Plan) -> None:
+        wanted = {(cell.method, cell.asked) for cell in now.cells}
+        SweepFolder(out).begin({"settings": dict(now.settings)}, now.rows, wanted, now.left_out)
+
     out, asked = tmp_path / "out", replace(options, patterns=["2:4"], sparsities=[])
     first = write(tmp_path, '["Wanda"]\nmethod = "wanda"\n["OWL"]\nmethod = "sparsegpt"\nallocation = "owl"\n')
     sweep(replace(asked, systems=first), out)
     assert [one["name"] for one in SweepFolder(out).read_sweep()["left_out"]] == ["OWL"]
     same = plan(replace(asked, systems=first, sparsities=["0.5"], patterns=[]), out)
-    SweepFolder(out).begin({"settings": dict(same.settings)}, same)
+    begin(same)
     assert [one["name"] for one in SweepFolder(out).read_sweep()["left_out"]] == ["OWL"]
     other = plan(replace(asked, systems=write(tmp_path, '["OWL"]\nmethod = "magnitude"\n')), out)
-    SweepFolder(out).begin({"settings": dict(other.settings)}, other)
+    begin(other)
     assert SweepFolder(out).read_sweep()["left_out"] == []
 
 

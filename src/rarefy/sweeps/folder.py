@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rarefy.errors import OutputError
 from rarefy.models.atomic import refusals, remove_partial, replace_file, replacing_folder
@@ -13,9 +13,6 @@ from rarefy.runs.fingerprint import versions
 from rarefy.runs.folder import RunFolder, check_new
 from rarefy.sweeps.markdown import to_markdown
 from rarefy.sweeps.results import LeftOut, summarise, to_csv
-
-if TYPE_CHECKING:
-    from rarefy.sweeps.plan import Plan
 
 #: What a difference between two commands is called.
 _WORDS = {
@@ -85,20 +82,26 @@ class SweepFolder:
                     "name, or name another folder."
                 )
 
-    def begin(self, facts: Mapping[str, Any], plan: Plan) -> None:
+    def begin(
+        self,
+        facts: Mapping[str, Any],
+        rows: Mapping[str, Mapping[str, Any] | None],
+        wanted: Collection[tuple[str, str]],
+        left_out: Sequence[LeftOut],
+    ) -> None:
         """Make the folder and say in it what the sweep is; clear away what a killed command left.
 
-        What the ``plan`` leaves out joins what earlier commands on the folder left out, unless it is of a row that
-        was defined otherwise then, or is wanted now. Raises OutputError where the disk refuses.
+        What is ``left_out`` joins what earlier commands on the folder left out, unless that is ``wanted`` now (a row
+        and a column), or of one of these ``rows`` that was defined otherwise. Raises OutputError where the
+        disk refuses.
         """
-        rows, wanted = plan.rows, {(cell.method, cell.asked) for cell in plan.cells}
 
         def holds(one: Mapping[str, Any]) -> bool:
             system = one.get("system")
             return (one["name"], one["asked"]) not in wanted and rows.get(one["name"], system) == system
 
         before = self.read_sweep().get("left_out", []) if self.exists else []
-        known = {(one["name"], one["asked"]): one for one in [*filter(holds, before), *map(vars, plan.left_out)]}
+        known = {(one["name"], one["asked"]): one for one in [*filter(holds, before), *map(vars, left_out)]}
         with refusals(self.path):
             self.cells.mkdir(parents=True, exist_ok=True)
             remove_partial(self.cells)

@@ -67,7 +67,12 @@ def run_sweep(
     watch = watch or unwatched
     note = note or (lambda _: None)
     words = shlex.join(command)
-    folder.begin({"settings": dict(sweep.settings), "command": words, "versions": versions()}, sweep)
+    folder.begin(
+        {"settings": dict(sweep.settings), "command": words, "versions": versions()},
+        sweep.rows,
+        {(cell.method, cell.asked) for cell in sweep.cells},
+        sweep.left_out,
+    )
     todo = [cell for cell in sweep.cells if _is_missing(folder.read_cell(cell.name), sweep.retry)]
     if len(todo) < len(sweep.cells):
         note(f"{len(sweep.cells) - len(todo)} of {len(sweep.cells)} cells are there already")
