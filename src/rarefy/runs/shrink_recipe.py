@@ -25,6 +25,8 @@ from rarefy.runs.recipe_file import Told, refuse_unknown
 _WHOLE = "a whole number of at least"
 _SHARE = "a share between 0 and 1"
 
+_KINDS = ("blocks", "heads", "neurons")
+
 #: Keys that only one rule for blocks reads.
 _RULE_OF = {"generations": "search", "offspring": "search", "steps": "policy-gradient"}
 
@@ -102,9 +104,13 @@ class ShrinkRecipe(BaseModel):
         recipe._check(written)
         return recipe
 
+    def _said(self) -> list[str]:
+        """The kinds of which the recipe itself says how much goes."""
+        return [kind for kind in _KINDS if getattr(self, kind) is not None]
+
     def _check(self, written: Callable[[str], str]) -> None:
         """What one key says of another."""
-        said = [key for key in ("blocks", "heads", "neurons") if getattr(self, key) is not None]
+        said = self._said()
         if self.search:
             self._check_search(written, said)
         elif self.size is not None or self.among:
@@ -121,10 +127,8 @@ class ShrinkRecipe(BaseModel):
     def _unread(self) -> dict[str, str]:
         """The keys that nothing reads, and with what something would."""
         needs = {key: f"--by {rule}" for key, rule in _RULE_OF.items() if rule != self.by}
-        kinds = {kind for kind in ("blocks", "heads", "neurons") if getattr(self, kind) is not None}
-        if self.search:
-            kinds = set(self.among) or {"blocks", "heads", "neurons"}
-        else:
+        kinds = set((self.among or _KINDS) if self.search else self._said())
+        if not self.search:
             needs["candidates"] = "--search"
         if "blocks" not in kinds:
             needs |= dict.fromkeys(("by", "copies"), "--blocks or --search")

@@ -134,16 +134,14 @@ class SweepFolder:
     def write_results(self, cells: Sequence[Mapping[str, Any]], command: str) -> None:
         """Write the three files of results anew."""
         dense, sweep = self.read_cell("dense"), self.read_sweep()
-        settings, summaries = sweep["settings"], summarise(cells)
-        there = {(one.method, one.asked) for one in summaries}
+        settings = sweep["settings"]
         left_out = [LeftOut(one["name"], one["asked"], one["reason"]) for one in sweep.get("left_out", [])]
-        left_out = [one for one in left_out if (one.name, one.asked) not in there]
         content = {
             "command": command,
             "versions": versions(),
             "settings": settings,
             "dense": dense,
-            "summary": [vars(one) for one in summaries],
+            "summary": [vars(one) for one in summarise(cells)],
             "left_out": [vars(one) for one in left_out],
             "cells": list(cells),
         }

@@ -9,6 +9,7 @@ import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -135,7 +136,7 @@ class Plan:
     save: bool = False
     retry: bool = False
 
-    @property
+    @cached_property
     def rows(self) -> dict[str, Mapping[str, Any] | None]:
         """The names of all rows, each with the definition of its system, None for a method."""
         systems = {one.name: one.system for one in self.left_out}
