@@ -59,7 +59,7 @@ ONLY_IN = {
     "typer": {"rarefy.cli"},
     "rich": {"rarefy.cli"},
     "pydantic": {"rarefy.runs.recipe", "rarefy.runs.schema", "rarefy.runs.shrink_recipe", "rarefy.runs.tune_recipe"},
-    "filelock": {"rarefy.runs.unfinished"},
+    "filelock": {"rarefy.runs.locks"},
     "jinja2": {"rarefy.runs.card", "rarefy.report.page"},
     "matplotlib": {"rarefy.report.plots"},
     "gguf": {"rarefy.models.gguf"},

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -294,6 +295,110 @@ def test_what_a_killed_command_left_is_cleared_away(options: Options, tmp_path: 
     assert len(sweep(options, out)) == 4
     assert not left.exists()
     assert (out / "cells" / ".theirs" / "run.json").exists()
+
+
+# --- Several processes in one folder ----------------------------------------------------------------------
+
+
+def test_a_cell_that_another_process_holds_is_left_to_it(
+    options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And one whose process was killed before it was done is taken over in the end."""
+    out, notes = tmp_path / "out", []
+    folder, other = SweepFolder(out), SweepFolder(out)
+    plan = plan_sweep(options, folder)
+    names = [cell.name for cell in plan.cells]
+    (out / "cells").mkdir(parents=True)
+    with other.claim(names[1]) as held:
+        assert held
+        with folder.claim(names[1]) as twice:
+            assert not twice
+        cells = run_sweep(plan, folder, note=notes.append)
+    assert [cell["cell"] for cell in cells] == [names[0], *names[2:]]
+    assert notes[-1].startswith("1 cell is being computed by other processes")
+    # It ends while this process computes the cells behind, and did not write the cell.
+    folder = SweepFolder(tmp_path / "second")
+    folder.cells.mkdir(parents=True)
+    claims = ExitStack()
+    claims.enter_context(SweepFolder(folder.path).claim(names[1]))
+    free_at_the_last(monkeypatch, names[3], claims)
+    cells = run_sweep(plan_sweep(options, folder), folder)
+    assert [cell["cell"] for cell in cells] == names
+    assert not list(folder.cells.glob(".*"))
+
+
+def free_at_the_last(monkeypatch: pytest.MonkeyPatch, last: str, claims: ExitStack) -> None:
+    """Let go of the claims where the cell called ``last`` is written."""
+    write_cell = SweepFolder.write_cell
+
+    def write(self: SweepFolder, name: str, fill: Callable[[Any], None]) -> None:
+        if name == last:
+            claims.close()
+        write_cell(self, name, fill)
+
+    monkeypatch.setattr(SweepFolder, "write_cell", write)
+
+
+def test_a_cell_that_another_process_finished_meanwhile_is_not_computed_again(
+    options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    folder = SweepFolder(out)
+    plan = plan_sweep(options, folder)
+    made: list[str] = []
+    of = making.Making.of
+
+    def with_another(self: Any, cell: Any, label: str) -> Any:
+        made.append(cell.name)
+        if len(made) == 1:  # all others are computed while this one is
+            assert len(run_sweep(plan, SweepFolder(out))) == 3
+        return of(self, cell, label)
+
+    monkeypatch.setattr(making.Making, "of", with_another)
+    cells = run_sweep(plan, folder)
+    assert sorted(made) == sorted(cell.name for cell in plan.cells)
+    assert [cell["cell"] for cell in cells] == [cell.name for cell in plan.cells]
+    assert len(rows_of(out)) == 4
+
+
+def test_another_sweep_that_began_meanwhile_is_refused(options: Options, tmp_path: Path) -> None:
+    folder = SweepFolder(tmp_path / "out")
+    plan = plan_sweep(options, folder)
+    sweep(replace(options, methods=["magnitude"], patterns=[], max_windows=2), folder.path)
+    with pytest.raises(InputError, match="--max-windows was 2 and is 3 now"):
+        run_sweep(plan, folder)
+
+
+@pytest.mark.slow
+def test_two_processes_share_a_sweep(model_folder: Folders, tmp_path: Path, text: Path) -> None:
+    command = [sys.executable, "-m", "rarefy", "compare", str(model_folder("llama"))]
+    command += [
+        "--methods",
+        "wanda,sparsegpt,magnitude,alps",
+        "--sparsity",
+        "0.5",
+        "--pattern",
+        "2:4",
+        "--seeds",
+        "3",
+    ]
+    command += ["--calibration", str(text), "--num-samples", "4", "--sequence-length", "16"]
+    command += ["--text", str(text), "--eval-length", "32", "-o"]
+    both = [
+        subprocess.Popen([*command, str(tmp_path / "both")], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        for _ in range(2)
+    ]
+    notes = [process.communicate()[1].decode() for process in both]
+    assert [process.returncode for process in both] == [0, 0]
+    assert all(note.count("perplexity") > 1 for note in notes)
+    assert sum(note.count("] ") for note in notes) >= 24
+    subprocess.run([*command, str(tmp_path / "one")], capture_output=True, check=True)
+    measured = [
+        [{key: value for key, value in row.items() if "seconds" not in key and "peak" not in key} for row in rows]
+        for rows in (rows_of(tmp_path / "both"), rows_of(tmp_path / "one"))
+    ]
+    assert measured[0] == measured[1]
+    assert len(measured[0]) == 24
 
 
 # --- What it refuses --------------------------------------------------------------------------------------

@@ -187,5 +187,5 @@ def compare(
         cells = run_sweep(sweep, folder, ["rarefy", *context.obj], watch=terminal.watch, note=terminal.note)
     print("\n".join(aligned(table(cells, folder.read_cell("dense")))))
     print(f"{folder.path} holds results.csv, results.md and results.json")
-    if all(cell["status"] == "failed" for cell in cells):
+    if cells and all(cell["status"] == "failed" for cell in cells):
         raise typer.Exit(1)

@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import sys
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, ClassVar, Self
 
-from filelock import FileLock, Timeout
-
 from rarefy.errors import OutputError
 from rarefy.models.atomic import remove_folder
 from rarefy.runs.fingerprint import Fingerprint
 from rarefy.runs.folder import JOURNAL, is_unfinished_run
+from rarefy.runs.locks import BusyError, lock
 from rarefy.runs.schema import validated
-
-#: How a file system says that it has no locks.
-_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 
 class UnfinishedFolder:
@@ -39,7 +34,7 @@ class UnfinishedFolder:
         self.folder = output / "unfinished"
         self._leads = leads
         self._journal = self.folder / JOURNAL
-        self._lock: FileLock | None = None
+        self._free: Callable[[], object] | None = None
 
     def read_journal(self, fingerprint: Fingerprint) -> dict[str, Any]:
         """What journal.json says. Raises OutputError where it is damaged, or of another run."""
@@ -82,16 +77,10 @@ class UnfinishedFolder:
 
     def hold(self) -> None:
         """Take the lock, where the file system has locks. Raises OutputError where another process holds it."""
-        lock = FileLock(self.folder / "lock", thread_local=False)
         try:
-            lock.acquire(timeout=0)
-        except Timeout:
+            self._free = lock(self.folder / "lock")
+        except BusyError:
             raise OutputError.sentence(f"{self.folder.parent} is being written by another process.") from None
-        except (OSError, NotImplementedError) as error:
-            if isinstance(error, OSError) and error.errno not in _NO_LOCKS:
-                raise
-        else:
-            self._lock = lock
 
     def remove(self) -> None:
         """Remove the folder: what it was kept for is finished, or given up."""
@@ -103,9 +92,9 @@ class UnfinishedFolder:
 
     def close(self) -> None:
         """Let another process hold the folder."""
-        if self._lock:
-            self._lock.release()
-            self._lock = None
+        if self._free:
+            self._free()
+            self._free = None
 
     def __enter__(self) -> Self:
         return self

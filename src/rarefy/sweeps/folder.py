@@ -1,9 +1,14 @@
-"""The output folder of a sweep: cells appear whole or not at all, results are written anew after each."""
+"""The output folder of a sweep: cells appear whole or not at all, results are written anew after each.
+
+Several processes may work on one folder: each cell, the file that says what the sweep is, and the results have a
+lock, and a process takes a cell that no other holds.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +16,7 @@ from rarefy.errors import OutputError
 from rarefy.models.atomic import refusals, remove_partial, replace_file, replacing_folder
 from rarefy.runs.fingerprint import versions
 from rarefy.runs.folder import RunFolder, check_new
+from rarefy.runs.locks import BusyError, lock
 from rarefy.sweeps.markdown import to_markdown
 from rarefy.sweeps.results import LeftOut, summarise, to_csv
 
@@ -42,7 +48,8 @@ class SweepFolder:
     def check(self) -> None:
         """Raise OutputError unless the folder is empty, can be made, or holds a sound sweep, else InputError."""
         if not self.exists:
-            check_new(self.path)
+            if not self._is_about_to_begin():
+                check_new(self.path)
             return
         self.read_sweep()
         self.finished()
@@ -50,6 +57,13 @@ class SweepFolder:
         for folder in self.cells.iterdir() if self.cells.is_dir() else ():
             if not folder.name.startswith(".") and not (folder / "run.json").is_file():
                 raise OutputError.sentence(f"{folder} is no cell of a sweep: it has no run.json.")
+
+    def _is_about_to_begin(self) -> bool:
+        """Whether another process is in ``begin``, or was killed in it, and there is nothing else in the folder."""
+        if not self.cells.is_dir():
+            return False
+        names = [path.name for path in (*self.path.iterdir(), *self.cells.iterdir()) if path != self.cells]
+        return all(name.startswith(".") and name.endswith((".lock", ".partial")) for name in names)
 
     def check_same(self, settings: Mapping[str, Any]) -> None:
         """Raise OutputError, naming the difference, where the folder's sweep measures something else."""
@@ -92,19 +106,21 @@ class SweepFolder:
         """Make the folder and say in it what the sweep is; clear away what a killed command left.
 
         What is ``left_out`` joins what earlier commands on the folder left out, unless that is ``wanted`` now (a row
-        and a column), or of one of these ``rows`` that was defined otherwise. Raises OutputError where the
-        disk refuses.
+        and a column), or of one of these ``rows`` that was defined otherwise. Raises OutputError where the disk
+        refuses, or another process has begun another sweep in the folder.
         """
 
         def holds(one: Mapping[str, Any]) -> bool:
             system = one.get("system")
             return (one["name"], one["asked"]) not in wanted and rows.get(one["name"], system) == system
 
-        before = self.read_sweep().get("left_out", []) if self.exists else []
-        known = {(one["name"], one["asked"]): one for one in [*filter(holds, before), *map(vars, left_out)]}
         with refusals(self.path):
             self.cells.mkdir(parents=True, exist_ok=True)
-            remove_partial(self.cells)
+        with self._alone():
+            self.check_same(facts["settings"])  # once more, as another process may have begun meanwhile
+            self.check_rows(rows)
+            before = self.read_sweep().get("left_out", []) if self.exists else []
+            known = {(one["name"], one["asked"]): one for one in [*filter(holds, before), *map(vars, left_out)]}
             replace_file(self.sweep, json.dumps({**facts, "left_out": [*known.values()]}, indent=2) + "\n")
 
     def read_sweep(self) -> dict[str, Any]:
@@ -126,13 +142,50 @@ class SweepFolder:
         kept = [name for name in names if name != "dense" and not name.startswith(".")]
         return [{"seed": 0, "reason": "", **(self.read_cell(name) or {}), "cell": name} for name in kept]
 
+    @contextmanager
+    def claim(self, name: str, wait: bool = False) -> Iterator[bool]:
+        """Hold the cell called ``name``; whether it is held, which another process can keep it from being.
+
+        ``wait`` until that one is done. What a killed process left half written of the cell is removed. Whoever
+        holds a cell looks whether it is finished by now. Raises OutputError where the disk refuses.
+        """
+        file = self.cells / f".{name}.lock"
+        try:
+            with refusals(self.path):
+                free = lock(file, -1 if wait else 0)
+        except BusyError:
+            yield False
+            return
+        try:
+            with refusals(self.path):
+                remove_partial(self.cells, name)
+            yield True
+        finally:
+            with suppress(OSError):  # as on Windows, where an open file keeps its name
+                file.unlink()
+            free()
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Wait until no other process writes what is of the whole sweep."""
+        with self.claim("sweep", wait=True):
+            yield
+
     def write_cell(self, name: str, fill: Callable[[RunFolder], None]) -> None:
         """Let ``fill`` write into a folder, which becomes the cell once it has returned. Raises OutputError."""
         with replacing_folder(self.cells / name) as partial:  # in place of a failed one that is tried again
             fill(RunFolder(partial))
 
-    def write_results(self, cells: Sequence[Mapping[str, Any]], command: str) -> None:
-        """Write the three files of results anew."""
+    def write_results(
+        self, in_order: Callable[[list[dict[str, Any]]], list[dict[str, Any]]], command: str
+    ) -> list[dict[str, Any]]:
+        """Write the three files of results anew, of all finished cells as they are put ``in_order``; these."""
+        with self._alone():
+            cells = in_order(self.finished())
+            self._write_results(cells, command)
+        return cells
+
+    def _write_results(self, cells: Sequence[Mapping[str, Any]], command: str) -> None:
         dense, sweep = self.read_cell("dense"), self.read_sweep()
         settings = sweep["settings"]
         left_out = [LeftOut(one["name"], one["asked"], one["reason"]) for one in sweep.get("left_out", [])]

@@ -31,7 +31,7 @@ from rarefy.sweeps.shrinking import ShrinkCell
 from rarefy.sweeps.tuning import DenseRecords
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
 
 class DenseWeights:
@@ -62,10 +62,10 @@ def run_sweep(
     """Compute the cells that are missing and write the results; returns the facts of all cells there are.
 
     A cell that fails is recorded with its reason, and the next one begins; it counts as finished unless
-    ``sweep.retry``. ``watch`` shows how far a stage is, ``note`` what has been found.
+    ``sweep.retry``. Other processes may run sweeps in the folder meanwhile: a cell that one of them computes is left
+    to it, and is not among the results if it is not finished by the end. ``watch`` shows how far a stage is,
+    ``note`` what has been found.
     """
-    watch = watch or unwatched
-    note = note or (lambda _: None)
     words = shlex.join(command)
     folder.begin(
         {"settings": dict(sweep.settings), "command": words, "versions": versions()},
@@ -73,48 +73,137 @@ def run_sweep(
         {(cell.method, cell.asked) for cell in sweep.cells},
         sweep.left_out,
     )
-    todo = [cell for cell in sweep.cells if _is_missing(folder.read_cell(cell.name), sweep.retry)]
-    if len(todo) < len(sweep.cells):
-        note(f"{len(sweep.cells) - len(todo)} of {len(sweep.cells)} cells are there already")
-    if todo or folder.read_cell("dense") is None:
-        with watch("loading") as _:
-            model, tokenizer = load_model(sweep.source, sweep.device, sweep.settings["dtype"])
-        if any(isinstance(cell, ShrinkCell) for cell in todo):
-            check_weights(model, sweep.settings["model"])
-        tokenizer = tokenizer or sweep.tokenizer
-        weights = DenseWeights(find_blocks(model))
-        if folder.read_cell("dense") is None:
-            _measure_dense(sweep, folder, model, tokenizer, watch, note)
-        states = None
-        if todo:
-            with watch("recording the dense model") as progress:
-                states = sweep.measures.record(model, progress)
-        done = len(sweep.cells) - len(todo)
+    run = Run(sweep, folder, words, watch or unwatched, note or (lambda _: None))
+    if len(run.missing) < len(sweep.cells):
+        run.note(f"{len(sweep.cells) - len(run.missing)} of {len(sweep.cells)} cells are there already")
+    if run.missing or folder.read_cell("dense") is None:
+        run.compute()
+    if elsewhere := run.still_missing():
+        cells = "1 cell is" if len(elsewhere) == 1 else f"{len(elsewhere)} cells are"
+        run.note(f"{cells} being computed by other processes: this command again shows all, once they are finished")
+    return run.write_results()
+
+
+class Run:
+    """One process's share of a sweep."""
+
+    def __init__(
+        self, sweep: Plan, folder: SweepFolder, command: str, watch: Watch, note: Callable[[str], None]
+    ) -> None:
+        self.sweep, self.folder, self.command = sweep, folder, command
+        self.watch, self.note = watch, note
+        #: The facts of each cell as this process found them first.
+        self._found = {cell.name: folder.read_cell(cell.name) for cell in sweep.cells}
+        self.missing = [cell for cell in sweep.cells if _is_missing(self._found[cell.name], sweep.retry)]
+
+    def still_missing(self) -> list[Cell | ShrinkCell]:
+        """What was missing and nobody has computed since."""
+        return [cell for cell in self.missing if self._is_as_found(cell)]
+
+    def write_results(self) -> list[dict[str, Any]]:
+        """Write the tables of all cells there are: those of this command as it names them, then others; these."""
+        place = {cell.name: i for i, cell in enumerate(self.sweep.cells)}
+
+        def in_order(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
+            return sorted(cells, key=lambda facts: (place.get(facts["cell"], len(place)), facts["cell"]))
+
+        return self.folder.write_results(in_order, self.command)
+
+    def compute(self) -> None:
+        """Load the model and compute what is missing, as far as no other process does."""
+        sweep, folder = self.sweep, self.folder
+        with self.watch("loading") as _:
+            self.model, tokenizer = load_model(sweep.source, sweep.device, sweep.settings["dtype"])
+        if any(isinstance(cell, ShrinkCell) for cell in self.missing):
+            check_weights(self.model, sweep.settings["model"])
+        self.tokenizer = tokenizer or sweep.tokenizer
+        self._weights = DenseWeights(find_blocks(self.model))
+        with folder.claim("dense", wait=True):
+            if folder.read_cell("dense") is None:
+                self._measure_dense()
+        if not self.missing:
+            return
+        with self.watch("recording the dense model") as progress:
+            self._states = sweep.measures.record(self.model, progress)
+        # Again, as long as there is something to take over from a process that was killed.
+        while (todo := self.still_missing()) and self._compute(todo):
+            pass
+
+    def _compute(self, todo: Sequence[Cell | ShrinkCell]) -> int:
+        """Compute the cells of ``todo`` that no other process has; how many they were."""
+        computed, at = 0, len(self.sweep.cells) - len(todo)
         for seed, cells in groupby(todo, key=lambda cell: cell.seed):
-            weights.restore()
-            windows = _windows(sweep, model, seed, watch)
-            with DenseRecords(sweep, watch) as records:
-                making = Making(model, windows, Memo(), records, watch)
+            self._weights.restore()
+            windows = _windows(self.sweep, self.model, seed, self.watch)
+            with DenseRecords(self.sweep, self.watch) as records:
+                making = Making(self.model, windows, Memo(), records, self.watch)
                 for cell in cells:
-                    weights.restore()
-                    done += 1
-                    label = f"[{done}/{len(sweep.cells)}] {cell.method}, {cell.pattern}, seed {seed}"
-                    facts = _run_cell(sweep, folder, cell, making, tokenizer, states, words, label)
-                    note(f"{label}: {_in_words(facts)}")
-                    folder.write_results(_in_order(sweep, folder), words)
-    found = _in_order(sweep, folder)
-    folder.write_results(found, words)
-    return found
+                    at += 1
+                    with self.folder.claim(cell.name) as held:
+                        if not held or not self._is_as_found(cell):
+                            continue
+                        self._weights.restore()
+                        label = f"[{at}/{len(self.sweep.cells)}] {cell.method}, {cell.pattern}, seed {seed}"
+                        facts = self._run_cell(cell, making, label)
+                    computed += 1
+                    self.note(f"{label}: {_in_words(facts)}")
+                    self.write_results()
+        return computed
+
+    def _is_as_found(self, cell: Cell | ShrinkCell) -> bool:
+        return self.folder.read_cell(cell.name) == self._found[cell.name]
+
+    def _measure_dense(self) -> None:
+        started = time.perf_counter()
+        with self.watch("measuring the dense model") as progress:
+            facts = self.sweep.measures.of(self.model, self.tokenizer, progress=progress)
+        facts |= {"method": "dense", "pattern": "", "asked_sparsity": 0.0, "status": "done"}
+        facts["texts"] = kept_texts(self.model, self.tokenizer)
+        facts["seconds"] = {"evaluate": round(time.perf_counter() - started, 3)}
+        self.folder.write_cell("dense", lambda cell: cell.write_run(facts))
+        self.note(f"dense: {_in_words(facts)}")
+
+    def _run_cell(self, cell: Cell | ShrinkCell, making: Making, label: str) -> dict[str, Any]:
+        """Make, measure and write one cell; its facts."""
+        sweep, tokenizer = self.sweep, self.tokenizer
+        facts: dict[str, Any] = {
+            "command": self.command,
+            "versions": versions(),
+            "started": datetime.now(UTC).isoformat(timespec="seconds"),
+            "base_model": base_model(sweep.source.name, sweep.source.kind, sweep.source.path),
+            "device": str(sweep.device),
+            "dtype": str(making.model.dtype).removeprefix("torch."),
+            **cell.facts(),
+        }
+        made: Made | None = None
+        try:
+            made = making.of(cell, label)
+            started = time.perf_counter()
+            with self.watch(f"{label}: measuring") as progress:
+                facts |= sweep.measures.of(made.model, tokenizer, self._states, progress)
+            facts["texts"] = kept_texts(made.model, tokenizer)
+            facts |= made.facts | {"seconds": {**made.seconds, "evaluate": round(time.perf_counter() - started, 3)}}
+        except Exception as error:  # noqa: BLE001 (whatever it is, it must not cost the other cells)
+            made = None
+            facts |= {"status": "failed", "reason": f"{type(error).__name__}: {' '.join(str(error).split())}"}
+            if sweep.device.type == "cuda":
+                torch.cuda.empty_cache()
+
+        def fill(run_folder: RunFolder) -> None:
+            run_folder.write_recipe(cell.recipe.to_yaml())
+            run_folder.write_layers(made.layers if made else [])
+            if made is not None and sweep.save:
+                save, model = save_other_model if isinstance(cell, ShrinkCell) else save_model, made.model
+                run_folder.write_model(lambda path: save(model, tokenizer, path, sweep.source))
+                run_folder.write_card(model_card(facts))
+            run_folder.write_run(facts)
+
+        self.folder.write_cell(cell.name, fill)
+        return facts
 
 
 def _is_missing(facts: Mapping[str, Any] | None, retry: bool) -> bool:
     return facts is None or (retry and facts.get("status") == "failed")
-
-
-def _in_order(sweep: Plan, folder: SweepFolder) -> list[dict[str, Any]]:
-    """All finished cells: those of this command as it names them, then those of earlier ones."""
-    place = {cell.name: i for i, cell in enumerate(sweep.cells)}
-    return sorted(folder.finished(), key=lambda facts: (place.get(facts["cell"], len(place)), facts["cell"]))
 
 
 def _windows(sweep: Plan, model: PreTrainedModel, seed: int, watch: Watch) -> Tensor:
@@ -127,71 +216,6 @@ def _windows(sweep: Plan, model: PreTrainedModel, seed: int, watch: Watch) -> Te
 
     with watch("writing tokens") as progress:
         return write_text(model, num, length, seed, progress=lambda done, total: progress(done, total, ""))
-
-
-def _measure_dense(
-    sweep: Plan,
-    folder: SweepFolder,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase | None,
-    watch: Watch,
-    note: Callable[[str], None],
-) -> None:
-    started = time.perf_counter()
-    with watch("measuring the dense model") as progress:
-        facts = sweep.measures.of(model, tokenizer, progress=progress)
-    facts |= {"method": "dense", "pattern": "", "asked_sparsity": 0.0, "status": "done"}
-    facts["texts"] = kept_texts(model, tokenizer)
-    facts["seconds"] = {"evaluate": round(time.perf_counter() - started, 3)}
-    folder.write_cell("dense", lambda cell: cell.write_run(facts))
-    note(f"dense: {_in_words(facts)}")
-
-
-def _run_cell(
-    sweep: Plan,
-    folder: SweepFolder,
-    cell: Cell | ShrinkCell,
-    making: Making,
-    tokenizer: PreTrainedTokenizerBase | None,
-    states: Sequence[Any] | None,
-    command: str,
-    label: str,
-) -> dict[str, Any]:
-    """Make, measure and write one cell; its facts. ``states`` are what the dense model's head read."""
-    facts: dict[str, Any] = {
-        "command": command,
-        "versions": versions(),
-        "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "base_model": base_model(sweep.source.name, sweep.source.kind, sweep.source.path),
-        "device": str(sweep.device),
-        "dtype": str(making.model.dtype).removeprefix("torch."),
-        **cell.facts(),
-    }
-    made: Made | None = None
-    try:
-        made = making.of(cell, label)
-        started = time.perf_counter()
-        with making.watch(f"{label}: measuring") as progress:
-            facts |= sweep.measures.of(made.model, tokenizer, states, progress)
-        facts["texts"] = kept_texts(made.model, tokenizer)
-        facts |= made.facts | {"seconds": {**made.seconds, "evaluate": round(time.perf_counter() - started, 3)}}
-    except Exception as error:  # noqa: BLE001 (whatever it is, it must not cost the other cells)
-        made = None
-        facts |= {"status": "failed", "reason": f"{type(error).__name__}: {' '.join(str(error).split())}"}
-        if sweep.device.type == "cuda":
-            torch.cuda.empty_cache()
-
-    def fill(run_folder: RunFolder) -> None:
-        run_folder.write_recipe(cell.recipe.to_yaml())
-        run_folder.write_layers(made.layers if made else [])
-        if made is not None and sweep.save:
-            save, model = save_other_model if isinstance(cell, ShrinkCell) else save_model, made.model
-            run_folder.write_model(lambda path: save(model, tokenizer, path, sweep.source))
-            run_folder.write_card(model_card(facts))
-        run_folder.write_run(facts)
-
-    folder.write_cell(cell.name, fill)
-    return facts
 
 
 def _in_words(facts: Mapping[str, Any]) -> str:
