@@ -238,6 +238,17 @@ def test_what_was_left_out_is_forgotten_where_its_row_is_another_or_wanted(optio
     assert SweepFolder(out).read_sweep()["left_out"] == []
 
 
+@pytest.mark.parametrize("keys", ["allocation", "row_weights", "allocation,row_weights"])
+def test_a_row_that_follows_the_loss_is_left_out_where_that_changes_nothing(
+    options: Options, tmp_path: Path, keys: str
+) -> None:
+    lines = "".join(f'{key} = "fisher"\n' for key in keys.split(","))
+    file = write(tmp_path, f'["Fisher"]\nmethod = "sparsegpt"\n{lines}')
+    found = plan(replace(options, systems=file, sparsities=["0.5"], patterns=["2:4"]), tmp_path / "out")
+    assert [cell.asked for cell in found.cells] == ["50%"]
+    assert [one.asked for one in found.left_out] == ["2:4"]
+
+
 def test_options_of_all_cells_belong_to_the_folder(options: Options, tmp_path: Path) -> None:
     asked = replace(options, methods=["magnitude"], patterns=[], loop={"match": "1"})
     sweep(asked, tmp_path / "out")

@@ -116,13 +116,22 @@ class Recipe(BaseModel):
     allocation: str | None = Field(None, min_length=1, description=ALLOWED)
 
     @classmethod
-    def read(cls, options: Mapping[str, Any], file: Path | Told | None = None, *, allow_code: bool = False) -> Self:
+    def read(
+        cls,
+        options: Mapping[str, Any],
+        file: Path | Told | None = None,
+        *,
+        allow_code: bool = False,
+        keep_fisher: bool = False,
+    ) -> Self:
         """The recipe in ``file`` (YAML, or what is told), with ``options`` of the command line replacing its keys.
 
         A sparsity replaces the file's pattern, a pattern its sparsity and scope, another method its
         settings; settings of the command line are added to those that stay. A method that is not Rarefy's
         (package.module:Class) is code that runs when it is imported: an option may name it, a file only with
-        ``allow_code``. Raises InputError where an option is wrong, RecipeError where the file is.
+        ``allow_code``. ``fisher`` in the file is forgotten where a pattern of the options leaves it no choice, as it
+        was the default of the run that wrote the file, unless it was meant (``keep_fisher``). Raises InputError where
+        an option is wrong, RecipeError where the file is.
         """
         told = Told.by(file)
         base = dict(told.values) if told else {}
@@ -132,8 +141,7 @@ class Recipe(BaseModel):
         if "pattern" in options:
             base.pop("sparsity", None)
             base.pop("scope", None)
-        if "pattern" in options or options.get("scope") == "row":
-            # What was the default of a sparsity of whole matrices is not meant for other patterns.
+        if not keep_fisher and ("pattern" in options or options.get("scope") == "row"):
             for key in ("row_weights", "allocation"):
                 if base.get(key) == FISHER:
                     base.pop(key)

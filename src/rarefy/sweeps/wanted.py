@@ -141,7 +141,7 @@ def _of_system(
         said = {**_loop(options), **place}
         # What a system says itself, stays.
         said = {key: value for key, value in said.items() if key not in own and takes(key, said)}
-        return Recipe.read({**common, **said}, system.told, allow_code=options.allow_code)
+        return Recipe.read({**common, **said}, system.told, allow_code=options.allow_code, keep_fisher=True)
 
     found: list[Wanted | LeftOut] = []
     errors: list[InputError] = []
