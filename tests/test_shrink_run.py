@@ -268,9 +268,15 @@ def test_an_unfinished_run_of_another_command_is_not_called_damaged(
     with monkeypatch.context() as patched:
         patched.setattr(ShrinkJournal, "recall", raise_after(2, ShrinkJournal.recall))
         assert rarefy_(*asked).status == 130
-    done = rarefy_("prune", *arguments(shelf, llama, "-o", "out")[1:])
-    assert (done.status, is_one_sentence(done.err)) == (2, True), done.err
-    assert "out holds an unfinished run of another command or release of Rarefy" in done.err
+
+    def never(*_: Any, **__: Any) -> Any:
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr("rarefy.models.checkpoint.load_model", never)
+    for more in ([], ["--calibration", "self"]):
+        done = rarefy_("prune", *arguments(shelf, llama, "-o", "out")[1:], *more)
+        assert (done.status, is_one_sentence(done.err)) == (2, True), done.err
+        assert "out holds an unfinished run of another command or release of Rarefy" in done.err
 
 
 def raise_after(times: int, original: Any) -> Any:

@@ -45,6 +45,9 @@ def make_plan(recipe: Recipe, output: Path | None = None, offload: Path | None =
     from rarefy.runs.journal import Journal
     from rarefy.runs.memory import check_own_text_fits
 
+    journal = Journal.find(output) if output else None
+    if journal:
+        journal.check_kind()
     method, pattern = recipe.build_method(), recipe.build_pattern()
     world = World.current()
     device = world.place(resolve_device(recipe.device))
@@ -69,7 +72,7 @@ def make_plan(recipe: Recipe, output: Path | None = None, offload: Path | None =
     plan = Plan(
         recipe, method, pattern, pattern_of, device, source, skeleton, blocks, windows, streams, offload, world.size
     )
-    if output and (journal := Journal.find(output)) and windows is not None and source.kind != "hub":
+    if journal and windows is not None and source.kind != "hub":
         journal.check(plan.fingerprint(windows))
     if windows is None and plan.streams:
         check_own_text_fits(plan)

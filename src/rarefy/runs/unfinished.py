@@ -38,6 +38,21 @@ class UnfinishedFolder:
 
     def read_journal(self, fingerprint: Fingerprint) -> dict[str, Any]:
         """What journal.json says. Raises OutputError where it is damaged, or of another run."""
+        content = self._read()
+        with self._undamaged(self._journal):
+            difference = validated(Fingerprint, content["fingerprint"]).difference(fingerprint)
+        if difference:
+            raise OutputError.sentence(
+                f"{self.folder.parent} holds an unfinished {self.kind} {difference}: repeat its command "
+                "to go on with it, or choose another folder."
+            )
+        return content
+
+    def check_kind(self) -> None:
+        """Raise OutputError where journal.json is damaged, or of another command or release."""
+        self._read()
+
+    def _read(self) -> dict[str, Any]:
         with self._undamaged(self._journal):
             content: dict[str, Any] = json.loads(self._journal.read_bytes())
             if content.pop("checksum") != checksum_of(content):
@@ -47,13 +62,6 @@ class UnfinishedFolder:
             raise OutputError.sentence(
                 f"{self.folder.parent} holds an unfinished run of another command or release of Rarefy: go on with "
                 "that one, or choose another folder."
-            )
-        with self._undamaged(self._journal):
-            difference = validated(Fingerprint, content["fingerprint"]).difference(fingerprint)
-        if difference:
-            raise OutputError.sentence(
-                f"{self.folder.parent} holds an unfinished {self.kind} {difference}: repeat its command "
-                "to go on with it, or choose another folder."
             )
         return content
 
