@@ -206,7 +206,7 @@ def _print_search(plan: ShrinkPlan) -> None:
 def search_passes(plan: ShrinkPlan) -> int:
     """Passes of one block over all windows that a search takes at most, without those of the rule for blocks."""
     windows, blocks = plan.rounds[-1].repaired + plan.rounds[-1].measured, plan.before.blocks
-    repairs = 5 if plan.recipe.repair else 3  # Grams of two kinds and the states; the dense path and what it is apart
+    repairs = 4 if plan.recipe.repair else 3  # Grams of two kinds and the states; the dense path
     each = sum(one.candidates * (repairs * one.repaired + one.measured) for one in plan.rounds)
     return round(each / windows * blocks)
 

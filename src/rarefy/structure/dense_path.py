@@ -18,7 +18,7 @@ An exit whose output a block changes before it adds it (a norm behind the MLP) h
 Source: a removed block as a linear map that goes into the MLP before it is "ReplaceMe", arXiv 2505.02819, with a map
 of what the MLP puts out; here it is one of the neurons, as many as there are. The share elsewhere
 is that of drift in pruning (pruning/drift.py, after GPTAQ, arXiv 2504.02692); for the damping see exits.py.
-Cost: the dense model's states of all windows beside the others, and per repaired block a pass and a product more.
+Cost: the dense model's states of all windows beside the others, and per repaired block a product more.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from transformers import PreTrainedModel
 from rarefy.calibration.record import record
 from rarefy.calibration.stream import HiddenStates
 from rarefy.errors import ModelError
+from rarefy.layer.gram import Gram
 from rarefy.layer.problem import LayerProblem
 from rarefy.layer.spectrum import times_damped_inverse
 from rarefy.models.blocks import Block, find_blocks
@@ -115,11 +116,12 @@ class DensePath:
             self._states.advance(block.module, block.index)
         self._done = self._ends[place]
 
-    def gap(self, stream: HiddenStates, block: Block, site: LinearSite, share: float) -> Gap:
-        """How far what leaves a block is from this path; ``stream`` enters it, and ``site`` is its exit.
+    def look(self, stream: HiddenStates, block: Block, site: LinearSite, share: float) -> tuple[Gram, Gap]:
+        """The Gram of what the exit ``site`` of a block reads, and how far what leaves the block is from this path.
 
-        Of (1) the exit is to take a ``share``.
+        ``stream`` enters the block. Of (1) the exit is to take a ``share``.
         """
+        gram = Gram(site.shape[1], device=stream.device)
         M = torch.zeros(site.shape, device=site.parameter.device)
         energy = dense_energy = 0.0
         seen: list[Tensor] = []
@@ -131,12 +133,14 @@ class DensePath:
                     Y0 = self._states.states[windows].to(Y.device)
                     E = (Y0.float() - Y.float()).reshape(-1, Y.shape[-1])
                     X = seen.pop().reshape(-1, site.shape[1])
+                    gram.update(X)
                     M += E.to(X).T @ X  # in the dtype of computation, as the drift of pruning; sums are in float32
                     energy += float(E.square().sum(dtype=torch.float64))
                     dense_energy += float(Y0.float().square().sum(dtype=torch.float64))
         finally:
             hook.remove()
-        return Gap(M, energy, max(dense_energy, torch.finfo(torch.float32).tiny), self._factor, share)
+        dense_energy = max(dense_energy, torch.finfo(torch.float32).tiny)
+        return gram, Gap(M, energy, dense_energy, self._factor, share)
 
 
 def exit_factor(

@@ -131,9 +131,13 @@ class ExitSolver:
         return [self.stream.of_batches([i for i in batches if i not in held_out]), self.stream.of_batches(held_out)]
 
     def _look(self, stream: HiddenStates, block: Block, site: LinearSite, share: float) -> _Seen:
-        gram = collect(stream, block.module, block.index, [site])[site.name]
+        gap = None
+        if self.dense and share:
+            gram, gap = self.dense.look(stream, block, site, share)
+        else:
+            gram = collect(stream, block.module, block.index, [site])[site.name]
         gram.check(site.name)
-        return _Seen(gram, self.dense.gap(stream, block, site, share) if self.dense and share else None)
+        return _Seen(gram, gap)
 
     def exit(
         self, site: LinearSite, block: int, seen: Sequence[_Seen], parts: Parts, number: int
