@@ -35,11 +35,12 @@ from rarefy.methods.base import Method
 from rarefy.models.blocks import find_blocks
 from rarefy.pruning.loop import prune, prune_model
 from rarefy.report.build import write_report
+from rarefy.runs import schema
 from rarefy.sweeps import making
 from rarefy.sweeps import sweep as module
 from rarefy.sweeps.folder import SweepFolder
 from rarefy.sweeps.options import Options
-from rarefy.sweeps.plan import plan_sweep
+from rarefy.sweeps.plan import Plan, plan_sweep
 from rarefy.sweeps.sweep import DenseWeights, run_sweep
 from task_files import write_task_files
 from test_shrink import deep
@@ -304,7 +305,7 @@ def test_a_cell_that_another_process_holds_is_left_to_it(
     options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And one whose process was killed before it was done is taken over in the end."""
-    out, notes = tmp_path / "out", []
+    out = tmp_path / "out"
     folder, other = SweepFolder(out), SweepFolder(out)
     plan = plan_sweep(options, folder)
     names = [cell.name for cell in plan.cells]
@@ -313,9 +314,8 @@ def test_a_cell_that_another_process_holds_is_left_to_it(
         assert held
         with folder.claim(names[1]) as twice:
             assert not twice
-        cells = run_sweep(plan, folder, note=notes.append)
+        cells = run_sweep(plan, folder)
     assert [cell["cell"] for cell in cells] == [names[0], *names[2:]]
-    assert notes[-1].startswith("1 cell is being computed by other processes")
     # It ends while this process computes the cells behind, and did not write the cell.
     folder = SweepFolder(tmp_path / "second")
     folder.cells.mkdir(parents=True)
@@ -359,6 +359,100 @@ def test_a_cell_that_another_process_finished_meanwhile_is_not_computed_again(
     assert sorted(made) == sorted(cell.name for cell in plan.cells)
     assert [cell["cell"] for cell in cells] == [cell.name for cell in plan.cells]
     assert len(rows_of(out)) == 4
+
+
+def test_two_definitions_of_one_row_are_refused_before_a_cell_is_finished(options: Options, tmp_path: Path) -> None:
+    file, folder = tmp_path / "rows.toml", SweepFolder(tmp_path / "out")
+    plans = []
+    for method in ("sparsegpt", "magnitude"):
+        file.write_text(f'["X"]\nmethod = "{method}"\n')
+        plans.append(plan_sweep(replace(options, methods=[], systems=file), folder))
+
+    def begin(plan: Plan) -> None:
+        wanted = {(cell.method, cell.asked) for cell in plan.cells}
+        folder.begin({"settings": dict(plan.settings)}, plan.rows, wanted, [])
+
+    begin(plans[0])
+    begin(plans[0])
+    with pytest.raises(InputError, match='holds a sweep in which "X" was defined otherwise'):
+        begin(plans[1])
+    with pytest.raises(InputError, match='"X" was defined otherwise'):
+        plan_sweep(replace(options, methods=[], systems=file), folder)
+
+
+def test_what_killed_processes_left_anywhere_is_cleared_away(options: Options, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    asked = replace(options, methods=["magnitude"], patterns=[])
+    sweep(asked, out)
+    (finished,) = [path.name for path in (out / "cells").glob("magnitude*")]
+    left = [".compare.json.0123abcd.partial", ".results.csv.0123abcd.partial", f"cells/.{finished}.lock"]
+    left += ["cells/.wanda_of_another_command.lock", "cells/.wanda_of_another_command.0123abcd.partial"]
+    for name in left:
+        (out / name).write_text("")
+    with SweepFolder(out).claim("ria") as held:
+        assert held
+        (out / "cells" / ".ria.0123abcd.partial").mkdir()
+        sweep(asked, out)
+        assert (out / "cells" / ".ria.0123abcd.partial").is_dir()  # its process is alive
+    assert [name for name in left if (out / name).exists()] == []
+
+
+def test_the_dense_model_is_measured_by_one_process(
+    options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The others wait for it, and measure it themselves where that process was killed."""
+    folder = SweepFolder(tmp_path / "out")
+    folder.cells.mkdir(parents=True)
+    held, notes = ExitStack(), []
+    held.enter_context(SweepFolder(folder.path).claim("dense"))
+
+    def note(text: str) -> None:
+        notes.append(text)
+        held.close()
+
+    plan = plan_sweep(replace(options, methods=["magnitude"], patterns=[]), folder)
+    run_sweep(plan, folder, note=note)
+    assert notes[0] == "another process measures the dense model, for which this one waits"
+    assert [text.split(":")[0] for text in notes].count("dense") == 1
+
+
+def test_a_cell_that_is_tried_again_elsewhere_is_gone_for_a_moment(
+    options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = SweepFolder(tmp_path / "out")
+    sweep(options, folder.path)
+    found = {cell["cell"] for cell in folder.finished()}
+    gone = min(found)
+    read = schema.read_facts
+
+    def late(path: Path, kind: Any) -> Any:
+        if path.parent.name == gone and path.is_file():
+            path.parent.rename(folder.path / "aside")
+        return read(path, kind)
+
+    monkeypatch.setattr(schema, "read_facts", late)
+    assert {cell["cell"] for cell in folder.finished()} == found - {gone}
+
+
+def test_what_other_processes_compute_is_said_with_the_table(rarefy_: Rarefy, options: Options) -> None:
+    out = Path("out")
+    (out / "cells").mkdir(parents=True)
+    asked = [
+        "compare",
+        options.model,
+        "-o",
+        out,
+        "--methods",
+        "magnitude,wanda",
+        "--calibration",
+        options.calibration,
+    ]
+    asked += ["--num-samples", 4, "--sequence-length", 16, "--text", options.texts[0], "--eval-length", 32, "-q"]
+    with SweepFolder(out).claim("wanda_row-0.5_seed0"):
+        done = rarefy_(*asked)
+    assert done.status == 0, done.err
+    assert "not there yet: 1 of 2 cells, which other processes compute" in done.out
+    assert "not there yet" not in rarefy_(*asked).out
 
 
 def test_another_sweep_that_began_meanwhile_is_refused(options: Options, tmp_path: Path) -> None:

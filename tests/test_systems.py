@@ -215,7 +215,7 @@ def test_a_sweep_of_systems_goes_on_and_shows_what_is_left_out(options: Options,
     (row,) = [line for line in markdown.splitlines() if line.startswith("| more |") and line.count("|") == 4]
     assert row.endswith(" |  |")  # not computed yet
     write(tmp_path, SYSTEMS.replace("damping = 0.1", "damping = 0.2"))
-    with pytest.raises(InputError, match='holds cells of "OWL", which was defined otherwise'):
+    with pytest.raises(InputError, match='holds a sweep in which "OWL" was defined otherwise'):
         plan(replace(options, systems=file), out)
     write(tmp_path, SYSTEMS.replace("damping = 0.1", "damping = 0.2").replace("OWL", "OWL 2"))
     assert len(plan(replace(options, systems=file), out).cells) == 5
@@ -230,12 +230,15 @@ def test_what_was_left_out_is_forgotten_where_its_row_is_another_or_wanted(optio
     first = write(tmp_path, '["Wanda"]\nmethod = "wanda"\n["OWL"]\nmethod = "sparsegpt"\nallocation = "owl"\n')
     sweep(replace(asked, systems=first), out)
     assert [one["name"] for one in SweepFolder(out).read_sweep()["left_out"]] == ["OWL"]
-    same = plan(replace(asked, systems=first, sparsities=["0.5"], patterns=[]), out)
-    begin(same)
-    assert [one["name"] for one in SweepFolder(out).read_sweep()["left_out"]] == ["OWL"]
     other = plan(replace(asked, systems=write(tmp_path, '["OWL"]\nmethod = "magnitude"\n')), out)
     begin(other)
     assert SweepFolder(out).read_sweep()["left_out"] == []
+    # At another sparsity it is the same row.
+    out = tmp_path / "second"
+    write(tmp_path, '["Wanda"]\nmethod = "wanda"\n["OWL"]\nmethod = "sparsegpt"\nallocation = "owl"\n')
+    sweep(replace(asked, systems=first), out)
+    begin(plan(replace(asked, systems=first, sparsities=["0.5"], patterns=[]), out))
+    assert [one["name"] for one in SweepFolder(out).read_sweep()["left_out"]] == ["OWL"]
 
 
 @pytest.mark.parametrize("keys", ["allocation", "row_weights", "allocation,row_weights"])

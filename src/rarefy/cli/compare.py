@@ -186,6 +186,11 @@ def compare(
 
         cells = run_sweep(sweep, folder, ["rarefy", *context.obj], watch=terminal.watch, note=terminal.note)
     print("\n".join(aligned(table(cells, folder.read_cell("dense")))))
+    if elsewhere := len({cell.name for cell in sweep.cells} - {cell["cell"] for cell in cells}):
+        print(
+            f"not there yet: {elsewhere} of {len(sweep.cells)} cells, which other processes compute; the same "
+            "command shows all once they are finished"
+        )
     print(f"{folder.path} holds results.csv, results.md and results.json")
     if cells and all(cell["status"] == "failed" for cell in cells):
         raise typer.Exit(1)

@@ -194,6 +194,7 @@ class SweepFacts(_Content):
     settings: _SweepSettings
     command: str = ""
     versions: dict[str, str] = {}
+    rows: dict[str, dict[str, Any] | None] = {}
     left_out: list[_LeftOut] = []
 
 

@@ -12,8 +12,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from rarefy.errors import OutputError
-from rarefy.models.atomic import refusals, remove_partial, replace_file, replacing_folder
+from rarefy.errors import InputError, OutputError
+from rarefy.models.atomic import refusals, remove_partial, replace_file, replacing_folder, unfinished_name
 from rarefy.runs.fingerprint import versions
 from rarefy.runs.folder import RunFolder, check_new
 from rarefy.runs.locks import BusyError, lock
@@ -30,6 +30,10 @@ _WORDS = {
     "settings": "--set",
     "task_data": "the files of --task-data",
 }
+_LOCK = ".lock"
+#: The name under which the lock of the whole sweep stands among those of its cells.
+_SWEEP = "sweep"
+_RESULTS = ("results.csv", "results.md", "results.json")
 
 
 class SweepFolder:
@@ -47,15 +51,16 @@ class SweepFolder:
 
     def check(self) -> None:
         """Raise OutputError unless the folder is empty, can be made, or holds a sound sweep, else InputError."""
+        # Looked at twice, as another process may begin in between.
+        if not self.exists and not self._is_about_to_begin() and not self.exists:
+            check_new(self.path)
         if not self.exists:
-            if not self._is_about_to_begin():
-                check_new(self.path)
             return
         self.read_sweep()
         self.finished()
         self.read_cell("dense")
         for folder in self.cells.iterdir() if self.cells.is_dir() else ():
-            if not folder.name.startswith(".") and not (folder / "run.json").is_file():
+            if not folder.name.startswith(".") and not _holds_run(folder):
                 raise OutputError.sentence(f"{folder} is no cell of a sweep: it has no run.json.")
 
     def _is_about_to_begin(self) -> bool:
@@ -63,7 +68,7 @@ class SweepFolder:
         if not self.cells.is_dir():
             return False
         names = [path.name for path in (*self.path.iterdir(), *self.cells.iterdir()) if path != self.cells]
-        return all(name.startswith(".") and name.endswith((".lock", ".partial")) for name in names)
+        return all(name.startswith(".") and name.endswith((_LOCK, ".partial")) for name in names)
 
     def check_same(self, settings: Mapping[str, Any]) -> None:
         """Raise OutputError, naming the difference, where the folder's sweep measures something else."""
@@ -84,15 +89,17 @@ class SweepFolder:
                 )
 
     def check_rows(self, rows: Mapping[str, Mapping[str, Any] | None]) -> None:
-        """Raise OutputError where a finished cell has the name of one of these rows, and is of another system.
+        """Raise OutputError where a row of these names is of another system in the folder.
 
         ``rows`` has the definition of the system of each row by its name, None for a method.
         """
-        for cell in self.finished():
-            name = cell["method"]
-            if name in rows and cell.get("system") != rows[name]:
+        known = [(cell["method"], cell.get("system")) for cell in self.finished()]
+        if self.exists:  # of which another process may compute the first cell now
+            known += self.read_sweep().get("rows", {}).items()
+        for name, system in known:
+            if name in rows and system != rows[name]:
                 raise OutputError.sentence(
-                    f'{self.path} holds cells of "{name}", which was defined otherwise: give what changed another '
+                    f'{self.path} holds a sweep in which "{name}" was defined otherwise: give what changed another '
                     "name, or name another folder."
                 )
 
@@ -103,7 +110,7 @@ class SweepFolder:
         wanted: Collection[tuple[str, str]],
         left_out: Sequence[LeftOut],
     ) -> None:
-        """Make the folder and say in it what the sweep is; clear away what a killed command left.
+        """Make the folder and say in it what the sweep is; clear away what killed processes left.
 
         What is ``left_out`` joins what earlier commands on the folder left out, unless that is ``wanted`` now (a row
         and a column), or of one of these ``rows`` that was defined otherwise. Raises OutputError where the disk
@@ -119,9 +126,15 @@ class SweepFolder:
         with self._alone():
             self.check_same(facts["settings"])  # once more, as another process may have begun meanwhile
             self.check_rows(rows)
-            before = self.read_sweep().get("left_out", []) if self.exists else []
-            known = {(one["name"], one["asked"]): one for one in [*filter(holds, before), *map(vars, left_out)]}
-            replace_file(self.sweep, json.dumps({**facts, "left_out": [*known.values()]}, indent=2) + "\n")
+            self._clear()
+            before = self.read_sweep() if self.exists else {}
+            known = [*filter(holds, before.get("left_out", [])), *map(vars, left_out)]
+            content = {
+                **facts,
+                "rows": {**before.get("rows", {}), **{name: rows[name] for name, _ in wanted}},
+                "left_out": [*{(one["name"], one["asked"]): one for one in known}.values()],
+            }
+            replace_file(self.sweep, json.dumps(content, indent=2) + "\n")
 
     def read_sweep(self) -> dict[str, Any]:
         """What ``compare.json`` holds. Raises InputError where it is damaged or there is none."""
@@ -134,13 +147,19 @@ class SweepFolder:
         from rarefy.runs.schema import CellFacts, read_facts
 
         file = self.cells / name / "run.json"
-        return read_facts(file, CellFacts) if file.is_file() else None
+        try:
+            return read_facts(file, CellFacts) if file.is_file() else None
+        except InputError:
+            if file.is_file():
+                raise
+            return None  # another process has just put it aside, to try the cell again
 
     def finished(self) -> list[dict[str, Any]]:
         """The facts of all finished cells except the dense one, each with its folder's name under ``cell``."""
         names = sorted(file.parent.name for file in self.cells.glob("*/run.json"))
         kept = [name for name in names if name != "dense" and not name.startswith(".")]
-        return [{"seed": 0, "reason": "", **(self.read_cell(name) or {}), "cell": name} for name in kept]
+        found = [(name, self.read_cell(name)) for name in kept]
+        return [{"seed": 0, "reason": "", **facts, "cell": name} for name, facts in found if facts]
 
     @contextmanager
     def claim(self, name: str, wait: bool = False) -> Iterator[bool]:
@@ -149,12 +168,15 @@ class SweepFolder:
         ``wait`` until that one is done. What a killed process left half written of the cell is removed. Whoever
         holds a cell looks whether it is finished by now. Raises OutputError where the disk refuses.
         """
-        file = self.cells / f".{name}.lock"
+        file = self.cells / f".{name}{_LOCK}"
         try:
-            with refusals(self.path):
+            with refusals(file):
                 free = lock(file, -1 if wait else 0)
         except BusyError:
             yield False
+            return
+        if free is None:
+            yield True
             return
         try:
             with refusals(self.path):
@@ -165,10 +187,20 @@ class SweepFolder:
                 file.unlink()
             free()
 
+    def _clear(self) -> None:
+        """Remove what killed processes left of cells that nobody holds, and of what is of the whole sweep."""
+        with refusals(self.path):
+            remove_partial(self.path, self.sweep.name, *_RESULTS)
+            left = [path.name for path in self.cells.iterdir()]
+        names = {name[1:].removesuffix(_LOCK) for name in left if name.startswith(".") and name.endswith(_LOCK)}
+        for name in {*names, *filter(None, map(unfinished_name, left))} - {_SWEEP}:
+            with self.claim(name):
+                pass
+
     @contextmanager
     def _alone(self) -> Iterator[None]:
         """Wait until no other process writes what is of the whole sweep."""
-        with self.claim("sweep", wait=True):
+        with self.claim(_SWEEP, wait=True):
             yield
 
     def write_cell(self, name: str, fill: Callable[[RunFolder], None]) -> None:
@@ -201,6 +233,11 @@ class SweepFolder:
         replace_file(self.path / "results.csv", to_csv(cells))
         replace_file(self.path / "results.md", to_markdown(cells, dense, settings, command, left_out))
         replace_file(self.path / "results.json", json.dumps(content, indent=2) + "\n")
+
+
+def _holds_run(folder: Path) -> bool:
+    """Whether a cell's folder has its facts, or is not there any more; one that is replaced is gone for a moment."""
+    return (folder / "run.json").is_file() or not folder.exists() or (folder / "run.json").is_file()
 
 
 def _said(value: Any) -> str:

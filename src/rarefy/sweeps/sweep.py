@@ -78,9 +78,6 @@ def run_sweep(
         run.note(f"{len(sweep.cells) - len(run.missing)} of {len(sweep.cells)} cells are there already")
     if run.missing or folder.read_cell("dense") is None:
         run.compute()
-    if elsewhere := run.still_missing():
-        cells = "1 cell is" if len(elsewhere) == 1 else f"{len(elsewhere)} cells are"
-        run.note(f"{cells} being computed by other processes: this command again shows all, once they are finished")
     return run.write_results()
 
 
@@ -118,7 +115,12 @@ class Run:
             check_weights(self.model, sweep.settings["model"])
         self.tokenizer = tokenizer or sweep.tokenizer
         self._weights = DenseWeights(find_blocks(self.model))
-        with folder.claim("dense", wait=True):
+        with folder.claim("dense") as held:
+            if not held:
+                self.note("another process measures the dense model, for which this one waits")
+            elif folder.read_cell("dense") is None:
+                self._measure_dense()
+        with folder.claim("dense", wait=True):  # also where that process was killed meanwhile
             if folder.read_cell("dense") is None:
                 self._measure_dense()
         if not self.missing:
