@@ -89,6 +89,7 @@ class Run:
     ) -> None:
         self.sweep, self.folder, self.command = sweep, folder, command
         self.watch, self.note = watch, note
+        self._places = {cell.name: place for place, cell in enumerate(sweep.cells)}
         #: The facts of each cell as this process found them first.
         self._found = {cell.name: folder.read_cell(cell.name) for cell in sweep.cells}
         self.missing = [cell for cell in sweep.cells if _is_missing(self._found[cell.name], sweep.retry)]
@@ -99,10 +100,10 @@ class Run:
 
     def write_results(self) -> list[dict[str, Any]]:
         """Write the tables of all cells there are: those of this command as it names them, then others; these."""
-        place = {cell.name: i for i, cell in enumerate(self.sweep.cells)}
 
         def in_order(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
-            return sorted(cells, key=lambda facts: (place.get(facts["cell"], len(place)), facts["cell"]))
+            places = self._places
+            return sorted(cells, key=lambda facts: (places.get(facts["cell"], len(places)), facts["cell"]))
 
         return self.folder.write_results(in_order, self.command)
 
@@ -118,9 +119,7 @@ class Run:
         with folder.claim("dense") as held:
             if not held:
                 self.note("another process measures the dense model, for which this one waits")
-            elif folder.read_cell("dense") is None:
-                self._measure_dense()
-        with folder.claim("dense", wait=True):  # also where that process was killed meanwhile
+        with folder.claim("dense", wait=True):
             if folder.read_cell("dense") is None:
                 self._measure_dense()
         if not self.missing:
@@ -133,19 +132,22 @@ class Run:
 
     def _compute(self, todo: Sequence[Cell | ShrinkCell]) -> int:
         """Compute the cells of ``todo`` that no other process has; how many they were."""
-        computed, at = 0, len(self.sweep.cells) - len(todo)
-        for seed, cells in groupby(todo, key=lambda cell: cell.seed):
+        computed = 0
+        for seed, same in groupby(todo, key=lambda cell: cell.seed):
+            cells = [cell for cell in same if self._is_as_found(cell)]
+            if not cells:
+                continue
             self._weights.restore()
             windows = _windows(self.sweep, self.model, seed, self.watch)
             with DenseRecords(self.sweep, self.watch) as records:
                 making = Making(self.model, windows, Memo(), records, self.watch)
                 for cell in cells:
-                    at += 1
                     with self.folder.claim(cell.name) as held:
                         if not held or not self._is_as_found(cell):
                             continue
                         self._weights.restore()
-                        label = f"[{at}/{len(self.sweep.cells)}] {cell.method}, {cell.pattern}, seed {seed}"
+                        place = f"{self._places[cell.name] + 1}/{len(self._places)}"
+                        label = f"[{place}] {cell.method}, {cell.pattern}, seed {seed}"
                         facts = self._run_cell(cell, making, label)
                     computed += 1
                     self.note(f"{label}: {_in_words(facts)}")
