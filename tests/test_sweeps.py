@@ -455,6 +455,20 @@ def test_what_other_processes_compute_is_said_with_the_table(rarefy_: Rarefy, op
     assert "not there yet" not in rarefy_(*asked).out
 
 
+def test_all_commands_that_have_worked_in_a_folder_are_in_its_results(options: Options, tmp_path: Path) -> None:
+    folder = SweepFolder(tmp_path / "out")
+    for number, method in enumerate(("magnitude", "wanda", "wanda")):
+        asked = replace(options, methods=[method], patterns=[])
+        run_sweep(plan_sweep(asked, folder), folder, ["rarefy", "compare", str(min(number, 1))])
+    assert "```\nrarefy compare 0\nrarefy compare 1\n```" in (folder.path / "results.md").read_text()
+    assert json.loads((folder.path / "results.json").read_text())["commands"] == [
+        "rarefy compare 0",
+        "rarefy compare 1",
+    ]
+    write_report([folder.path])
+    assert "rarefy compare 0\nrarefy compare 1" in (folder.path / "report.html").read_text()
+
+
 def test_another_sweep_that_began_meanwhile_is_refused(options: Options, tmp_path: Path) -> None:
     folder = SweepFolder(tmp_path / "out")
     plan = plan_sweep(options, folder)
@@ -697,7 +711,7 @@ def test_the_command(rarefy_: Rarefy, model_folder: Folders, tmp_path: Path, tex
     assert printed.status == 0, printed.err
     assert len([line for line in printed.out.splitlines() if line.startswith(("wanda", "magnitude"))]) == 6
     assert "[6/6] magnitude, 2:4, seed 0: perplexity" in printed.err
-    assert json.loads((tmp_path / "out" / "results.json").read_text())["command"].startswith("rarefy compare ")
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["commands"][0].startswith("rarefy compare ")
 
 
 @pytest.mark.parametrize(

@@ -214,6 +214,7 @@ def test_a_sweep_of_systems_goes_on_and_shows_what_is_left_out(options: Options,
     assert ">left out<" in (out / "report.html").read_text()
     (row,) = [line for line in markdown.splitlines() if line.startswith("| more |") and line.count("|") == 4]
     assert row.endswith(" |  |")  # not computed yet
+    assert '- more: `method = "magnitude"`' in markdown
     write(tmp_path, SYSTEMS.replace("damping = 0.1", "damping = 0.2"))
     with pytest.raises(InputError, match='holds a sweep in which "OWL" was defined otherwise'):
         plan(replace(options, systems=file), out)

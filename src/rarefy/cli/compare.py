@@ -184,7 +184,11 @@ def compare(
             terminal.note(f"left out: {one.name}, {one.asked}: {one.reason}")
         from rarefy.sweeps.sweep import run_sweep  # with torch, which takes seconds
 
-        cells = run_sweep(sweep, folder, ["rarefy", *context.obj], watch=terminal.watch, note=terminal.note)
+        try:
+            cells = run_sweep(sweep, folder, ["rarefy", *context.obj], watch=terminal.watch, note=terminal.note)
+        except KeyboardInterrupt:
+            terminal.note("cells that are finished are kept, and the same command goes on behind them")
+            raise
     print("\n".join(aligned(table(cells, folder.read_cell("dense")))))
     if elsewhere := len({cell.name for cell in sweep.cells} - {cell["cell"] for cell in cells}):
         print(

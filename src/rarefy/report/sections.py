@@ -364,7 +364,7 @@ def recipes(runs: Sequence[RunView], sweeps: Sequence[SweepView]) -> list[Part]:
             parts.append(Part(code=view.recipe))
         parts.append(Part(text=_versions(view.facts)))
     for sweep in sweeps:
-        parts.append(Part(heading=sweep.name, code=str(sweep.sweep.get("command", "")), text=""))
+        parts.append(Part(heading=sweep.name, code="\n".join(sweep.sweep.get("commands", [])), text=""))
         rows = [["setting", "value"]]
         rows += [[key.replace("_", " "), _plain(value)] for key, value in sweep.sweep["settings"].items()]
         parts.append(Part(rows=rows, left=True))

@@ -192,7 +192,7 @@ class SweepFacts(_Content):
     """``compare.json``."""
 
     settings: _SweepSettings
-    command: str = ""
+    commands: list[str] = []
     versions: dict[str, str] = {}
     rows: dict[str, dict[str, Any] | None] = {}
     left_out: list[_LeftOut] = []

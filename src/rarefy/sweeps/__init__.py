@@ -7,7 +7,7 @@
 
 The model is loaded once; before every cell its blocks get their dense weights back, bit for bit. All cells
 of a seed are calibrated on the same windows. A cell appears whole or not at all, so a sweep that was killed
-goes on with what is missing; one command writes into a folder at a time.
+goes on with what is missing, and several processes may work in one folder (folder.py).
 
 plan_sweep(options, folder)  -->  Plan  --run_sweep-->  cells, results
 """

@@ -109,9 +109,11 @@ class SweepFolder:
         rows: Mapping[str, Mapping[str, Any] | None],
         wanted: Collection[tuple[str, str]],
         left_out: Sequence[LeftOut],
+        command: str = "",
     ) -> None:
         """Make the folder and say in it what the sweep is; clear away what killed processes left.
 
+        ``command`` joins those that have worked in the folder before.
         What is ``left_out`` joins what earlier commands on the folder left out, unless that is ``wanted`` now (a row
         and a column), or of one of these ``rows`` that was defined otherwise. Raises OutputError where the disk
         refuses, or another process has begun another sweep in the folder.
@@ -131,6 +133,7 @@ class SweepFolder:
             known = [*filter(holds, before.get("left_out", [])), *map(vars, left_out)]
             content = {
                 **facts,
+                "commands": [*dict.fromkeys([*before.get("commands", []), command])],
                 "rows": {**before.get("rows", {}), **{name: rows[name] for name, _ in wanted}},
                 "left_out": [*{(one["name"], one["asked"]): one for one in known}.values()],
             }
@@ -208,30 +211,28 @@ class SweepFolder:
         with replacing_folder(self.cells / name) as partial:  # in place of a failed one that is tried again
             fill(RunFolder(partial))
 
-    def write_results(
-        self, in_order: Callable[[list[dict[str, Any]]], list[dict[str, Any]]], command: str
-    ) -> list[dict[str, Any]]:
+    def write_results(self, in_order: Callable[[list[dict[str, Any]]], list[dict[str, Any]]]) -> list[dict[str, Any]]:
         """Write the three files of results anew, of all finished cells as they are put ``in_order``; these."""
         with self._alone():
             cells = in_order(self.finished())
-            self._write_results(cells, command)
+            self._write_results(cells)
         return cells
 
-    def _write_results(self, cells: Sequence[Mapping[str, Any]], command: str) -> None:
+    def _write_results(self, cells: Sequence[Mapping[str, Any]]) -> None:
         dense, sweep = self.read_cell("dense"), self.read_sweep()
-        settings = sweep["settings"]
         left_out = [LeftOut(one["name"], one["asked"], one["reason"]) for one in sweep.get("left_out", [])]
         content = {
-            "command": command,
+            "commands": sweep.get("commands", []),
             "versions": versions(),
-            "settings": settings,
+            "settings": sweep["settings"],
+            "rows": sweep.get("rows", {}),
             "dense": dense,
             "summary": [vars(one) for one in summarise(cells)],
             "left_out": [vars(one) for one in left_out],
             "cells": list(cells),
         }
         replace_file(self.path / "results.csv", to_csv(cells))
-        replace_file(self.path / "results.md", to_markdown(cells, dense, settings, command, left_out))
+        replace_file(self.path / "results.md", to_markdown(cells, dense, sweep, left_out))
         replace_file(self.path / "results.json", json.dumps(content, indent=2) + "\n")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 
 from rarefy.runs.recipe import LOOP
@@ -19,9 +20,16 @@ from rarefy.sweeps.results import (
 
 
 def to_markdown(
-    cells: Sequence[Facts], dense: Facts | None, settings: Facts, command: str, left_out: Sequence[LeftOut] = ()
+    cells: Sequence[Facts],
+    dense: Facts | None,
+    sweep: Facts,
+    left_out: Sequence[LeftOut] = (),
 ) -> str:
-    """The table with what is needed to read it, a table of methods and patterns for each text, and what failed."""
+    """The table with what is needed to read it, a table of methods and patterns for each text, and what failed.
+
+    ``sweep`` is what ``compare.json`` holds.
+    """
+    settings = sweep["settings"]
     lines = ["# Comparison of pruning methods", "", f"Model: `{settings['model']}`. {_protocol(settings, cells)}", ""]
     lines += _table(table(cells, dense), left=2)
     for key, rows in by_pattern(cells, dense, left_out).items():
@@ -36,8 +44,15 @@ def to_markdown(
         lines += [f"- {one['method']}, {one['pattern']}, seed {one['seed']}: {one['reason']}" for one in partly]
     if left_out:
         lines += ["", "Left out:", "", *(f"- {one.name}, {one.asked}: {one.reason}" for one in left_out)]
-    lines += ["", "```", command, "```", ""]
+    if systems := {name: keys for name, keys in sweep.get("rows", {}).items() if keys}:
+        lines += ["", "Rows:", "", *(f"- {name}: `{_keys(keys)}`" for name, keys in systems.items())]
+    lines += ["", "```", *sweep.get("commands", []), "```", ""]
     return "\n".join(lines)
+
+
+def _keys(system: Facts) -> str:
+    """The keys of a system as its file has them."""
+    return ", ".join(f"{key} = {json.dumps(value)}" for key, value in system.items())
 
 
 def by_pattern(

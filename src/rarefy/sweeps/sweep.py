@@ -68,10 +68,11 @@ def run_sweep(
     """
     words = shlex.join(command)
     folder.begin(
-        {"settings": dict(sweep.settings), "command": words, "versions": versions()},
+        {"settings": dict(sweep.settings), "versions": versions()},
         sweep.rows,
         {(cell.method, cell.asked) for cell in sweep.cells},
         sweep.left_out,
+        words,
     )
     run = Run(sweep, folder, words, watch or unwatched, note or (lambda _: None))
     if len(run.missing) < len(sweep.cells):
@@ -105,7 +106,7 @@ class Run:
             places = self._places
             return sorted(cells, key=lambda facts: (places.get(facts["cell"], len(places)), facts["cell"]))
 
-        return self.folder.write_results(in_order, self.command)
+        return self.folder.write_results(in_order)
 
     def compute(self) -> None:
         """Load the model and compute what is missing, as far as no other process does."""
