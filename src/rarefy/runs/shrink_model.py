@@ -196,7 +196,8 @@ class _Making:
     ) -> tuple[PreTrainedModel, list[ExitRecord]]:
         """The model without the neurons and heads that are chosen, and a record of every exit that changed."""
         recipe = self.plan.recipe
-        with self.watch("repairing what is left" if not self.plan.keep else "removing heads and neurons") as watch:
+        kinds = " and ".join(parts.kind for parts, _ in wanted if parts.kind in self.plan.keep)
+        with self.watch(f"removing {kinds}" if kinds else "repairing what is left") as watch:
             parts, records = remove_parts(
                 model,
                 self.windows,

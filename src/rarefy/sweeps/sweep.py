@@ -125,7 +125,7 @@ class Run:
                 self._measure_dense()
         if not self.missing:
             return
-        with self.watch("recording the dense model") as progress:
+        with self.watch("recording what the dense model predicts") as progress:
             self._states = sweep.measures.record(self.model, progress)
         # Again, as long as there is something to take over from a process that was killed.
         while (todo := self.still_missing()) and self._compute(todo):
